@@ -1,0 +1,1 @@
+"""Scripts that read a finished run: report."""

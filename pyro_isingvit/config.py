@@ -1,0 +1,196 @@
+"""Frozen settings of a run. One ``RunConfig`` is saved as ``config.json`` with every run."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pyro_isingvit.errors import UserError
+
+FORMAT = 1  # raised whenever a run folder written before could no longer be read
+
+Granularity = Literal["weight", "unit", "head"]
+Tempering = float | Literal["exact", "data_emphasis", "auto"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images to learn from."""
+
+    dataset: str = "digits"
+    """digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH or npz:PATH."""
+    data_root: str = "data"
+    """Folder that holds (or, with --download, receives) the torchvision data sets."""
+    download: bool = False
+    """Fetch a missing torchvision data set into data_root."""
+    train_size: int | None = None
+    """Train on a stratified, seeded subset of this many images; None: all but the validation part."""
+    val_fraction: float = 0.1
+    """Validation images, as a share of the training images."""
+    image_size: int | None = None
+    """Resize images of an image folder to this many pixels square; needed where their sizes differ."""
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Shape of the pre-norm vision transformer."""
+
+    patch_size: int = 7
+    """Side of a patch, in pixels; images are zero-padded to a multiple of it."""
+    width: int = 64
+    """D, the width of the residual stream."""
+    heads: int = 4
+    """H, attention heads; must divide the width."""
+    depth: int = 4
+    """L, the number of blocks."""
+    mlp_ratio: int = 4
+    """Hidden units of an MLP, as a multiple of the width."""
+    pool: Literal["mean", "cls"] = "mean"
+    """What the head reads: the mean over tokens, or a CLS token."""
+    head: Literal["linear", "mlp"] = "linear"
+    """Plain linear head, or the paper's two layers D -> D/2 -> ReLU -> C."""
+
+
+@dataclass(frozen=True)
+class IsingConfig:
+    """Prior and likelihood-guided posterior (docs/method.md names the equations)."""
+
+    granularity: Granularity = "weight"
+    """What one selection mask covers: a weight, a unit (output row) or an attention head."""
+    saliency: str = "gnb"
+    """Curvature estimator; the names are in pyro_isingvit.saliency.SALIENCY."""
+    coupling: str = "all_readers"
+    """Coupling graph; the names are in pyro_isingvit.coupling.COUPLINGS."""
+    kappa_mask: Tempering = "auto"
+    """Weight of the likelihood in the mask field: a number, exact (1) or data_emphasis (P/N)."""
+    kappa_weights: Tempering = "auto"
+    """Weight of the likelihood in the objective: a number, exact (1) or data_emphasis (P/N)."""
+    delta: float = 0.9
+    """Prior probability that a mask drops its weights."""
+    J: float = 1.0
+    """Strength of the Ising coupling to the readers."""
+    omega: float = 1.0
+    """Share of the description cost KL_e in the mask field (1: the ELBO, 0: the paper)."""
+    tau_0: float = 1e-3
+    """Standard deviation of the spike."""
+    tau_1: float = 0.3
+    """Standard deviation of the slab."""
+    posterior_scale: Literal["learned", "shared"] = "learned"
+    """Learn one posterior scale per weight, or freeze one shared constant (the paper: exp(-4))."""
+    init_scale: float = 0.01831563888873418
+    """Posterior scale at the start; the constant when shared."""
+    max_keep: float = 0.9
+    """Retention is clipped to this, so that every weight is dropped now and then."""
+    temperature: float = 0.5
+    """Temperature of the relaxed-Bernoulli straight-through masks."""
+    decay: float = 0.5
+    """Coupling all_readers: weight of a reader, per step of distance."""
+    update_every: int = 10
+    """Optimiser steps between updates of curvature and masks."""
+    curvature_decay: float = 0.95
+    """Exponential average of the curvature, per update."""
+    mask_damping: float = 0.2
+    """Share of the new mask logit taken at each update; 1 takes it whole."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train and how to evaluate."""
+
+    epochs: int = 30
+    """Passes over the training images, pilot phase included, fine-tuning not."""
+    pilot_fraction: float = 0.2
+    """Share of the epochs trained with every mask at one, before the Ising phase."""
+    finetune_epochs: int = 0
+    """Epochs after the Ising phase with the masks frozen at retention > 0.5."""
+    batch_size: int = 64
+    """Images per step."""
+    lr: float = 2e-3
+    """Peak learning rate of AdamW."""
+    scale_lr_factor: float = 5.0
+    """Learning rate of the posterior log-scales, as a multiple of lr."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay on the weight means (the slab prior already shrinks them)."""
+    warmup_fraction: float = 0.05
+    """Share of the steps over which the learning rate rises; it then falls as a cosine."""
+    clip_norm: float = 1.0
+    """Global gradient norm is clipped to this."""
+    seed: int = 0
+    """Seed of every random number of the run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    precision: Literal["32", "bf16"] = "32"
+    """Arithmetic of the forward pass."""
+    val_samples: int = 4
+    """Posterior draws for the validation metrics of each epoch."""
+    samples: int = 100
+    """Posterior predictive draws of the final evaluation on the test part."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that makes a run, saved with it."""
+
+    preset: str = "small"
+    method: str = "ising"
+    data: DataConfig = field(default_factory=DataConfig)
+    vit: ViTConfig = field(default_factory=ViTConfig)
+    ising: IsingConfig = field(default_factory=IsingConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    version: str = ""
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """The settings as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str | Path = "config.json") -> "RunConfig":
+        """Reads what ``to_json`` wrote.
+
+        Args:
+            text: the JSON.
+            where: the file's name, for messages.
+
+        Raises:
+            UserError: not JSON, another format, or unknown or missing settings.
+        """
+        try:
+            raw = json.loads(text)
+            written = raw.get("format")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{where} is not a readable configuration ({error}); train the run again.") from error
+        if written != FORMAT:
+            raise UserError(
+                f"{where} was written by run format {written}, this version reads format {FORMAT}; "
+                f"use the version that wrote it ({raw.get('version', 'unknown')}) or train again."
+            )
+        try:
+            parts: dict[str, Any] = {name: kind(**raw.pop(name)) for name, kind in PARTS.items()}
+            return cls(**parts, **raw)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{where} lacks or misnames a setting ({error}); train the run again.") from error
+
+
+PARTS: dict[str, type] = {"data": DataConfig, "vit": ViTConfig, "ising": IsingConfig, "train": TrainConfig}
+
+# Shapes the presets give; every field can still be overridden one by one.
+PRESETS: dict[str, ViTConfig] = {
+    "digits": ViTConfig(patch_size=2, width=64, heads=4, depth=2, mlp_ratio=2),
+    "small": ViTConfig(patch_size=7, width=64, heads=4, depth=4, mlp_ratio=2),
+    "cifar": ViTConfig(patch_size=4, width=192, heads=6, depth=6, mlp_ratio=2),
+    "paper-28": ViTConfig(patch_size=7, width=64, heads=8, depth=2, mlp_ratio=16, head="mlp"),
+    "paper-32": ViTConfig(patch_size=4, width=128, heads=16, depth=2, mlp_ratio=16, head="mlp"),
+}
+
+
+def preset(name: str) -> ViTConfig:
+    """The network shape called ``name``.
+
+    Raises:
+        UserError: unknown name.
+    """
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}.")
+    return PRESETS[name]
