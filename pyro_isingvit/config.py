@@ -76,6 +76,8 @@ class IsingConfig:
     """Standard deviation of the spike."""
     tau_1: float = 0.3
     """Standard deviation of the slab."""
+    empirical_tau_1: bool = False
+    """Set tau_1 per layer by empirical Bayes at each mask update."""
     posterior_scale: Literal["learned", "shared"] = "learned"
     """Learn one posterior scale per weight, or freeze one shared constant (the paper: exp(-4))."""
     init_scale: float = 0.01831563888873418
@@ -183,6 +185,11 @@ PRESETS: dict[str, ViTConfig] = {
     "paper-28": ViTConfig(patch_size=7, width=64, heads=8, depth=2, mlp_ratio=16, head="mlp"),
     "paper-32": ViTConfig(patch_size=4, width=128, heads=16, depth=2, mlp_ratio=16, head="mlp"),
 }
+
+
+def default_preset(dataset: str) -> str:
+    """The preset made for a data set: by its name, and ``small`` for folders and npz files."""
+    return {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar"}.get(dataset, "small")
 
 
 def preset(name: str) -> ViTConfig:

@@ -1,0 +1,32 @@
+# make demo: set up, train on real handwritten digits, open the posterior.   make test: set up, lint, types, tests.
+VENV := .venv
+PY := $(VENV)/bin/python
+DEMO := runs/demo
+
+.PHONY: demo test clean
+.DEFAULT_GOAL := demo
+
+# The first interpreter of version 3.12 or later that really runs; a version manager's own folders come last.
+$(VENV)/.installed: pyproject.toml
+	@set -e; found=; \
+	for candidate in python3.14 python3.13 python3.12 python3 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3; do \
+	  if "$$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then found=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then echo "pyro-isingvit needs Python 3.12 or later: none of python3.14, python3.13, python3.12, python3 is one. Install it and run make again." >&2; exit 1; fi; \
+	echo "setting up $(VENV) with $$("$$found" --version) (some minutes: torch is large)"; \
+	[ -x $(PY) ] || "$$found" -m venv $(VENV); \
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[test]'; \
+	touch $@
+
+demo: $(VENV)/.installed
+	$(PY) -m inference.train --dataset digits --preset digits --samples 100 --out $(DEMO) --overwrite
+	$(PY) -m analysis.report --run $(DEMO)
+
+test: $(VENV)/.installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,137 @@
+"""Train an Ising-ViT, evaluate it once on the test part, keep everything in one folder.
+
+python -m inference.train --dataset digits --preset digits --out runs/digits
+python -m inference.train --resume runs/digits
+"""
+
+import argparse
+import dataclasses
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from inference.cli import print_table, run_script
+from pyro_isingvit.config import (
+    PRESETS,
+    DataConfig,
+    IsingConfig,
+    RunConfig,
+    TrainConfig,
+    ViTConfig,
+    default_preset,
+)
+from pyro_isingvit.errors import UserError
+from pyro_isingvit.version import __version__
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """What to train, and where to keep it."""
+
+    out: Path
+    """Folder of the run."""
+    preset: Literal["digits", "small", "cifar", "paper-28", "paper-32"]
+    """Network shape to start from; by default the one made for the data set."""
+    method: Literal["ising"] = "ising"
+    """What to train."""
+    overwrite: bool = False
+    """Replace the run that the folder holds."""
+    full_posterior: bool = False
+    """Keep every mask and weight draw in posterior.nc."""
+    data: DataConfig = field(default_factory=DataConfig)
+    vit: ViTConfig = field(default_factory=ViTConfig)
+    ising: IsingConfig = field(default_factory=IsingConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class ResumeArguments:
+    """Continue an interrupted run with its own settings."""
+
+    resume: Path
+    """Folder of the run."""
+    full_posterior: bool = False
+    """Keep every mask and weight draw in posterior.nc."""
+
+
+def train(arguments: TrainArguments) -> None:
+    """Train an Ising-ViT by stochastic variational inference. (To continue a run: --resume DIR alone.)"""
+    from pyro_isingvit.run import CHECKPOINT, CONFIG
+
+    config = RunConfig(
+        arguments.preset, arguments.method, arguments.data, arguments.vit, arguments.ising, arguments.train, __version__
+    )
+    held = [name for name in (CONFIG, CHECKPOINT) if (arguments.out / name).exists()]
+    if held and not arguments.overwrite:
+        raise UserError(f"{arguments.out} already holds a run; continue it with --resume or replace it with --overwrite.")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise UserError(f"{arguments.out} is a file; --out takes a folder.")
+    _train_and_report(config, arguments.out, resume=False, full=arguments.full_posterior)
+
+
+def resume(arguments: ResumeArguments) -> None:
+    """Continue an interrupted run; its folder holds the settings."""
+    from pyro_isingvit.run import read_config
+
+    config = read_config(arguments.resume)
+    _train_and_report(config, arguments.resume, resume=True, full=arguments.full_posterior)
+
+
+def _train_and_report(config: RunConfig, folder: Path, resume: bool, full: bool) -> None:
+    from pyro_isingvit.data import load_data
+    from pyro_isingvit.evaluation import evaluate
+    from pyro_isingvit.training import Trainer
+
+    data = load_data(**dataclasses.asdict(config.data), seed=config.train.seed)
+    trainer = Trainer(config, data, folder, progress=True)
+    if resume:
+        trainer.restore()
+    else:
+        _clear(folder)
+    run = trainer.fit()
+    sys.stderr.write(f"drawing {config.train.samples} posterior predictive samples for {len(data.test)} test images\n")
+    metrics = evaluate(run, data, trainer.seconds, full)
+    shown = {
+        "accuracy": "accuracy", "macro F1": "f1_macro", "NLL (nats)": "nll", "Brier": "brier", "ECE (15 bins)": "ece",
+        "mean retention": "retention_mean", "share of weights pruned": "pruned_fraction",
+        "masked weights": "masked_weights", "training images": "train_size", "seconds of training": "train_seconds",
+    }  # fmt: skip
+    print_table(f"{config.data.dataset}, test part, {config.train.samples} draws", {k: metrics[v] for k, v in shown.items()})
+    print(f"run: {folder}\nreport: python -m analysis.report --run {folder}")
+
+
+def _clear(folder: Path) -> None:
+    """Removes an earlier run's files, and those alone."""
+    from pyro_isingvit.run import CHECKPOINT, CONFIG, HISTORY, METRICS, POSTERIOR
+
+    for name in (CONFIG, CHECKPOINT, HISTORY, METRICS, POSTERIOR):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "report", ignore_errors=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the command line; the preset decides the defaults of the network's shape."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(word == "--resume" or word.startswith("--resume=") for word in argv):
+        run_script(resume, ResumeArguments, argv)
+        return
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--dataset", default=DataConfig.dataset)
+    peek.add_argument("--preset", default=None)
+    known, _ = peek.parse_known_args(argv)
+    name = known.preset or default_preset(known.dataset)
+    default = TrainArguments(out=tyro_missing(), preset=name, vit=PRESETS.get(name, ViTConfig()))  # type: ignore[arg-type]
+    run_script(train, TrainArguments, argv, default)
+
+
+def tyro_missing() -> Path:
+    """tyro's mark of a required argument."""
+    import tyro
+
+    return tyro.MISSING
+
+
+if __name__ == "__main__":
+    main()

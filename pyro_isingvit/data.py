@@ -1,0 +1,524 @@
+"""Image data sets as tensors: ``DATASETS`` by name, ``PREFIXES`` for files of your own.
+
+Test is the official part; where there is none, a stratified fifth, the same whatever the seed. Training is
+the rest, or exactly ``train_size`` images of it, stratified. Validation is the official part; where there is
+none, ``val_fraction`` times the number of training images, stratified: from the images that ``train_size``
+leaves over if those are enough, otherwise out of the training images themselves. Training and validation have
+every class; no image is in two parts; ``val_fraction=0`` leaves validation empty.
+
+A new data set is one function ``DataConfig -> Parts`` and one line in ``DATASETS``.
+Shapes: N images, C channels (1 or 3), H height, W width; images are (N, C, H, W) uint8, contiguous.
+"""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_isingvit.config import DataConfig
+from pyro_isingvit.errors import UserError
+
+log = logging.getLogger(__name__)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # Pillow tries these readers and no other
+UNLABELLED = -1
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a data set."""
+
+    images: Tensor  # (N, C, H, W) uint8
+    labels: Tensor  # (N,) int64; UNLABELLED where not known
+    names: tuple[str, ...] = ()  # (N,) file names, where there are files
+
+    def __len__(self) -> int:
+        """N, the number of images."""
+        return len(self.labels)
+
+    def take(self, index: np.ndarray) -> "Split":
+        """The images at ``index`` (n,), in that order."""
+        rows, names = torch.from_numpy(index), tuple(self.names[i] for i in index if self.names)
+        return Split(self.images[rows], self.labels[rows], names)
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a network must know of its data: classes, image shape, statistics of the training part."""
+
+    dataset: str
+    classes: tuple[str, ...]
+    channels: int
+    height: int
+    width: int
+    mean: tuple[float, ...]  # (C,), pixels in [0, 1]
+    std: tuple[float, ...]  # (C,), at least 1e-3
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.classes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "DataInfo":
+        """Reads what ``to_dict`` wrote.
+
+        Raises:
+            UserError: a field is missing, unknown or of another kind.
+        """
+        try:
+            return cls(**{**raw, **{key: tuple(raw[key]) for key in ("classes", "mean", "std")}})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"the saved data description is damaged ({_why(error)}); train again.") from error
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(images / 255 - mean) / std, (N, C, H, W) uint8 -> float32, on the images' device.
+
+        Raises:
+            UserError: other channels, size or type than the training images.
+        """
+        shape, got = (self.channels, self.height, self.width), tuple(images.shape)
+        _need(
+            len(got) == 4 and got[1:] == shape and images.dtype == torch.uint8,
+            f"expected images (N, {shape[0]}, {shape[1]}, {shape[2]}) of type uint8, as in training on "
+            f"{self.dataset}; got {got} of type {str(images.dtype).removeprefix('torch.')}.",
+        )
+        mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in (self.mean, self.std))
+        return (images.float() / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set, split and described."""
+
+    train: Split
+    val: Split
+    test: Split
+    info: DataInfo
+
+
+Parts = tuple[Split, Split | None, Split | None, tuple[str, ...]]  # official train, val, test; class names
+Loader = Callable[[DataConfig], Parts]
+
+
+def digits(source: DataConfig) -> Parts:
+    """scikit-learn's 1,797 embedded handwritten digits, 8x8; no file is needed."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    images = np.rint(raw.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8), 0..16 -> 0..255
+    return _split(images, raw.target), None, None, tuple("0123456789")
+
+
+def torchvision_set(kind: str, source: DataConfig) -> Parts:
+    """MNIST, FashionMNIST, CIFAR10 or CIFAR100, training and test part.
+
+    Raises:
+        UserError: files are missing (and not to be downloaded) or damaged.
+    """
+    import torchvision.datasets
+
+    dataset = getattr(torchvision.datasets, kind)
+    folder = Path(source.data_root) / getattr(dataset, "base_folder", f"{kind}/raw")
+    try:
+        with warnings.catch_warnings():  # NumPy >= 2.4 remarks on the published CIFAR pickles
+            warnings.filterwarnings("ignore", message=".*align should be passed")
+            sets = [
+                dataset(source.data_root, train=train, download=source.download) for train in (True, False)
+            ]
+        parts = [_split(np.asarray(part.data), np.asarray(part.targets)) for part in sets]
+        if any(len(part.images) != len(part.labels) for part in parts):
+            raise ValueError("label count mismatch")
+    except Exception as error:  # a damaged file makes the readers raise almost anything
+        why = _why(error) if folder.is_dir() or source.download else "no such folder"
+        mend = "put its published files there, or delete what is there and add --download"
+        raise UserError(f"cannot read {source.dataset} from {folder} ({why}); {mend}.") from error
+    classes = tuple(name.partition(" - ")[0] for name in sets[0].classes)  # MNIST's are "0 - zero"
+    return parts[0], None, parts[1], classes
+
+
+def npz(source: DataConfig) -> Parts:
+    """An ``.npz`` file with MedMNIST's keys: train_images, train_labels; the same of val and test, or not.
+
+    Images are (N, H, W), (N, H, W, 1) or (N, H, W, 3) uint8; labels (N,) or (N, 1) integers from 0.
+
+    Raises:
+        UserError: missing or damaged file, an array that is not as above, a class without training image.
+    """
+    names, path = ("train", "val", "test"), _path(source)
+    arrays = _read_npz(path, [f"{name}_{kind}" for name in names for kind in ("images", "labels")])
+    given = [name for name in names if name == "train" or f"{name}_images" in arrays]
+    parts = {name: _npz_split(arrays, f"{name}_images", f"{name}_labels", path) for name in given}
+    shapes = {name: tuple(part.images.shape[1:]) for name, part in parts.items()}
+    _need(len(set(shapes.values())) == 1, f"{path}: the parts' images differ in (C, H, W): {shapes}.")
+    last = max(int(part.labels.max()) for part in parts.values())
+    present = np.unique(parts["train"].labels.numpy())
+    gap = next(i for i, label in enumerate([*present, -1]) if i != label)
+    _need(
+        gap > last,
+        f"{path}: empty class {gap}: labels go up to {last}, but no training image has label {gap}; "
+        "number the classes 0, 1, 2, ... without gaps.",
+    )
+    return parts["train"], parts.get("val"), parts.get("test"), tuple(map(str, range(gap)))
+
+
+def imagefolder(source: DataConfig) -> Parts:
+    """A folder with train/ and test/ (val/ too, or not) of class folders each, or one of class folders.
+
+    Grey stays one channel if every image is grey, otherwise all are RGB.
+
+    Raises:
+        UserError: no such folder, an empty or unmatched class folder, an unreadable image, differing sizes.
+    """
+    root, size = _path(source), source.image_size
+    _need(root.is_dir(), f"no such folder: {root}; imagefolder:PATH needs a folder of class folders.")
+    official = (root / "train").is_dir() and ((root / "test").is_dir() or _subfolders(root / "train"))
+    names = [name for name in ("train", "val", "test") if (root / name).is_dir()] if official else ["."]
+    listed: dict[str, dict[str, list[Path]]] = {}  # part -> class -> files
+    for name in names:
+        folders = _subfolders(root / name)
+        _need(folders, f"{root / name} has no class folders; put the images of each class into their own.")
+        listed[name] = {folder.name: list_images(folder, within=root) for folder in folders}
+        odd = sorted(set(listed[name]) ^ set(listed[names[0]]))
+        _need(
+            not odd, f"{root}: {names[0]}/ and {name}/ must have the same class folders; not in both: {odd}."
+        )
+    paths = [path for classes in listed.values() for files in classes.values() for path in files]
+    images, _ = _decode_all(paths, (size, size) if size else None)
+    parts, start = [], 0
+    for classes in listed.values():
+        counts = [len(files) for files in classes.values()]
+        rows = slice(start, start := start + sum(counts))
+        labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        file_names = tuple(path.relative_to(root).as_posix() for path in paths[rows])
+        parts.append(Split(images[rows].clone(), labels, file_names))
+    by_name = dict(zip(names, parts, strict=True))
+    return (parts[0], by_name.get("val"), by_name.get("test"), tuple(listed[names[0]]))
+
+
+DATASETS: dict[str, Loader] = {
+    "digits": digits,
+    "mnist": partial(torchvision_set, "MNIST"),
+    "fashion-mnist": partial(torchvision_set, "FashionMNIST"),
+    "cifar10": partial(torchvision_set, "CIFAR10"),
+    "cifar100": partial(torchvision_set, "CIFAR100"),
+}
+PREFIXES: dict[str, Loader] = {"imagefolder": imagefolder, "npz": npz}  # written name:PATH
+KNOWN = ", ".join([*DATASETS, *(f"{name}:PATH" for name in PREFIXES)])
+
+
+def load_data(
+    dataset: str = "digits",
+    *,
+    data_root: str | Path = "data",
+    train_size: int | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    download: bool = False,
+    image_size: int | None = None,
+) -> ImageData:
+    """Loads a data set and splits it by the rule at the top of this file.
+
+    Args:
+        dataset: a name in ``DATASETS``, ``imagefolder:PATH`` or ``npz:PATH``.
+        data_root, train_size, val_fraction, download, image_size: as in ``config.DataConfig``.
+        seed: of the training subset and the validation part; the test part never depends on it.
+
+    Raises:
+        UserError: unknown data set, unreadable files, or a split that cannot be made.
+    """
+    _need(0 <= val_fraction <= 0.5, f"val_fraction must be between 0 and 0.5, got {val_fraction}.")
+    _need(seed >= 0, f"seed must not be negative, got {seed}.")
+    source = DataConfig(dataset, str(data_root), download, image_size=image_size)
+    pool, val, test, classes = _load_parts(source)
+    labels = pool.labels.numpy()
+    chosen = everything = np.arange(len(labels))
+    if train_size is not None:
+        limits = f"{len(classes)} (one per class) and {len(labels)} (all training images)"
+        possible = len(classes) <= train_size <= len(labels)
+        _need(possible, f"train_size must be between {limits}, got {train_size}.")
+        chosen = _stratified(labels, train_size, np.random.default_rng([seed, 0]))
+    if val_fraction == 0:
+        val = pool.take(chosen[:0])
+    elif val is None:
+        left, rng = np.setdiff1d(everything, chosen), np.random.default_rng([seed, 1])
+        count = max(round(val_fraction * len(chosen)), len(classes))
+        if len(left) >= count and len(np.unique(labels[left])) == len(classes):
+            val = pool.take(left[_stratified(labels[left], count, rng)])
+        else:
+            rest, held_out = _hold_out(
+                labels[chosen], count, rng, classes, "validation (or --val-fraction 0)"
+            )
+            val, chosen = pool.take(chosen[held_out]), chosen[rest]
+    train = pool.take(chosen)
+    mean, std = _statistics(train.images)
+    log.info("%s: %d training, %d validation, %d test images", dataset, len(train), len(val), len(test))
+    channels, height, width = train.images.shape[1:]
+    return ImageData(train, val, test, DataInfo(dataset, classes, channels, height, width, mean, std))
+
+
+def load_inputs(
+    spec: str, info: DataInfo, *, data_root: str | Path = "data", download: bool = False
+) -> Split:
+    """Images to predict, in the shape of the run that ``info`` describes.
+
+    ``spec`` is a data set as for ``load_data`` (its test part), an ``.npz`` file (``images`` or
+    ``test_images``, with ``labels`` or ``test_labels`` or without) or a folder of images, nested or not. A
+    folder is labelled if every image lies in a subfolder that is called like a class.
+
+    Raises:
+        UserError: nothing readable there, or images of another shape than the run's.
+    """
+    path = Path(spec).expanduser()
+    if spec in DATASETS or spec.partition(":")[0] in PREFIXES:
+        size = info.height if spec.startswith("imagefolder:") and info.height == info.width else None
+        *_, split, classes = _load_parts(DataConfig(spec, str(data_root), download, image_size=size))
+        if classes != info.classes:
+            log.warning("%s has other classes than %s: its labels are not used", spec, info.dataset)
+            split = replace(split, labels=torch.full_like(split.labels, UNLABELLED))
+    elif path.is_dir():
+        files = list_images(path)
+        names = [file.relative_to(path) for file in files]
+        split = replace(load_image_files(files, info), names=tuple(name.as_posix() for name in names))
+        if all(len(name.parts) > 1 and name.parts[0] in info.classes for name in names):
+            split = replace(split, labels=torch.tensor([info.classes.index(name.parts[0]) for name in names]))
+    else:
+        _need(path.suffix == ".npz", f"{spec!r} is no folder, no .npz file and no known data set ({KNOWN}).")
+        arrays = _read_npz(path, ["images", "labels", "test_images", "test_labels"])
+        start = "" if "images" in arrays else "test_"
+        split = _npz_split(
+            arrays, f"{start}images", f"{start}labels", path, labelled=f"{start}labels" in arrays
+        )
+        last = int(split.labels.max())
+        _need(
+            last < info.num_classes, f"{path} has label {last}, but the run has {info.num_classes} classes."
+        )
+    info.normalise(split.images[:1])  # says what is wrong if the shape is
+    return split
+
+
+def load_image_files(paths: Sequence[Path], info: DataInfo) -> Split:
+    """Reads image files, unlabelled, converted to the run's channels and resized to its size.
+
+    Raises:
+        UserError: no path given, or an image cannot be read.
+    """
+    _need(paths, "no images to read.")
+    images, resized = _decode_all(paths, (info.height, info.width), info.channels)
+    if resized:
+        log.warning("%d of %d images resized to %dx%d", resized, len(paths), info.width, info.height)
+    return Split(images, torch.full((len(paths),), UNLABELLED), tuple(map(str, paths)))
+
+
+def list_images(folder: str | Path, within: str | Path | None = None) -> list[Path]:
+    """Image files under ``folder``, sorted; no hidden ones, no links out of ``within`` (None: the folder).
+
+    Raises:
+        UserError: not a folder, a folder that cannot be listed, or no image in it.
+    """
+    _need(Path(folder).is_dir(), f"no such folder: {folder}.")
+    inside, found, other, links = Path(within or folder).resolve(), [], 0, 0
+    listing = os.walk(folder, onerror=lambda error: _need(False, f"cannot list a folder: {error}."))
+    for here, folders, files in listing:
+        links += sum(Path(here, name).is_symlink() for name in folders)  # os.walk does not enter them
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(here, name) for name in files if not name.startswith(".")):
+            if path.suffix.lower() not in SUFFIXES:
+                other += 1
+            elif path.is_symlink() and not path.resolve().is_relative_to(inside):
+                links += 1
+            else:
+                found.append(path)
+    if other or links:
+        log.warning("%s: skipped %d files that are no images and %d links", folder, other, links)
+    _need(found, f"empty folder {folder}: no image in it (known types: {' '.join(SUFFIXES)}).")
+    return sorted(found)
+
+
+def _path(source: DataConfig) -> Path:
+    return Path(source.dataset.partition(":")[2]).expanduser()
+
+
+def _load_parts(source: DataConfig) -> tuple[Split, Split | None, Split, tuple[str, ...]]:
+    """The parts, test being the official one or a fifth that is taken away from training."""
+    spec, size = source.dataset, source.image_size
+    name, _, path = spec.partition(":")
+    loader = PREFIXES.get(name) if path else DATASETS.get(spec)
+    if loader is None:
+        raise UserError(f"unknown data set {spec!r}; known: {KNOWN}.")
+    sizable = size is None or (loader is imagefolder and size > 0)
+    _need(sizable, f"--image-size is a positive number, for imagefolder:PATH alone; got {size} for {spec}.")
+    train, val, test, classes = loader(source)
+    _need(len(classes) > 1, f"{spec} has only the class {classes[0]!r}; two are needed at least.")
+    if test is None:
+        labels, rng = train.labels.numpy(), np.random.default_rng(0)
+        rest, held_out = _hold_out(labels, math.ceil(len(labels) / 5), rng, classes, "testing")
+        train, test = train.take(rest), train.take(held_out)
+    return train, val, test, classes
+
+
+def _hold_out(
+    labels: np.ndarray, count: int, rng: np.random.Generator, classes: tuple[str, ...], part: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices that remain and those held out, each with every class."""
+    counts = np.bincount(labels)
+    rare = f"class {classes[counts.argmin()]!r} has a single image left"
+    _need(counts.min() > 1, f"{rare}, which cannot be both for training and for {part}; add images.")
+    held_out = _stratified(labels, max(count, len(counts)), rng, spare=1)
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+
+
+def _stratified(labels: np.ndarray, count: int, rng: np.random.Generator, spare: int = 0) -> np.ndarray:
+    """Exactly ``count`` indices, class proportions kept, at least 1 per class taken and ``spare`` left.
+
+    scikit-learn's stratified splits can leave a rare class out altogether.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    quota = counts * (count / len(labels))
+    take = np.clip(np.floor(quota), 1, counts - spare).astype(np.int64)
+    while take.sum() != count:  # largest remainder: at most a few steps per class
+        step = 1 if take.sum() < count else -1
+        allowed = (take + step >= 1) & (take + step <= counts - spare)
+        take[np.where(allowed, (quota - take) * step, -np.inf).argmax()] += step
+    order = rng.permutation(len(labels))
+    groups = [order[labels[order] == name][:n] for name, n in zip(classes, take, strict=True)]
+    return np.sort(np.concatenate(groups))
+
+
+def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Exact mean and standard deviation per channel, by histograms: no float copy of the images."""
+    level = torch.arange(256, dtype=torch.float64) / 255
+    counts = [torch.bincount(channel.reshape(-1), minlength=256).double() for channel in images.unbind(1)]
+    share = torch.stack(counts) / counts[0].sum()  # (C, 256)
+    mean = (share * level).sum(1)
+    std = (share * (level - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1e-3)
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def _split(images: np.ndarray, labels: np.ndarray) -> Split:
+    """From images (N, H, W) or (N, H, W, C)."""
+    images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+    return Split(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _read_npz(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
+    """Those of ``keys`` that the file has."""
+    _need(path.is_file(), f"no such file: {path}.")
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {key: archive[key] for key in keys if key in archive.files}
+    except Exception as error:  # a damaged file makes the readers raise almost anything
+        raise UserError(f"cannot read {path} as .npz without object arrays ({_why(error)}).") from error
+
+
+def _npz_split(
+    arrays: dict[str, np.ndarray], images_key: str, labels_key: str, path: Path, labelled: bool = True
+) -> Split:
+    for key in (images_key, labels_key)[: 1 + labelled]:
+        _need(
+            key in arrays, f"{path} has no array {key!r}; found: {', '.join(arrays) or 'none of the known'}."
+        )
+        bad = int(np.isnan(arrays[key]).sum()) if arrays[key].dtype.kind == "f" else 0
+        _need(not bad, f"{path}: {key} has {bad} NaN values; mend or remove those images.")
+    images = arrays[images_key]
+    labels = arrays[labels_key] if labelled else np.full(len(images), UNLABELLED)
+    mend = "convert values in [0, 1] by (images * 255).round().astype('uint8')"
+    _need(images.dtype == np.uint8, f"{path}: {images_key} is {images.dtype}, uint8 is expected; {mend}.")
+    shaped = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in {1, 3})
+    kind = (
+        f"{path}: {images_key} has shape {images.shape}, expected (N, H, W) or (N, H, W, 1 or 3), not empty."
+    )
+    _need(shaped and images.size > 0, kind)
+    shaped = labels.ndim == 1 or (labels.ndim == 2 and labels.shape[1] == 1)
+    kind = f"{path}: {labels_key} is {labels.dtype} {labels.shape}, expected integers (N,) or (N, 1)."
+    _need(shaped and labels.dtype.kind in "iu", kind)
+    numbers = f"{len(images)} {images_key}, {len(labels)} {labels_key}"
+    _need(len(labels) == len(images), f"{path}: label count mismatch: {numbers}.")
+    negative = labelled and labels.astype(np.int64).min() < 0
+    _need(not negative, f"{path}: {labels_key} has negative labels; number the classes 0, 1, 2, ...")
+    return _split(images, labels.reshape(-1))
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    entries = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in entries if path.is_dir() and not path.is_symlink())
+
+
+def _decode_all(
+    paths: Sequence[Path], size: tuple[int, int] | None, channels: int | None = None
+) -> tuple[Tensor, int]:
+    """Images (N, C, H, W), C = 1 if all are grey unless given; how many were resized to ``size`` (H, W)."""
+    from PIL import Image
+    from tqdm import tqdm
+
+    arrays: list[np.ndarray] = []  # of (H, W) or (H, W, 3)
+    resized, blocks = 0, [paths[i : i + 64] for i in range(0, len(paths), 64)]
+    bar = tqdm(total=len(paths), desc="reading images", disable=len(paths) <= 500)
+    with ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool, warnings.catch_warnings(), bar:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            for block in pool.map(lambda files: [_decode(file, size, channels) for file in files], blocks):
+                for array, changed in block:
+                    arrays.append(array)
+                    resized += changed
+                    (h0, w0), (h, w), path = arrays[0].shape[:2], array.shape[:2], paths[len(arrays) - 1]
+                    sizes = f"{paths[0]} is {w0}x{h0}, {path} is {w}x{h}"
+                    _need((h0, w0) == (h, w), f"images differ in size: {sizes}; give one --image-size.")
+                bar.update(len(block))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    depth = 1 if all(array.ndim == 2 for array in arrays) else 3
+    images = np.empty((len(arrays), depth, *arrays[0].shape[:2]), dtype=np.uint8)
+    for row, array in enumerate(arrays):
+        images[row] = array if array.ndim == 2 else array.transpose(2, 0, 1)
+    return torch.from_numpy(images), resized
+
+
+def _decode(path: Path, size: tuple[int, int] | None, channels: int | None) -> tuple[np.ndarray, bool]:
+    """One file as (H, W) or (H, W, 3) uint8, an alpha channel dropped; and whether it was resized."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            picture: Image.Image = image
+            if image.mode.startswith("I"):  # 16 bits
+                deep = np.asarray(image)
+                _need(0 <= deep.min() <= deep.max() <= 65535, "grey values beyond 16 bits")
+                picture = Image.fromarray((deep >> 8).astype(np.uint8))
+            _need(image.mode != "F", "floating-point pixels have no known range")
+            grey = channels == 1 if channels else picture.mode in {"1", "L", "LA"}
+            if picture.mode == "P":
+                picture = picture.convert("RGBA")  # Pillow warns about transparency otherwise
+            picture = picture.convert("L" if grey else "RGB")
+            resize = size is not None and picture.size != size[::-1]
+            if size and resize:
+                picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)  # Pillow's is anti-aliased
+            return np.asarray(picture), resize
+    except Exception as error:  # a damaged file makes the readers raise almost anything
+        raise UserError(f"cannot read the image {path} ({_why(error)}); repair or remove it.") from error
+
+
+def _need(condition: object, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _why(error: BaseException) -> str:
+    """The first line of an error, or its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,258 @@
+"""The likelihood-guided Ising posterior q(xi, W) (METHOD sections 2 to 4).
+
+    q(W, xi) = prod_g Bernoulli(xi_g; pi_g) prod_e N(w_e; xi_e m_e, xi_e s_e^2 + (1 - xi_e) tau_0^2)
+    logit pi_g = J c_g - logit(delta) + kappa_mask Dl_g - omega KL_g
+
+m and s are parameters, trained through the ELBO; pi and the curvature behind Dl are buffers, set by ``update``
+every few steps: the paper's alternation of mask and weight updates.
+"""
+
+import math
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_isingvit.config import IsingConfig, Tempering
+from pyro_isingvit.coupling import COUPLINGS, Network
+from pyro_isingvit.distributions import SelectionMask, SpikeAndSlabPosterior, bernoulli_kl, slab_kl
+from pyro_isingvit.errors import UserError
+from pyro_isingvit.granularity import Spread
+from pyro_isingvit.model import CERTAIN, IsingViT
+from pyro_isingvit.saliency import SALIENCY, second_order_gain
+from pyro_isingvit.vit import Weights
+
+LOGIT_BOUND = 10.0  # mask logits stay within +-10: a mask can always come back
+
+
+def tempering(kappa: Tempering, num_weights: int, num_data: int, auto: float) -> float:
+    """The number behind a tempering setting: exact = 1, data_emphasis = max(1, P / N), auto = ``auto``.
+
+    Raises:
+        UserError: not positive.
+    """
+    named = {"exact": 1.0, "data_emphasis": max(1.0, num_weights / num_data), "auto": auto}
+    value = named[kappa] if isinstance(kappa, str) else float(kappa)
+    if not value > 0:
+        raise UserError(f"kappa must be positive, not {value}.")
+    return value
+
+
+class IsingGuide(nn.Module):
+    """Guide of ``IsingViT``; sampling it draws masks and weights, ``update`` moves the masks.
+
+    Args:
+        model: the model whose sites it covers.
+        num_data: N, training images.
+        initial: weight means to start from, kind -> (layers, out, in); None: Xavier-uniform.
+
+    Raises:
+        UserError: unknown saliency or coupling, or a setting out of its range.
+    """
+
+    def __init__(self, model: IsingViT, num_data: int, initial: Weights | None = None) -> None:
+        super().__init__()
+        check_ising(model.ising)
+        self.config, self.num_data, self.layout = model.ising, num_data, model.layout
+        per_datum = max(1.0, model.num_masked_weights / num_data)
+        self.kappa_mask = tempering(
+            self.config.kappa_mask, model.num_masked_weights, num_data, auto_kappa_mask(self.config, per_datum)
+        )
+        self.kappa_weights = tempering(
+            self.config.kappa_weights, model.num_masked_weights, num_data, auto_kappa_weights(per_datum)
+        )
+        weights = initial or model.vit.initial_weights()
+        self.kinds = tuple(model.vit.matrix_shapes)
+        self.loc = nn.ParameterDict({kind: nn.Parameter(weight.clone()) for kind, weight in weights.items()})
+        start = math.log(self.config.init_scale)
+        self.log_scale = nn.ParameterDict(
+            {
+                kind: nn.Parameter(
+                    torch.full_like(weight, start), requires_grad=self.config.posterior_scale == "learned"
+                )
+                for kind, weight in weights.items()
+            }
+        )
+        for kind, weight in weights.items():
+            self.register_buffer(f"curvature_{kind}", torch.zeros_like(weight))
+        for name, site in self.layout.sites.items():
+            self.register_buffer(f"logit_{name}", torch.full(site.shape, CERTAIN))
+        self.register_buffer("curvature_updates", torch.zeros((), dtype=torch.long))
+
+    # What the posterior is --------------------------------------------------------------------------------------
+
+    def logits(self, site: str) -> Tensor:
+        """logit pi of a mask site, of the site's shape."""
+        return self.get_buffer(f"logit_{site}")
+
+    def retention(self, site: str) -> Tensor:
+        """pi = q(xi = 1) of a mask site, of the site's shape."""
+        return self.logits(site).sigmoid()
+
+    def weight_retention(self, kind: str) -> Tensor:
+        """pi of every weight of a kind, (layers, out, in)."""
+        values = {name: self.retention(name) for name in self.layout.sites}
+        return self.layout.expand(kind, values).expand_as(self.loc[kind])
+
+    def curvature(self, kind: str) -> Tensor:
+        """h, the averaged curvature of a kind without its start-up bias, (layers, out, in)."""
+        seen = 1.0 - self.config.curvature_decay ** int(self.curvature_updates)
+        return self.get_buffer(f"curvature_{kind}") / max(seen, 1e-12)
+
+    def forward(self, x: Tensor | None = None, y: Tensor | None = None) -> None:
+        """Samples all mask sites, then all weight sites; the arguments are the model's and unused."""
+        masks, retention = {}, {}
+        with poutine.scale(scale=1.0 / self.kappa_weights):
+            for name, site in self.layout.sites.items():
+                logits = self.logits(name)
+                mask = SelectionMask(logits.new_tensor(self.config.temperature), logits=logits, validate_args=False)
+                masks[name] = pyro.sample(f"xi_{name}", mask.to_event(len(site.shape)))
+                retention[name] = logits.sigmoid()
+            for kind in self.kinds:  # the model's order, which the mean-field check wants
+                slab = SpikeAndSlabPosterior(
+                    self.loc[kind],
+                    self.log_scale[kind].exp(),
+                    self.layout.expand(kind, masks),
+                    self.layout.expand(kind, retention),
+                    self.config.tau_0,
+                )
+                pyro.sample(f"w_{kind}", slab.to_event(3))
+
+    @torch.no_grad()
+    def draw(self, num_samples: int | None = None) -> Weights:
+        """Weight draws without Pyro's handlers: kind -> (S, layers, out, in), or (layers, out, in) for None."""
+        lead = () if num_samples is None else (num_samples,)
+        masks = {name: torch.bernoulli(self.retention(name).expand(*lead, *site.shape))
+                 for name, site in self.layout.sites.items()}  # fmt: skip
+        weights = {}
+        for kind, loc in self.loc.items():
+            mask = self.layout.expand(kind, masks)
+            noise = torch.randn(*lead, *loc.shape, device=loc.device)
+            slab = torch.addcmul(loc, self.log_scale[kind].exp(), noise)
+            weights[kind] = mask * slab + (1.0 - mask) * (self.config.tau_0 * noise)
+        return weights
+
+    @torch.no_grad()
+    def kl_terms(self, model: IsingViT) -> tuple[float, float]:
+        """(weight KL, mask KL) in nats, untempered, summed over the network."""
+        weight = sum(
+            (self.weight_retention(kind) * slab_kl(loc, self.log_scale[kind].exp(), model.tau_1(kind))).sum().item()
+            for kind, loc in self.loc.items()
+        )
+        mask = sum(
+            bernoulli_kl(self.logits(name), model.prior_logits(name)).sum().item() for name in self.layout.sites
+        )
+        return weight, mask
+
+    # How the masks move -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def observe(self, model: IsingViT, images: Tensor) -> None:
+        """Takes one curvature estimate on a batch into the exponential average.
+
+        Args:
+            model: the model, for its network.
+            images: (B, channels, height, width), normalised.
+        """
+        estimate = SALIENCY[self.config.saliency](model.vit, dict(self.loc.items()), images)
+        for kind, curvature in estimate.items():
+            self.get_buffer(f"curvature_{kind}").lerp_(curvature, 1.0 - self.config.curvature_decay)
+        self.curvature_updates += 1
+
+    def start_masks(self) -> None:
+        """Ends the pilot phase: every mask starts from the highest retention allowed."""
+        for name in self.layout.sites:
+            self.logits(name).fill_(self._highest)
+
+    @property
+    def _highest(self) -> float:
+        keep = self.config.max_keep
+        return min(LOGIT_BOUND, math.log(keep / (1.0 - keep))) if keep < 1 else LOGIT_BOUND
+
+    @torch.no_grad()
+    def update(self, model: IsingViT) -> None:
+        """One mean-field sweep: coupling, likelihood and description cost set every mask's prior and posterior."""
+        config, layout = self.config, self.layout
+        squared = {kind: loc.detach() ** 2 for kind, loc in self.loc.items()}
+        if config.empirical_tau_1:
+            self._fit_slabs(model, squared)
+        gain = {kind: second_order_gain(self.curvature(kind), loc, self.num_data) for kind, loc in self.loc.items()}
+        cost = {
+            kind: slab_kl(loc, self.log_scale[kind].exp(), model.tau_1(kind)) for kind, loc in self.loc.items()
+        }
+        evidence = {  # what speaks for a mask besides its prior, site -> site shape, nats
+            name: self.kappa_mask * layout.reduce(site, gain) - config.omega * layout.reduce(site, cost)
+            for name, site in layout.sites.items()
+        }
+        drop_logit = math.log(config.delta / (1.0 - config.delta))
+
+        def set_site(kind: str, layer: int, c: Tensor) -> Tensor:
+            site = layout.site_of[kind]
+            if site.coupled_kind == kind:
+                pooled = _pool(site.spreads[kind], c, squared[kind][layer])
+                prior = config.J * pooled - drop_logit
+                target = (prior + evidence[site.name][layer]).clamp(-LOGIT_BOUND, self._highest)
+                self.logits(site.name)[layer].lerp_(target, config.mask_damping)
+                model.prior_logits(site.name)[layer].copy_(prior.expand_as(target))
+            values = self.retention(site.name)[layer : layer + 1]
+            return site.spreads[kind].expand(values)[0].expand_as(squared[kind][layer])
+
+        network = Network(squared, model.vit.norm_gain.detach() ** 2, model.vit.config.heads, config.decay)
+        COUPLINGS[config.coupling](network, set_site)
+
+    def _fit_slabs(self, model: IsingViT, squared: Weights) -> None:
+        """Empirical Bayes: tau_1^2 = sum pi (m^2 + s^2) / sum pi per layer, kept above the spike (METHOD 5)."""
+        for kind, second in squared.items():
+            keep = self.weight_retention(kind)
+            total = (keep * (second + (2 * self.log_scale[kind]).exp())).sum((1, 2), keepdim=True)
+            floor = 10 * self.config.tau_0  # a layer whose masks all drop would send tau_1 to 0, and the KL to inf
+            model.tau_1(kind).copy_((total / keep.sum((1, 2), keepdim=True)).sqrt().clamp(min=floor))
+
+    @torch.no_grad()
+    def freeze(self, model: IsingViT, threshold: float = 0.5) -> None:
+        """Fixes each mask to kept (pi > threshold) or dropped, for fine-tuning; their KL is then constant."""
+        for name in self.layout.sites:
+            kept = self.retention(name) > threshold
+            self.logits(name).copy_(torch.where(kept, CERTAIN, -CERTAIN))
+            model.prior_logits(name).copy_(self.logits(name))
+
+
+def _pool(spread: Spread, c: Tensor, squared: Tensor) -> Tensor:
+    """c of each mask of a layer: the mean of its weights' c, weighted by w^2; c (out, 1) or (1, 1)."""
+    if c.numel() == 1:
+        return c.reshape(())
+    covered = spread.reduce(squared[None])[0]
+    return spread.reduce((squared * c)[None])[0] / covered.clamp(min=1e-30)
+
+
+def auto_kappa_weights(per_datum: float) -> float:
+    """The default kappa_weights, from P/N = ``per_datum``."""
+    return per_datum**0.5
+
+
+def auto_kappa_mask(config: IsingConfig, per_datum: float) -> float:
+    """The default kappa_mask, from the granularity and P/N."""
+    return (1e3 if config.granularity == "weight" else 10.0) * per_datum**0.5
+
+
+def check_ising(config: IsingConfig) -> None:
+    """Raises UserError where a setting is out of its range."""
+    for name, known in (("saliency", SALIENCY), ("coupling", COUPLINGS)):
+        if getattr(config, name) not in known:
+            raise UserError(f"unknown {name} {getattr(config, name)!r}; known: {', '.join(known)}.")
+    for name in ("delta", "curvature_decay"):
+        if not 0 < getattr(config, name) < 1:
+            raise UserError(f"{name} must lie strictly between 0 and 1, not {getattr(config, name)}.")
+    for name in ("max_keep", "mask_damping"):
+        if not 0 < getattr(config, name) <= 1:
+            raise UserError(f"{name} must lie in (0, 1], not {getattr(config, name)}.")
+    for name in ("temperature", "tau_0", "tau_1", "init_scale"):
+        if not getattr(config, name) > 0:
+            raise UserError(f"{name} must be positive, not {getattr(config, name)}.")
+    if config.tau_0 >= config.tau_1:
+        raise UserError(f"the spike tau_0 ({config.tau_0}) must be narrower than the slab tau_1 ({config.tau_1}).")
+    if not 0 <= config.decay <= 1:
+        raise UserError(f"decay must lie in [0, 1], not {config.decay}.")
+    if config.update_every < 1:
+        raise UserError(f"update_every must be at least 1, not {config.update_every}.")

@@ -1,0 +1,111 @@
+"""Posterior predictive draws in bounded memory, and what they say.
+
+    p(y | x) ~ (1/S) sum_s softmax f_{W_s}(x),   W_s ~ q
+    entropy of the mean = expected entropy (aleatoric) + mutual information (epistemic)
+
+Shapes: S samples, B batch, C classes. Entropies in nats.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_isingvit.errors import UserError
+from pyro_isingvit.metrics import entropy
+from pyro_isingvit.run import Run
+from pyro_isingvit.vit import Weights
+
+CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class PredictiveDraws:
+    """Class probabilities of every draw.
+
+    Attributes:
+        probs: (S, B, C) float32 on the CPU.
+    """
+
+    probs: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Posterior predictive probabilities, (B, C)."""
+        return self.probs.mean(0)
+
+    def interval(self, mass: float = 0.9) -> Tensor:
+        """Equal-tailed credible intervals of the class probabilities.
+
+        Args:
+            mass: share of the draws inside, in (0, 1).
+
+        Returns:
+            (2, B, C): lower and upper ends.
+
+        Raises:
+            UserError: mass outside (0, 1).
+        """
+        if not 0 < mass < 1:
+            raise UserError(f"the mass of a credible interval must lie in (0, 1), not {mass}.")
+        ends = [(1 - mass) / 2, (1 + mass) / 2]
+        return torch.from_numpy(np.quantile(self.probs.numpy(), ends, axis=0))  # torch's stops at 16M numbers
+
+    @property
+    def entropy(self) -> Tensor:
+        """Total uncertainty: entropy of the mean prediction, (B,)."""
+        return entropy(self.mean)
+
+    @property
+    def expected_entropy(self) -> Tensor:
+        """Aleatoric part: mean entropy of the draws, (B,)."""
+        return entropy(self.probs).mean(0)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """Epistemic part: entropy minus expected entropy, (B,), at least 0."""
+        return (self.entropy - self.expected_entropy).clamp(min=0.0)
+
+
+def _stack(draws: list[Weights]) -> Weights:
+    if len(draws) == 1:
+        return draws[0]  # a plain forward pass, without a sample axis
+    return {kind: torch.stack([draw[kind] for draw in draws]) for kind in draws[0]}
+
+
+@torch.no_grad()
+def draw_predictive(
+    run: Run, images: Tensor, num_samples: int = 100, chunk: int = CHUNK, seed: int = 0
+) -> PredictiveDraws:
+    """Draws weights from the guide and predicts every image with each draw.
+
+    Draw s is the same whatever the chunk, and one draw serves all images.
+
+    Args:
+        run: a trained run.
+        images: (B, channels, height, width) uint8, as the data set gives them.
+        num_samples: S.
+        chunk: at most this many (draw, image) pairs pass through the network at a time.
+        seed: of the draws; the global random state is left as it was.
+
+    Raises:
+        UserError: images that do not fit the run, or S or chunk below 1.
+    """
+    if num_samples < 1 or chunk < 1:
+        raise UserError(f"samples ({num_samples}) and chunk ({chunk}) must be at least 1.")
+    run.info.normalise(images[:1])  # complains of a misfit before any work
+    batch, classes = len(images), run.info.num_classes
+    probs = torch.empty(num_samples, batch, classes)
+    group = max(1, min(chunk // max(batch, 1), num_samples))
+    cuda = [run.device] if run.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        for first in range(0, num_samples, group):
+            size = min(group, num_samples - first)
+            weights = _stack([run.guide.draw() for _ in range(size)])
+            for start in range(0, batch, chunk):
+                x = run.info.normalise(images[start : start + chunk].to(run.device))
+                logits = run.model.vit(weights, x).float()  # (C-last), with S in front where size > 1
+                probs[first : first + size, start : start + chunk] = logits.softmax(-1).cpu()
+    return PredictiveDraws(probs)
