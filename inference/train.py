@@ -91,8 +91,7 @@ def _train_and_report(config: RunConfig, folder: Path, resume: bool, full: bool)
     else:
         _clear(folder)
     run = trainer.fit()
-    sys.stderr.write(f"drawing {config.train.samples} posterior predictive samples for {len(data.test)} test images\n")
-    metrics = evaluate(run, data, trainer.seconds, full)
+    metrics = evaluate(run, data, trainer.seconds, full, progress=True)
     shown = {
         "accuracy": "accuracy", "macro F1": "f1_macro", "NLL (nats)": "nll", "Brier": "brier", "ECE (15 bins)": "ece",
         "mean retention": "retention_mean", "share of weights pruned": "pruned_fraction",

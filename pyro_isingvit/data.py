@@ -93,12 +93,9 @@ class DataInfo:
         Raises:
             UserError: other channels, size or type than the training images.
         """
-        shape, got = (self.channels, self.height, self.width), tuple(images.shape)
-        _need(
-            len(got) == 4 and got[1:] == shape and images.dtype == torch.uint8,
-            f"expected images (N, {shape[0]}, {shape[1]}, {shape[2]}) of type uint8, as in training on "
-            f"{self.dataset}; got {got} of type {str(images.dtype).removeprefix('torch.')}.",
-        )
+        expected = f"(N, {self.channels}, {self.height}, {self.width}) torch.uint8"
+        got = f"{('N', *images.shape[1:])} {images.dtype}".replace("'", "")
+        _need(got == expected, f"expected images {expected}, as in training on {self.dataset}; got {got}.")
         mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
@@ -139,9 +136,7 @@ def torchvision_set(kind: str, source: DataConfig) -> Parts:
     try:
         with warnings.catch_warnings():  # NumPy >= 2.4 remarks on the published CIFAR pickles
             warnings.filterwarnings("ignore", message=".*align should be passed")
-            sets = [
-                dataset(source.data_root, train=train, download=source.download) for train in (True, False)
-            ]
+            sets = [dataset(source.data_root, train, download=source.download) for train in (True, False)]
         parts = [_split(np.asarray(part.data), np.asarray(part.targets)) for part in sets]
         if any(len(part.images) != len(part.labels) for part in parts):
             raise ValueError("label count mismatch")
@@ -170,11 +165,8 @@ def npz(source: DataConfig) -> Parts:
     last = max(int(part.labels.max()) for part in parts.values())
     present = np.unique(parts["train"].labels.numpy())
     gap = next(i for i, label in enumerate([*present, -1]) if i != label)
-    _need(
-        gap > last,
-        f"{path}: empty class {gap}: labels go up to {last}, but no training image has label {gap}; "
-        "number the classes 0, 1, 2, ... without gaps.",
-    )
+    empty = f"{path}: empty class {gap}: labels go up to {last}, but no training image has label {gap}"
+    _need(gap > last, f"{empty}; number the classes 0, 1, 2, ... without gaps.")
     return parts["train"], parts.get("val"), parts.get("test"), tuple(map(str, range(gap)))
 
 
@@ -196,20 +188,17 @@ def imagefolder(source: DataConfig) -> Parts:
         _need(folders, f"{root / name} has no class folders; put the images of each class into their own.")
         listed[name] = {folder.name: list_images(folder, within=root) for folder in folders}
         odd = sorted(set(listed[name]) ^ set(listed[names[0]]))
-        _need(
-            not odd, f"{root}: {names[0]}/ and {name}/ must have the same class folders; not in both: {odd}."
-        )
+        _need(not odd, f"{root}: class folders of {names[0]}/ and {name}/ must agree; not in both: {odd}.")
     paths = [path for classes in listed.values() for files in classes.values() for path in files]
     images, _ = _decode_all(paths, (size, size) if size else None)
-    parts, start = [], 0
-    for classes in listed.values():
+    parts, start = {}, 0
+    for name, classes in listed.items():
         counts = [len(files) for files in classes.values()]
         rows = slice(start, start := start + sum(counts))
         labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        file_names = tuple(path.relative_to(root).as_posix() for path in paths[rows])
-        parts.append(Split(images[rows].clone(), labels, file_names))
-    by_name = dict(zip(names, parts, strict=True))
-    return (parts[0], by_name.get("val"), by_name.get("test"), tuple(listed[names[0]]))
+        file_names = tuple("/".join(path.parts[len(root.parts) :]) for path in paths[rows])
+        parts[name] = Split(images[rows].clone(), labels, file_names)
+    return parts[names[0]], parts.get("val"), parts.get("test"), tuple(listed[names[0]])
 
 
 DATASETS: dict[str, Loader] = {
@@ -237,8 +226,12 @@ def load_data(
 
     Args:
         dataset: a name in ``DATASETS``, ``imagefolder:PATH`` or ``npz:PATH``.
-        data_root, train_size, val_fraction, download, image_size: as in ``config.DataConfig``.
+        data_root: folder of the torchvision data sets.
+        train_size: number of training images; None: all that validation leaves.
+        val_fraction: validation images per training image, 0 to 0.5.
         seed: of the training subset and the validation part; the test part never depends on it.
+        download: fetch a missing torchvision data set into ``data_root``.
+        image_size: resize an image folder to this many pixels square.
 
     Raises:
         UserError: unknown data set, unreadable files, or a split that cannot be made.
@@ -262,9 +255,7 @@ def load_data(
         if len(left) >= count and len(np.unique(labels[left])) == len(classes):
             val = pool.take(left[_stratified(labels[left], count, rng)])
         else:
-            rest, held_out = _hold_out(
-                labels[chosen], count, rng, classes, "validation (or --val-fraction 0)"
-            )
+            rest, held_out = _hold_out(labels[chosen], count, rng, classes, "validation (--val-fraction)")
             val, chosen = pool.take(chosen[held_out]), chosen[rest]
     train = pool.take(chosen)
     mean, std = _statistics(train.images)
@@ -302,13 +293,9 @@ def load_inputs(
         _need(path.suffix == ".npz", f"{spec!r} is no folder, no .npz file and no known data set ({KNOWN}).")
         arrays = _read_npz(path, ["images", "labels", "test_images", "test_labels"])
         start = "" if "images" in arrays else "test_"
-        split = _npz_split(
-            arrays, f"{start}images", f"{start}labels", path, labelled=f"{start}labels" in arrays
-        )
-        last = int(split.labels.max())
-        _need(
-            last < info.num_classes, f"{path} has label {last}, but the run has {info.num_classes} classes."
-        )
+        split = _npz_split(arrays, f"{start}images", f"{start}labels", path, f"{start}labels" in arrays)
+        last, classes = int(split.labels.max()), info.classes
+        _need(last < len(classes), f"{path} has label {last}, but the run has {len(classes)} classes.")
     info.normalise(split.images[:1])  # says what is wrong if the shape is
     return split
 
@@ -348,7 +335,7 @@ def list_images(folder: str | Path, within: str | Path | None = None) -> list[Pa
     if other or links:
         log.warning("%s: skipped %d files that are no images and %d links", folder, other, links)
     _need(found, f"empty folder {folder}: no image in it (known types: {' '.join(SUFFIXES)}).")
-    return sorted(found)
+    return sorted(found, key=str)
 
 
 def _path(source: DataConfig) -> Path:
@@ -437,7 +424,7 @@ def _npz_split(
         bad = int(np.isnan(arrays[key]).sum()) if arrays[key].dtype.kind == "f" else 0
         _need(not bad, f"{path}: {key} has {bad} NaN values; mend or remove those images.")
     images = arrays[images_key]
-    labels = arrays[labels_key] if labelled else np.full(len(images), UNLABELLED)
+    labels = arrays[labels_key] if labelled else np.full(images.shape[:1], UNLABELLED)
     mend = "convert values in [0, 1] by (images * 255).round().astype('uint8')"
     _need(images.dtype == np.uint8, f"{path}: {images_key} is {images.dtype}, uint8 is expected; {mend}.")
     shaped = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in {1, 3})

@@ -11,7 +11,7 @@ from pyro_isingvit.predictive import draw_predictive
 from pyro_isingvit.run import METRICS, POSTERIOR, Run
 
 
-def evaluate(run: Run, data: ImageData, train_seconds: float, full: bool = False) -> dict[str, Any]:
+def evaluate(run: Run, data: ImageData, train_seconds: float, full: bool = False, progress: bool = False) -> dict[str, Any]:
     """Draws predictions for the test part, writes posterior.nc and metrics.json, returns the metrics.
 
     Args:
@@ -19,6 +19,7 @@ def evaluate(run: Run, data: ImageData, train_seconds: float, full: bool = False
         data: the data that it was trained on.
         train_seconds: wall time of the training.
         full: keep every mask and weight draw in posterior.nc.
+        progress: show a progress bar.
 
     Raises:
         UserError: the run has no folder, or the data have no test part.
@@ -28,7 +29,7 @@ def evaluate(run: Run, data: ImageData, train_seconds: float, full: bool = False
     if len(data.test) == 0:
         raise UserError(f"{data.info.dataset} has no test part to evaluate on.")
     samples, seed = run.config.train.samples, run.config.train.seed
-    draws = draw_predictive(run, data.test.images, samples, seed=seed)
+    draws = draw_predictive(run, data.test.images, samples, seed=seed, progress=progress)
     metrics: dict[str, Any] = {
         **classification_metrics(draws.mean, data.test.labels),
         **run.mask_summary(),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_isingvit.errors import UserError
 from pyro_isingvit.metrics import entropy
@@ -76,7 +77,8 @@ def _stack(draws: list[Weights]) -> Weights:
 
 @torch.no_grad()
 def draw_predictive(
-    run: Run, images: Tensor, num_samples: int = 100, chunk: int = CHUNK, seed: int = 0
+    run: Run, images: Tensor, num_samples: int = 100, chunk: int = CHUNK, seed: int = 0,
+    progress: bool = False,
 ) -> PredictiveDraws:
     """Draws weights from the guide and predicts every image with each draw.
 
@@ -88,6 +90,7 @@ def draw_predictive(
         num_samples: S.
         chunk: at most this many (draw, image) pairs pass through the network at a time.
         seed: of the draws; the global random state is left as it was.
+        progress: show a progress bar.
 
     Raises:
         UserError: images that do not fit the run, or S or chunk below 1.
@@ -101,7 +104,8 @@ def draw_predictive(
     cuda = [run.device] if run.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
-        for first in range(0, num_samples, group):
+        firsts = range(0, num_samples, group)
+        for first in tqdm(firsts, desc="draw", unit=f"x{group}", disable=not progress, dynamic_ncols=True):
             size = min(group, num_samples - first)
             weights = _stack([run.guide.draw() for _ in range(size)])
             for start in range(0, batch, chunk):

@@ -2,7 +2,7 @@
 
     loss = mean NLL + [weight KL + mask KL] / (kappa_weights N)          nats per image
 
-The loss is ``TraceMeanField_ELBO()(model, guide)``, an ordinary module; AdamW, schedule, clipping and Lightning
+The loss is ``ClosedFormELBO()(model, guide)``, an ordinary module; AdamW, schedule, clipping and Lightning
 Fabric treat it as any other.
 """
 
@@ -17,13 +17,13 @@ from typing import Any
 import lightning_fabric as lf
 import pyro
 import torch
-from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_isingvit.checkpoint import load_checkpoint, save_checkpoint, write_text
 from pyro_isingvit.config import DataConfig, RunConfig, TrainConfig
 from pyro_isingvit.data import ImageData, Split
+from pyro_isingvit.elbo import ClosedFormELBO
 from pyro_isingvit.errors import UserError
 from pyro_isingvit.history import to_lines
 from pyro_isingvit.metrics import classification_metrics
@@ -100,7 +100,7 @@ class Trainer:
         pyro.settings.set(module_local_params=True)
         torch.manual_seed(self.settings.seed)
         model, guide = build(config, data.info, len(data.train), model)
-        elbo = TraceMeanField_ELBO()(model, guide)
+        elbo = ClosedFormELBO()(model, guide)
         steps = math.ceil(len(data.train) / self.settings.batch_size)
         self.main_steps = steps * self.settings.epochs
         self.total_epochs = self.settings.epochs + self.settings.finetune_epochs
