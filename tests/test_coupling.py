@@ -1,0 +1,111 @@
+"""Coupling against loops written from the formula, and the properties METHOD section 4 asks for."""
+
+import pytest
+import torch
+
+from pyro_isingvit.coupling import COUPLINGS, Network
+
+D, H, F, L, C, P, DECAY = 6, 2, 8, 3, 3, 5, 0.5
+HEAD_DIM = D // H
+
+
+def network(two_layer_head: bool, seed: int = 0):
+    torch.manual_seed(seed)
+    shapes = {"patch": (1, D, P), "qkv": (L, 3 * D, D), "attn_out": (L, D, D), "fc1": (L, F, D), "fc2": (L, D, F)}
+    if two_layer_head:
+        shapes["head_hidden"] = (1, D // 2, D)
+    shapes["head"] = (1, C, D // 2 if two_layer_head else D)
+    squared = {kind: torch.rand(shape) for kind, shape in shapes.items()}
+    retention = {kind: torch.rand(shape) for kind, shape in shapes.items()}
+    return Network(squared, torch.rand(2 * L + 1, D) + 0.5, H, DECAY), retention
+
+
+def fields(name: str, net: Network, retention) -> dict[tuple[str, int], torch.Tensor]:
+    """c of every (kind, layer), with the retention held fixed."""
+    seen: dict[tuple[str, int], torch.Tensor] = {}
+
+    def update(kind, layer, c):
+        assert (kind, layer) not in seen, "visited twice"
+        rows, columns = net.squared[kind][layer].shape
+        seen[kind, layer] = c.expand(rows, columns).clone() if 1 in c.shape else c
+        return retention[kind][layer]
+
+    COUPLINGS[name](net, update)
+    return seen
+
+
+def c_from_readers(net, retention, readers, column) -> float:
+    """The formula: sum over readers of rho gamma^2 sum_k w^2 pi over the same without pi."""
+    top = bottom = 0.0
+    for kind, layer, rho, norm in readers:
+        gain = 1.0 if norm is None else float(net.gain[norm, column])
+        w2, pi = net.squared[kind][layer][:, column], retention[kind][layer][:, column]
+        top += rho * gain * float((w2 * pi).sum())
+        bottom += rho * gain * float(w2.sum())
+    return top / bottom
+
+
+def residual_readers(after: int, decay: float, two_layer_head: bool):
+    """Readers of a residual channel, nearest first; ``after`` counts norms: 2b = qkv of block b, 2b + 1 = fc1 of b."""
+    readers = [("qkv" if norm % 2 == 0 else "fc1", norm // 2, norm) for norm in range(after, 2 * L)]
+    readers.append(("head_hidden" if two_layer_head else "head", 0, 2 * L))
+    return [(kind, layer, decay**distance, norm) for distance, (kind, layer, norm) in enumerate(readers)]
+
+
+@pytest.mark.parametrize("two_layer_head", [False, True])
+@pytest.mark.parametrize(("name", "decay"), [("all_readers", DECAY), ("nearest", 0.0)])
+def test_against_loops_from_the_formula(name: str, decay: float, two_layer_head: bool) -> None:
+    net, retention = network(two_layer_head)
+    seen = fields(name, net, retention)
+    assert set(seen) == {(kind, layer) for kind, w in net.squared.items() for layer in range(len(w))}
+
+    def check(kind, layer, row, expected):
+        torch.testing.assert_close(seen[kind, layer][row], torch.full_like(seen[kind, layer][row], expected))
+
+    for b in range(L):
+        for f in range(F):
+            check("fc1", b, f, c_from_readers(net, retention, [("fc2", b, 1.0, None)], f))
+        for j in range(D):
+            check("attn_out", b, j, c_from_readers(net, retention, residual_readers(2 * b + 1, decay, two_layer_head), j))
+            check("fc2", b, j, c_from_readers(net, retention, residual_readers(2 * b + 2, decay, two_layer_head), j))
+        w2, pi = net.squared["attn_out"][b], retention["attn_out"][b]
+        for h in range(H):
+            columns = range(h * HEAD_DIM, (h + 1) * HEAD_DIM)
+            pooled = sum(float((w2[:, k] * pi[:, k]).sum()) for k in columns) / sum(float(w2[:, k].sum()) for k in columns)
+            for k in columns:
+                check("qkv", b, k, pooled)  # q
+                check("qkv", b, D + k, pooled)  # k
+                check("qkv", b, 2 * D + k, c_from_readers(net, retention, [("attn_out", b, 1.0, None)], k))  # v
+    for j in range(D):
+        check("patch", 0, j, c_from_readers(net, retention, residual_readers(0, decay, two_layer_head), j))
+    if two_layer_head:
+        for j in range(D // 2):
+            check("head_hidden", 0, j, c_from_readers(net, retention, [("head", 0, 1.0, None)], j))
+    check("head", 0, 0, 0.0)
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_c_lies_between_0_and_1_and_is_finite_for_dead_readers(name: str) -> None:
+    net, retention = network(False)
+    for squared in net.squared.values():
+        squared[..., 0] = 0.0  # no reader of channel 0 has any weight
+    for c in fields(name, net, retention).values():
+        assert torch.isfinite(c).all() and (c >= 0).all() and (c <= 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize("name", ["all_readers", "nearest"])
+def test_dropping_every_reader_of_a_channel_lowers_its_c(name: str) -> None:
+    net, retention = network(False)
+    before = fields(name, net, retention)
+    for kind in ("qkv", "fc1", "head"):
+        retention[kind][..., 2] = 0.0
+    after = fields(name, net, retention)
+    for kind in ("patch", "attn_out", "fc2"):
+        for layer in range(len(net.squared[kind])):
+            assert (after[kind, layer][2] < before[kind, layer][2]).all()
+            torch.testing.assert_close(after[kind, layer][3], before[kind, layer][3])  # the others are untouched
+
+
+def test_without_coupling_c_is_zero() -> None:
+    net, retention = network(True)
+    assert all((c == 0).all() for c in fields("none", net, retention).values())
