@@ -11,7 +11,7 @@ from pyro_isingvit.errors import UserError
 FORMAT = 1  # raised whenever a run folder written before could no longer be read
 
 Granularity = Literal["weight", "unit", "head"]
-Tempering = float | Literal["exact", "data_emphasis", "auto"]
+Tempering = float | Literal["exact", "data_emphasis"]
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,14 @@ class IsingConfig:
     """Curvature estimator; the names are in pyro_isingvit.saliency.SALIENCY."""
     coupling: str = "all_readers"
     """Coupling graph; the names are in pyro_isingvit.coupling.COUPLINGS."""
-    kappa_mask: Tempering = "auto"
-    """Weight of the likelihood in the mask field: a number, exact (1) or data_emphasis (P/N)."""
-    kappa_weights: Tempering = "auto"
+    kappa_mask: Tempering | Literal["auto"] = "auto"
+    """Weight of the likelihood in the mask field: a number, exact (1), data_emphasis (P/N), or auto: solved at each
+    update so that the mean retention meets target_retention."""
+    target_retention: float = 0.6
+    """Mean retention that kappa_mask "auto" aims at; ignored for a fixed kappa_mask."""
+    kappa_weights: Tempering = "data_emphasis"
     """Weight of the likelihood in the objective: a number, exact (1) or data_emphasis (P/N)."""
-    delta: float = 0.9
+    delta: float = 0.99
     """Prior probability that a mask drops its weights."""
     J: float = 1.0
     """Strength of the Ising coupling to the readers."""

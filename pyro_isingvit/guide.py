@@ -8,6 +8,7 @@ every few steps: the paper's alternation of mask and weight updates.
 """
 
 import math
+from typing import Literal
 
 import pyro
 import torch
@@ -23,16 +24,17 @@ from pyro_isingvit.model import CERTAIN, IsingViT
 from pyro_isingvit.saliency import SALIENCY, second_order_gain
 from pyro_isingvit.vit import Weights
 
+BISECTION_SAMPLE = 16_384  # masks looked at to solve for kappa_mask
 LOGIT_BOUND = 10.0  # mask logits stay within +-10: a mask can always come back
 
 
-def tempering(kappa: Tempering, num_weights: int, num_data: int, auto: float) -> float:
-    """The number behind a tempering setting: exact = 1, data_emphasis = max(1, P / N), auto = ``auto``.
+def tempering(kappa: Tempering | Literal["auto"], num_weights: int, num_data: int) -> float:
+    """The number behind a tempering setting: exact = 1, data_emphasis = max(1, P / N), auto = 1 to start with.
 
     Raises:
         UserError: not positive.
     """
-    named = {"exact": 1.0, "data_emphasis": max(1.0, num_weights / num_data), "auto": auto}
+    named = {"exact": 1.0, "data_emphasis": max(1.0, num_weights / num_data), "auto": 1.0}
     value = named[kappa] if isinstance(kappa, str) else float(kappa)
     if not value > 0:
         raise UserError(f"kappa must be positive, not {value}.")
@@ -55,13 +57,9 @@ class IsingGuide(nn.Module):
         super().__init__()
         check_ising(model.ising)
         self.config, self.num_data, self.layout = model.ising, num_data, model.layout
-        per_datum = max(1.0, model.num_masked_weights / num_data)
-        self.kappa_mask = tempering(
-            self.config.kappa_mask, model.num_masked_weights, num_data, auto_kappa_mask(self.config, per_datum)
-        )
-        self.kappa_weights = tempering(
-            self.config.kappa_weights, model.num_masked_weights, num_data, auto_kappa_weights(per_datum)
-        )
+        kappa_mask = tempering(self.config.kappa_mask, model.num_masked_weights, num_data)
+        self.register_buffer("kappa", torch.tensor(kappa_mask, dtype=torch.double))
+        self.kappa_weights = tempering(self.config.kappa_weights, model.num_masked_weights, num_data)
         weights = initial or model.vit.initial_weights()
         self.kinds = tuple(model.vit.matrix_shapes)
         self.loc = nn.ParameterDict({kind: nn.Parameter(weight.clone()) for kind, weight in weights.items()})
@@ -74,6 +72,8 @@ class IsingGuide(nn.Module):
                 for kind, weight in weights.items()
             }
         )
+        self.kappa: Tensor
+        self.curvature_updates: Tensor
         for kind, weight in weights.items():
             self.register_buffer(f"curvature_{kind}", torch.zeros_like(weight))
         for name, site in self.layout.sites.items():
@@ -81,6 +81,11 @@ class IsingGuide(nn.Module):
         self.register_buffer("curvature_updates", torch.zeros((), dtype=torch.long))
 
     # What the posterior is --------------------------------------------------------------------------------------
+
+    @property
+    def kappa_mask(self) -> float:
+        """Weight of the likelihood in the mask field: as set, or as last solved for the target retention."""
+        return float(self.kappa)
 
     def logits(self, site: str) -> Tensor:
         """logit pi of a mask site, of the site's shape."""
@@ -170,9 +175,19 @@ class IsingGuide(nn.Module):
         keep = self.config.max_keep
         return min(LOGIT_BOUND, math.log(keep / (1.0 - keep))) if keep < 1 else LOGIT_BOUND
 
+    @property
+    def _drop_logit(self) -> float:
+        return math.log(self.config.delta / (1.0 - self.config.delta))
+
     @torch.no_grad()
-    def update(self, model: IsingViT) -> None:
-        """One mean-field sweep: coupling, likelihood and description cost set every mask's prior and posterior."""
+    def update(self, model: IsingViT, progress: float = 1.0) -> None:
+        """One mean-field sweep: coupling, likelihood and description cost set every mask's prior and posterior.
+
+        Args:
+            model: its prior logits are set.
+            progress: share of the Ising phase behind us, in [0, 1]; with kappa_mask "auto" the wanted mean
+                retention falls from the highest allowed to ``target_retention`` over the first half of it.
+        """
         config, layout = self.config, self.layout
         squared = {kind: loc.detach() ** 2 for kind, loc in self.loc.items()}
         if config.empirical_tau_1:
@@ -181,17 +196,18 @@ class IsingGuide(nn.Module):
         cost = {
             kind: slab_kl(loc, self.log_scale[kind].exp(), model.tau_1(kind)) for kind, loc in self.loc.items()
         }
+        if config.kappa_mask == "auto":
+            self.kappa.fill_(self._solve_kappa_mask(model, gain, cost, progress))
         evidence = {  # what speaks for a mask besides its prior, site -> site shape, nats
             name: self.kappa_mask * layout.reduce(site, gain) - config.omega * layout.reduce(site, cost)
             for name, site in layout.sites.items()
         }
-        drop_logit = math.log(config.delta / (1.0 - config.delta))
 
         def set_site(kind: str, layer: int, c: Tensor) -> Tensor:
             site = layout.site_of[kind]
             if site.coupled_kind == kind:
                 pooled = _pool(site.spreads[kind], c, squared[kind][layer])
-                prior = config.J * pooled - drop_logit
+                prior = config.J * pooled - self._drop_logit
                 target = (prior + evidence[site.name][layer]).clamp(-LOGIT_BOUND, self._highest)
                 self.logits(site.name)[layer].lerp_(target, config.mask_damping)
                 model.prior_logits(site.name)[layer].copy_(prior.expand_as(target))
@@ -200,6 +216,34 @@ class IsingGuide(nn.Module):
 
         network = Network(squared, model.vit.norm_gain.detach() ** 2, model.vit.config.heads, config.decay)
         COUPLINGS[config.coupling](network, set_site)
+
+    def _solve_kappa_mask(self, model: IsingViT, gain: Weights, cost: Weights, progress: float) -> float:
+        """kappa_mask at which the mean retention over weights meets the target, by bisection of its logarithm.
+
+        Uses the coupling of the last sweep; retention grows with kappa_mask wherever the likelihood speaks at all.
+        """
+        config, layout = self.config, self.layout
+        start = min(config.max_keep, 1.0)
+        left = (1.0 - min(1.0, 2.0 * progress)) ** 3  # gradual pruning: fast first, slow towards the target
+        target = config.target_retention + (start - config.target_retention) * left
+        size = {kind: torch.ones_like(loc) for kind, loc in self.loc.items()}
+        flat: dict[str, list[Tensor]] = {"gain": [], "base": [], "size": []}
+        for name, site in layout.sites.items():
+            prior = model.prior_logits(name)
+            prior = torch.where(prior >= CERTAIN, -self._drop_logit, prior)  # straight after the pilot phase
+            flat["gain"].append(layout.reduce(site, gain).flatten())
+            flat["base"].append((prior - config.omega * layout.reduce(site, cost)).flatten())
+            flat["size"].append(layout.reduce(site, size).flatten())
+        gains, base, sizes = (torch.cat(parts) for parts in flat.values())
+        if gains.numel() > BISECTION_SAMPLE:
+            rows = torch.linspace(0, gains.numel() - 1, BISECTION_SAMPLE, device=gains.device).long()
+            gains, base, sizes = gains[rows], base[rows], sizes[rows]
+        low, high = -10.0, 40.0  # of log kappa_mask
+        for _ in range(30):
+            middle = 0.5 * (low + high)
+            pi = (base + math.exp(middle) * gains).clamp(-LOGIT_BOUND, self._highest).sigmoid()
+            low, high = (middle, high) if float((pi * sizes).sum() / sizes.sum()) < target else (low, middle)
+        return math.exp(0.5 * (low + high))
 
     def _fit_slabs(self, model: IsingViT, squared: Weights) -> None:
         """Empirical Bayes: tau_1^2 = sum pi (m^2 + s^2) / sum pi per layer, kept above the spike (METHOD 5)."""
@@ -226,16 +270,6 @@ def _pool(spread: Spread, c: Tensor, squared: Tensor) -> Tensor:
     return spread.reduce((squared * c)[None])[0] / covered.clamp(min=1e-30)
 
 
-def auto_kappa_weights(per_datum: float) -> float:
-    """The default kappa_weights, from P/N = ``per_datum``."""
-    return per_datum**0.5
-
-
-def auto_kappa_mask(config: IsingConfig, per_datum: float) -> float:
-    """The default kappa_mask, from the granularity and P/N."""
-    return (1e3 if config.granularity == "weight" else 10.0) * per_datum**0.5
-
-
 def check_ising(config: IsingConfig) -> None:
     """Raises UserError where a setting is out of its range."""
     for name, known in (("saliency", SALIENCY), ("coupling", COUPLINGS)):
@@ -250,6 +284,8 @@ def check_ising(config: IsingConfig) -> None:
     for name in ("temperature", "tau_0", "tau_1", "init_scale"):
         if not getattr(config, name) > 0:
             raise UserError(f"{name} must be positive, not {getattr(config, name)}.")
+    if not 0 < config.target_retention <= config.max_keep:
+        raise UserError(f"target_retention must lie in (0, max_keep], not {config.target_retention}.")
     if config.tau_0 >= config.tau_1:
         raise UserError(f"the spike tau_0 ({config.tau_0}) must be narrower than the slab tau_1 ({config.tau_1}).")
     if not 0 <= config.decay <= 1:

@@ -34,7 +34,8 @@ def gnb(vit: ViT, weights: Weights, images: Tensor) -> Weights:
     leaves = {kind: weight.detach().requires_grad_() for kind, weight in weights.items()}
     with torch.enable_grad():
         logits = vit(leaves, images).float()
-        labels = torch.distributions.Categorical(logits=logits.detach(), validate_args=False).sample()
+        noise = torch.empty_like(logits).exponential_().log()  # Gumbel-max: unlike multinomial, bears NaN logits
+        labels = (logits.detach() - noise).argmax(-1)
         grads = torch.autograd.grad(F.cross_entropy(logits, labels), list(leaves.values()))
     return {kind: len(images) * grad.float() ** 2 for kind, grad in zip(leaves, grads, strict=True)}
 

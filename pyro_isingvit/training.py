@@ -175,7 +175,7 @@ class Trainer:
             if update and phase != "finetune":
                 guide.observe(model, x)
                 if phase == "ising":
-                    guide.update(model)
+                    guide.update(model, self._ising_progress())
             loss = self.elbo(x, labels) / len(self.data.train)
             self.optimizer.zero_grad(set_to_none=True)
             self.fabric.backward(loss)
@@ -201,6 +201,11 @@ class Trainer:
         record["pruned_fraction"] = record["retention"]["pruned_fraction"]
         record["retention"] = record["retention"]["retention_mean"]
         return record | self._validate(epoch)
+
+    def _ising_progress(self) -> float:
+        """Share of the Ising phase behind us, in [0, 1]."""
+        pilot = self.main_steps * self.pilot_epochs // self.settings.epochs
+        return (self.step - pilot) / max(1, self.main_steps - pilot)
 
     def _validate(self, epoch: int) -> dict[str, float]:
         val = self.data.val

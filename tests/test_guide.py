@@ -176,13 +176,12 @@ def test_shared_scale_is_frozen() -> None:
 
 
 def test_tempering() -> None:
-    assert tempering("exact", 1000, 10, 5.0) == 1.0
-    assert tempering("data_emphasis", 1000, 10, 5.0) == 100.0
-    assert tempering("data_emphasis", 10, 1000, 5.0) == 1.0
-    assert tempering("auto", 10, 1000, 5.0) == 5.0
-    assert tempering(2.5, 10, 1000, 5.0) == 2.5
+    assert tempering("exact", 1000, 10) == 1.0
+    assert tempering("data_emphasis", 1000, 10) == 100.0
+    assert tempering("data_emphasis", 10, 1000) == 1.0
+    assert tempering(2.5, 10, 1000) == 2.5
     with pytest.raises(UserError, match="positive"):
-        tempering(0.0, 10, 10, 1.0)
+        tempering(0.0, 10, 10)
 
 
 @pytest.mark.parametrize(
@@ -196,3 +195,26 @@ def test_tempering() -> None:
 def test_settings_out_of_range_are_refused(setting: dict) -> None:
     with pytest.raises(UserError, match=next(iter(setting)).split("_")[0]):
         IsingGuide(IsingViT(TINY, INFO, IsingConfig(**setting)), 50)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("target", [0.3, 0.7])
+def test_auto_kappa_mask_meets_the_target_retention(granularity: str, target: float) -> None:
+    model, guide = make_pair(granularity=granularity, target_retention=target, mask_damping=1.0)
+    for _ in range(30):
+        guide.observe(model, X)
+    for _ in range(5):
+        guide.update(model)
+    kept = torch.cat([guide.weight_retention(kind).flatten() for kind in guide.kinds]).mean()
+    assert kept == pytest.approx(target, abs=0.02) and guide.kappa_mask > 0
+
+
+def test_auto_kappa_mask_lowers_retention_gradually() -> None:
+    model, guide = make_pair(target_retention=0.4, mask_damping=1.0)
+    guide.start_masks()
+    guide.observe(model, X)
+    kept = []
+    for progress in (0.0, 0.1, 0.25, 0.5, 1.0):
+        guide.update(model, progress)
+        kept.append(float(torch.cat([guide.weight_retention(kind).flatten() for kind in guide.kinds]).mean()))
+    assert kept[0] > 0.85 and kept[0] > kept[1] > kept[2] > kept[3] and kept[3] == pytest.approx(0.4, abs=0.03)
