@@ -129,6 +129,8 @@ class TrainConfig:
     """Arithmetic of the forward pass."""
     val_samples: int = 4
     """Posterior draws for the validation metrics of each epoch."""
+    calibrate: bool = True
+    """Fit the temperature of the predictions on the validation part after training."""
     samples: int = 100
     """Posterior predictive draws of the final evaluation on the test part."""
 

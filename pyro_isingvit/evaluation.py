@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pyro_isingvit.calibration import temper
 from pyro_isingvit.checkpoint import write_json
 from pyro_isingvit.data import ImageData
 from pyro_isingvit.errors import UserError
@@ -30,9 +31,15 @@ def evaluate(run: Run, data: ImageData, train_seconds: float, full: bool = False
         raise UserError(f"{data.info.dataset} has no test part to evaluate on.")
     samples, seed = run.config.train.samples, run.config.train.seed
     draws = draw_predictive(run, data.test.images, samples, seed=seed, progress=progress)
+    temperature = float(run.model.temperature)
+    plain = classification_metrics(temper(draws.probs, 1.0 / temperature).mean(0), data.test.labels)
     metrics: dict[str, Any] = {
         **classification_metrics(draws.mean, data.test.labels),
         **run.mask_summary(),
+        "temperature": temperature,
+        "nll_uncalibrated": plain["nll"],
+        "ece_uncalibrated": plain["ece"],
+        "brier_uncalibrated": plain["brier"],
         "train_seconds": train_seconds,
         "samples": samples,
         "seed": seed,

@@ -41,6 +41,7 @@ class IsingViT(nn.Module):
 
     Attributes:
         num_data: N, the size of the training set, by which the data plate scales; set by ``fit``.
+        temperature: T of the predictions, fitted on the validation part after training (calibration.py).
         kappa_weights: the KL is weighted by 1/kappa_weights in the objective; set by ``fit``.
     """
 
@@ -51,6 +52,8 @@ class IsingViT(nn.Module):
         self.layout = MaskLayout(self.vit, self.ising.granularity)
         self.num_data: int | None = None
         self.kappa_weights = 1.0
+        self.temperature: Tensor
+        self.register_buffer("temperature", torch.ones(()))
         for name, site in self.layout.sites.items():
             self.register_buffer(f"prior_logit_{name}", torch.full(site.shape, CERTAIN))
         for kind, shape in self.vit.matrix_shapes.items():
@@ -101,9 +104,11 @@ class IsingViT(nn.Module):
             y: (B,) class numbers; None samples them (site ``y``) and records ``probs``.
 
         Returns:
-            logits (B, C), or (S, B, C) under a vectorised sample plate.
+            logits (B, C), or (S, B, C) under a vectorised sample plate; divided by T where y is None.
         """
         logits = self.vit(self.sample_weights(), x).float()
+        if y is None:
+            logits = logits / self.temperature
         size = len(x) if y is None or self.num_data is None else self.num_data
         with pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device)):
             if y is None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_isingvit.calibration import fit_temperature
 from pyro_isingvit.checkpoint import load_checkpoint, save_checkpoint, write_text
 from pyro_isingvit.config import DataConfig, RunConfig, TrainConfig
 from pyro_isingvit.data import ImageData, Split
@@ -34,6 +35,7 @@ from pyro_isingvit.version import __version__
 
 log = logging.getLogger(__name__)
 PRECISION = {"32": "32-true", "bf16": "bf16-mixed"}
+CALIBRATION_SAMPLES = 50
 FINETUNE_LR = 0.1  # peak learning rate of fine-tuning, as a share of lr
 
 
@@ -161,7 +163,17 @@ class Trainer:
                 self.run.history.append(record)
                 self.seconds = time.monotonic() - start
                 self._keep()
+        if self.settings.calibrate and len(self.data.val):
+            self._calibrate()
+            self._keep()
         return self.run
+
+    def _calibrate(self) -> None:
+        """Fits T on the validation part, which took no part in training (calibration.py)."""
+        self.elbo.eval()
+        self.run.model.temperature.fill_(1.0)
+        draws = draw_predictive(self.run, self.data.val.images, CALIBRATION_SAMPLES, seed=self.settings.seed)
+        self.run.model.temperature.fill_(fit_temperature(draws.probs, self.data.val.labels))
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         phase, model, guide = self.phase(epoch), self.run.model, self.run.guide
