@@ -57,7 +57,7 @@ class ResumeArguments:
 
 
 def train(arguments: TrainArguments) -> None:
-    """Train an Ising-ViT by stochastic variational inference. (To continue a run: --resume DIR alone.)"""
+    """Train an Ising-ViT by stochastic variational inference. To continue a run: --resume DIR alone."""
     from pyro_isingvit.run import CHECKPOINT, CONFIG
 
     config = RunConfig(
@@ -65,7 +65,9 @@ def train(arguments: TrainArguments) -> None:
     )
     held = [name for name in (CONFIG, CHECKPOINT) if (arguments.out / name).exists()]
     if held and not arguments.overwrite:
-        raise UserError(f"{arguments.out} already holds a run; continue it with --resume or replace it with --overwrite.")
+        raise UserError(
+            f"{arguments.out} already holds a run; continue it with --resume or replace it with --overwrite."
+        )
     if arguments.out.exists() and not arguments.out.is_dir():
         raise UserError(f"{arguments.out} is a file; --out takes a folder.")
     _train_and_report(config, arguments.out, resume=False, full=arguments.full_posterior)
@@ -97,7 +99,9 @@ def _train_and_report(config: RunConfig, folder: Path, resume: bool, full: bool)
         "mean retention": "retention_mean", "share of weights pruned": "pruned_fraction",
         "masked weights": "masked_weights", "training images": "train_size", "seconds of training": "train_seconds",
     }  # fmt: skip
-    print_table(f"{config.data.dataset}, test part, {config.train.samples} draws", {k: metrics[v] for k, v in shown.items()})
+    print_table(
+        f"{config.data.dataset}, test part, {config.train.samples} draws", {k: metrics[v] for k, v in shown.items()}
+    )
     print(f"run: {folder}\nreport: python -m analysis.report --run {folder}")
 
 

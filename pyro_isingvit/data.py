@@ -12,10 +12,7 @@ Shapes: N images, C channels (1 or 3), H height, W width; images are (N, C, H, W
 
 import logging
 import math
-import os
-import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,11 +23,10 @@ import torch
 from torch import Tensor
 
 from pyro_isingvit.config import DataConfig
-from pyro_isingvit.errors import UserError
+from pyro_isingvit.errors import UserError, need, why
+from pyro_isingvit.image_files import decode_all, list_images, subfolders
 
 log = logging.getLogger(__name__)
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # Pillow tries these readers and no other
 UNLABELLED = -1
 
 
@@ -71,9 +67,7 @@ class DataInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "DataInfo":
@@ -85,7 +79,7 @@ class DataInfo:
         try:
             return cls(**{**raw, **{key: tuple(raw[key]) for key in ("classes", "mean", "std")}})
         except (KeyError, TypeError) as error:
-            raise UserError(f"the saved data description is damaged ({_why(error)}); train again.") from error
+            raise UserError(f"the saved data description is damaged ({why(error)}); train again.") from error
 
     def normalise(self, images: Tensor) -> Tensor:
         """(images / 255 - mean) / std, (N, C, H, W) uint8 -> float32, on the images' device.
@@ -95,7 +89,7 @@ class DataInfo:
         """
         expected = f"(N, {self.channels}, {self.height}, {self.width}) torch.uint8"
         got = f"{('N', *images.shape[1:])} {images.dtype}".replace("'", "")
-        _need(got == expected, f"expected images {expected}, as in training on {self.dataset}; got {got}.")
+        need(got == expected, f"expected images {expected}, as in training on {self.dataset}; got {got}.")
         mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
@@ -134,16 +128,16 @@ def torchvision_set(kind: str, source: DataConfig) -> Parts:
     dataset = getattr(torchvision.datasets, kind)
     folder = Path(source.data_root) / getattr(dataset, "base_folder", f"{kind}/raw")
     try:
-        with warnings.catch_warnings():  # NumPy >= 2.4 remarks on the published CIFAR pickles
-            warnings.filterwarnings("ignore", message=".*align should be passed")
-            sets = [dataset(source.data_root, train, download=source.download) for train in (True, False)]
+        sets = [dataset(source.data_root, train, download=source.download) for train in (True, False)]
         parts = [_split(np.asarray(part.data), np.asarray(part.targets)) for part in sets]
-        if any(len(part.images) != len(part.labels) for part in parts):
-            raise ValueError("label count mismatch")
+        for part in parts:
+            need(len(part.images) == len(part.labels), "label count mismatch")
+            fits = part.images.dtype == torch.uint8 and int(part.labels.max()) < len(sets[0].classes)
+            need(fits, "images that are not uint8, or labels without a class")
     except Exception as error:  # a damaged file makes the readers raise almost anything
-        why = _why(error) if folder.is_dir() or source.download else "no such folder"
+        reason = why(error) if folder.is_dir() or source.download else "no such folder"
         mend = "put its published files there, or delete what is there and add --download"
-        raise UserError(f"cannot read {source.dataset} from {folder} ({why}); {mend}.") from error
+        raise UserError(f"cannot read {source.dataset} from {folder} ({reason}); {mend}.") from error
     classes = tuple(name.partition(" - ")[0] for name in sets[0].classes)  # MNIST's are "0 - zero"
     return parts[0], None, parts[1], classes
 
@@ -161,12 +155,12 @@ def npz(source: DataConfig) -> Parts:
     given = [name for name in names if name == "train" or f"{name}_images" in arrays]
     parts = {name: _npz_split(arrays, f"{name}_images", f"{name}_labels", path) for name in given}
     shapes = {name: tuple(part.images.shape[1:]) for name, part in parts.items()}
-    _need(len(set(shapes.values())) == 1, f"{path}: the parts' images differ in (C, H, W): {shapes}.")
+    need(len(set(shapes.values())) == 1, f"{path}: the parts' images differ in (C, H, W): {shapes}.")
     last = max(int(part.labels.max()) for part in parts.values())
     present = np.unique(parts["train"].labels.numpy())
     gap = next(i for i, label in enumerate([*present, -1]) if i != label)
     empty = f"{path}: empty class {gap}: labels go up to {last}, but no training image has label {gap}"
-    _need(gap > last, f"{empty}; number the classes 0, 1, 2, ... without gaps.")
+    need(gap > last, f"{empty}; number the classes 0, 1, 2, ... without gaps.")
     return parts["train"], parts.get("val"), parts.get("test"), tuple(map(str, range(gap)))
 
 
@@ -179,18 +173,18 @@ def imagefolder(source: DataConfig) -> Parts:
         UserError: no such folder, an empty or unmatched class folder, an unreadable image, differing sizes.
     """
     root, size = _path(source), source.image_size
-    _need(root.is_dir(), f"no such folder: {root}; imagefolder:PATH needs a folder of class folders.")
-    official = (root / "train").is_dir() and ((root / "test").is_dir() or _subfolders(root / "train"))
+    need(root.is_dir(), f"no such folder: {root}; imagefolder:PATH needs a folder of class folders.")
+    official = (root / "train").is_dir() and ((root / "test").is_dir() or subfolders(root / "train"))
     names = [name for name in ("train", "val", "test") if (root / name).is_dir()] if official else ["."]
     listed: dict[str, dict[str, list[Path]]] = {}  # part -> class -> files
     for name in names:
-        folders = _subfolders(root / name)
-        _need(folders, f"{root / name} has no class folders; put the images of each class into their own.")
+        folders = subfolders(root / name)
+        need(folders, f"{root / name} has no class folders; put the images of each class into their own.")
         listed[name] = {folder.name: list_images(folder, within=root) for folder in folders}
         odd = sorted(set(listed[name]) ^ set(listed[names[0]]))
-        _need(not odd, f"{root}: class folders of {names[0]}/ and {name}/ must agree; not in both: {odd}.")
+        need(not odd, f"{root}: class folders of {names[0]}/ and {name}/ must agree; not in both: {odd}.")
     paths = [path for classes in listed.values() for files in classes.values() for path in files]
-    images, _ = _decode_all(paths, (size, size) if size else None)
+    images, _ = decode_all(paths, (size, size) if size else None)
     parts, start = {}, 0
     for name, classes in listed.items():
         counts = [len(files) for files in classes.values()]
@@ -236,16 +230,16 @@ def load_data(
     Raises:
         UserError: unknown data set, unreadable files, or a split that cannot be made.
     """
-    _need(0 <= val_fraction <= 0.5, f"val_fraction must be between 0 and 0.5, got {val_fraction}.")
-    _need(seed >= 0, f"seed must not be negative, got {seed}.")
-    source = DataConfig(dataset, str(data_root), download, image_size=image_size)
+    need(0 <= val_fraction <= 0.5, f"val_fraction must be between 0 and 0.5, got {val_fraction}.")
+    need(seed >= 0, f"seed must not be negative, got {seed}.")
+    source = DataConfig(dataset=dataset, data_root=str(data_root), download=download, image_size=image_size)
     pool, val, test, classes = _load_parts(source)
     labels = pool.labels.numpy()
     chosen = everything = np.arange(len(labels))
     if train_size is not None:
         limits = f"{len(classes)} (one per class) and {len(labels)} (all training images)"
         possible = len(classes) <= train_size <= len(labels)
-        _need(possible, f"train_size must be between {limits}, got {train_size}.")
+        need(possible, f"train_size must be between {limits}, got {train_size}.")
         chosen = _stratified(labels, train_size, np.random.default_rng([seed, 0]))
     if val_fraction == 0:
         val = pool.take(chosen[:0])
@@ -264,9 +258,7 @@ def load_data(
     return ImageData(train, val, test, DataInfo(dataset, classes, channels, height, width, mean, std))
 
 
-def load_inputs(
-    spec: str, info: DataInfo, *, data_root: str | Path = "data", download: bool = False
-) -> Split:
+def load_inputs(spec: str, info: DataInfo, *, data_root: str | Path = "data", download: bool = False) -> Split:
     """Images to predict, in the shape of the run that ``info`` describes.
 
     ``spec`` is a data set as for ``load_data`` (its test part), an ``.npz`` file (``images`` or
@@ -279,7 +271,9 @@ def load_inputs(
     path = Path(spec).expanduser()
     if spec in DATASETS or spec.partition(":")[0] in PREFIXES:
         size = info.height if spec.startswith("imagefolder:") and info.height == info.width else None
-        *_, split, classes = _load_parts(DataConfig(spec, str(data_root), download, image_size=size))
+        *_, split, classes = _load_parts(
+            DataConfig(dataset=spec, data_root=str(data_root), download=download, image_size=size)
+        )
         if classes != info.classes:
             log.warning("%s has other classes than %s: its labels are not used", spec, info.dataset)
             split = replace(split, labels=torch.full_like(split.labels, UNLABELLED))
@@ -290,12 +284,12 @@ def load_inputs(
         if all(len(name.parts) > 1 and name.parts[0] in info.classes for name in names):
             split = replace(split, labels=torch.tensor([info.classes.index(name.parts[0]) for name in names]))
     else:
-        _need(path.suffix == ".npz", f"{spec!r} is no folder, no .npz file and no known data set ({KNOWN}).")
+        need(path.suffix == ".npz", f"{spec!r} is no folder, no .npz file and no known data set ({KNOWN}).")
         arrays = _read_npz(path, ["images", "labels", "test_images", "test_labels"])
         start = "" if "images" in arrays else "test_"
         split = _npz_split(arrays, f"{start}images", f"{start}labels", path, f"{start}labels" in arrays)
         last, classes = int(split.labels.max()), info.classes
-        _need(last < len(classes), f"{path} has label {last}, but the run has {len(classes)} classes.")
+        need(last < len(classes), f"{path} has label {last}, but the run has {len(classes)} classes.")
     info.normalise(split.images[:1])  # says what is wrong if the shape is
     return split
 
@@ -306,36 +300,11 @@ def load_image_files(paths: Sequence[Path], info: DataInfo) -> Split:
     Raises:
         UserError: no path given, or an image cannot be read.
     """
-    _need(paths, "no images to read.")
-    images, resized = _decode_all(paths, (info.height, info.width), info.channels)
+    need(paths, "no images to read.")
+    images, resized = decode_all(paths, (info.height, info.width), info.channels)
     if resized:
         log.warning("%d of %d images resized to %dx%d", resized, len(paths), info.width, info.height)
     return Split(images, torch.full((len(paths),), UNLABELLED), tuple(map(str, paths)))
-
-
-def list_images(folder: str | Path, within: str | Path | None = None) -> list[Path]:
-    """Image files under ``folder``, sorted; no hidden ones, no links out of ``within`` (None: the folder).
-
-    Raises:
-        UserError: not a folder, a folder that cannot be listed, or no image in it.
-    """
-    _need(Path(folder).is_dir(), f"no such folder: {folder}.")
-    inside, found, other, links = Path(within or folder).resolve(), [], 0, 0
-    listing = os.walk(folder, onerror=lambda error: _need(False, f"cannot list a folder: {error}."))
-    for here, folders, files in listing:
-        links += sum(Path(here, name).is_symlink() for name in folders)  # os.walk does not enter them
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(here, name) for name in files if not name.startswith(".")):
-            if path.suffix.lower() not in SUFFIXES:
-                other += 1
-            elif path.is_symlink() and not path.resolve().is_relative_to(inside):
-                links += 1
-            else:
-                found.append(path)
-    if other or links:
-        log.warning("%s: skipped %d files that are no images and %d links", folder, other, links)
-    _need(found, f"empty folder {folder}: no image in it (known types: {' '.join(SUFFIXES)}).")
-    return sorted(found, key=str)
 
 
 def _path(source: DataConfig) -> Path:
@@ -350,9 +319,9 @@ def _load_parts(source: DataConfig) -> tuple[Split, Split | None, Split, tuple[s
     if loader is None:
         raise UserError(f"unknown data set {spec!r}; known: {KNOWN}.")
     sizable = size is None or (loader is imagefolder and size > 0)
-    _need(sizable, f"--image-size is a positive number, for imagefolder:PATH alone; got {size} for {spec}.")
+    need(sizable, f"--image-size is a positive number, for imagefolder:PATH alone; got {size} for {spec}.")
     train, val, test, classes = loader(source)
-    _need(len(classes) > 1, f"{spec} has only the class {classes[0]!r}; two are needed at least.")
+    need(len(classes) > 1, f"{spec} has only the class {classes[0]!r}; two are needed at least.")
     if test is None:
         labels, rng = train.labels.numpy(), np.random.default_rng(0)
         rest, held_out = _hold_out(labels, math.ceil(len(labels) / 5), rng, classes, "testing")
@@ -366,22 +335,22 @@ def _hold_out(
     """Indices that remain and those held out, each with every class."""
     counts = np.bincount(labels)
     rare = f"class {classes[counts.argmin()]!r} has a single image left"
-    _need(counts.min() > 1, f"{rare}, which cannot be both for training and for {part}; add images.")
-    held_out = _stratified(labels, max(count, len(counts)), rng, spare=1)
+    need(counts.min() > 1, f"{rare}, which cannot be both for training and for {part}; add images.")
+    held_out = _stratified(labels, max(count, len(counts)), rng)  # up to half: a class is never taken whole
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
-def _stratified(labels: np.ndarray, count: int, rng: np.random.Generator, spare: int = 0) -> np.ndarray:
-    """Exactly ``count`` indices, class proportions kept, at least 1 per class taken and ``spare`` left.
+def _stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Exactly ``count`` indices, class proportions kept, at least one per class.
 
     scikit-learn's stratified splits can leave a rare class out altogether.
     """
     classes, counts = np.unique(labels, return_counts=True)
     quota = counts * (count / len(labels))
-    take = np.clip(np.floor(quota), 1, counts - spare).astype(np.int64)
+    take = np.maximum(np.floor(quota), 1).astype(np.int64)
     while take.sum() != count:  # largest remainder: at most a few steps per class
         step = 1 if take.sum() < count else -1
-        allowed = (take + step >= 1) & (take + step <= counts - spare)
+        allowed = take + step >= 1
         take[np.where(allowed, (quota - take) * step, -np.inf).argmax()] += step
     order = rng.permutation(len(labels))
     groups = [order[labels[order] == name][:n] for name, n in zip(classes, take, strict=True)]
@@ -406,106 +375,33 @@ def _split(images: np.ndarray, labels: np.ndarray) -> Split:
 
 def _read_npz(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
     """Those of ``keys`` that the file has."""
-    _need(path.is_file(), f"no such file: {path}.")
+    need(path.is_file(), f"no such file: {path}.")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {key: archive[key] for key in keys if key in archive.files}
     except Exception as error:  # a damaged file makes the readers raise almost anything
-        raise UserError(f"cannot read {path} as .npz without object arrays ({_why(error)}).") from error
+        raise UserError(f"cannot read {path} as .npz without object arrays ({why(error)}).") from error
 
 
 def _npz_split(
     arrays: dict[str, np.ndarray], images_key: str, labels_key: str, path: Path, labelled: bool = True
 ) -> Split:
     for key in (images_key, labels_key)[: 1 + labelled]:
-        _need(
-            key in arrays, f"{path} has no array {key!r}; found: {', '.join(arrays) or 'none of the known'}."
-        )
+        need(key in arrays, f"{path} has no array {key!r}; found: {', '.join(arrays) or 'no known one'}.")
         bad = int(np.isnan(arrays[key]).sum()) if arrays[key].dtype.kind == "f" else 0
-        _need(not bad, f"{path}: {key} has {bad} NaN values; mend or remove those images.")
+        need(not bad, f"{path}: {key} has {bad} NaN values; mend or remove those images.")
     images = arrays[images_key]
     labels = arrays[labels_key] if labelled else np.full(images.shape[:1], UNLABELLED)
     mend = "convert values in [0, 1] by (images * 255).round().astype('uint8')"
-    _need(images.dtype == np.uint8, f"{path}: {images_key} is {images.dtype}, uint8 is expected; {mend}.")
+    need(images.dtype == np.uint8, f"{path}: {images_key} is {images.dtype}, uint8 is expected; {mend}.")
     shaped = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in {1, 3})
-    kind = (
-        f"{path}: {images_key} has shape {images.shape}, expected (N, H, W) or (N, H, W, 1 or 3), not empty."
-    )
-    _need(shaped and images.size > 0, kind)
+    kind = f"{path}: {images_key} is {images.shape}, expected (N, H, W) or (N, H, W, 1 or 3), not empty."
+    need(shaped and images.size > 0, kind)
     shaped = labels.ndim == 1 or (labels.ndim == 2 and labels.shape[1] == 1)
     kind = f"{path}: {labels_key} is {labels.dtype} {labels.shape}, expected integers (N,) or (N, 1)."
-    _need(shaped and labels.dtype.kind in "iu", kind)
+    need(shaped and labels.dtype.kind in "iu", kind)
     numbers = f"{len(images)} {images_key}, {len(labels)} {labels_key}"
-    _need(len(labels) == len(images), f"{path}: label count mismatch: {numbers}.")
+    need(len(labels) == len(images), f"{path}: label count mismatch: {numbers}.")
     negative = labelled and labels.astype(np.int64).min() < 0
-    _need(not negative, f"{path}: {labels_key} has negative labels; number the classes 0, 1, 2, ...")
+    need(not negative, f"{path}: {labels_key} has negative labels; number the classes 0, 1, 2, ...")
     return _split(images, labels.reshape(-1))
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    entries = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in entries if path.is_dir() and not path.is_symlink())
-
-
-def _decode_all(
-    paths: Sequence[Path], size: tuple[int, int] | None, channels: int | None = None
-) -> tuple[Tensor, int]:
-    """Images (N, C, H, W), C = 1 if all are grey unless given; how many were resized to ``size`` (H, W)."""
-    from PIL import Image
-    from tqdm import tqdm
-
-    arrays: list[np.ndarray] = []  # of (H, W) or (H, W, 3)
-    resized, blocks = 0, [paths[i : i + 64] for i in range(0, len(paths), 64)]
-    bar = tqdm(total=len(paths), desc="reading images", disable=len(paths) <= 500)
-    with ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool, warnings.catch_warnings(), bar:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            for block in pool.map(lambda files: [_decode(file, size, channels) for file in files], blocks):
-                for array, changed in block:
-                    arrays.append(array)
-                    resized += changed
-                    (h0, w0), (h, w), path = arrays[0].shape[:2], array.shape[:2], paths[len(arrays) - 1]
-                    sizes = f"{paths[0]} is {w0}x{h0}, {path} is {w}x{h}"
-                    _need((h0, w0) == (h, w), f"images differ in size: {sizes}; give one --image-size.")
-                bar.update(len(block))
-        finally:
-            pool.shutdown(cancel_futures=True)
-    depth = 1 if all(array.ndim == 2 for array in arrays) else 3
-    images = np.empty((len(arrays), depth, *arrays[0].shape[:2]), dtype=np.uint8)
-    for row, array in enumerate(arrays):
-        images[row] = array if array.ndim == 2 else array.transpose(2, 0, 1)
-    return torch.from_numpy(images), resized
-
-
-def _decode(path: Path, size: tuple[int, int] | None, channels: int | None) -> tuple[np.ndarray, bool]:
-    """One file as (H, W) or (H, W, 3) uint8, an alpha channel dropped; and whether it was resized."""
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            picture: Image.Image = image
-            if image.mode.startswith("I"):  # 16 bits
-                deep = np.asarray(image)
-                _need(0 <= deep.min() <= deep.max() <= 65535, "grey values beyond 16 bits")
-                picture = Image.fromarray((deep >> 8).astype(np.uint8))
-            _need(image.mode != "F", "floating-point pixels have no known range")
-            grey = channels == 1 if channels else picture.mode in {"1", "L", "LA"}
-            if picture.mode == "P":
-                picture = picture.convert("RGBA")  # Pillow warns about transparency otherwise
-            picture = picture.convert("L" if grey else "RGB")
-            resize = size is not None and picture.size != size[::-1]
-            if size and resize:
-                picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)  # Pillow's is anti-aliased
-            return np.asarray(picture), resize
-    except Exception as error:  # a damaged file makes the readers raise almost anything
-        raise UserError(f"cannot read the image {path} ({_why(error)}); repair or remove it.") from error
-
-
-def _need(condition: object, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _why(error: BaseException) -> str:
-    """The first line of an error, or its kind where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -4,7 +4,7 @@ Pyro's own relaxed Bernoulli has no KL registered, so ``TraceMeanField_ELBO`` wo
 estimate that mixes a density with a mass. The subclasses here carry exact KLs instead.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.kl import register_kl
 from torch.nn.functional import softplus
+from torch.types import _size
 
 
 class SelectionMask(dist.RelaxedBernoulliStraightThrough):
@@ -20,7 +21,7 @@ class SelectionMask(dist.RelaxedBernoulliStraightThrough):
     P(xi = 1) = sigmoid(logits) at every temperature; the temperature only shapes the gradient.
     """
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "SelectionMask":
+    def expand(self, batch_shape: _size, _instance: Any = None) -> "SelectionMask":
         """The same mask over a larger batch shape; the subclass, and so its KL, survives."""
         return type(self)(self.temperature, logits=self.base_dist.logits.expand(batch_shape), validate_args=False)
 
@@ -49,7 +50,7 @@ class SpikeAndSlab(dist.TorchDistribution):
         tau_1: slab standard deviation, a number or a tensor that broadcasts with the mask.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.real
     has_rsample = True
 
@@ -57,7 +58,7 @@ class SpikeAndSlab(dist.TorchDistribution):
         self.mask_value, self.tau_0, self.tau_1 = mask, tau_0, tau_1
         super().__init__(mask.shape, validate_args=False)
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "SpikeAndSlab":
+    def expand(self, batch_shape: _size, _instance: Any = None) -> "SpikeAndSlab":
         """The same prior over a larger batch shape."""
         return SpikeAndSlab(self.mask_value.expand(batch_shape), self.tau_0, self.tau_1)
 
@@ -66,9 +67,9 @@ class SpikeAndSlab(dist.TorchDistribution):
         """Standard deviation of each weight given its mask."""
         return self.mask_value * self.tau_1 + (1.0 - self.mask_value) * self.tau_0
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008
         """Draws weights; shape ``sample_shape + mask.shape``."""
-        return torch.randn(self._extended_shape(sample_shape), device=self.mask_value.device) * self.scale
+        return torch.randn(self._extended_shape(torch.Size(sample_shape)), device=self.mask_value.device) * self.scale
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density given the mask, elementwise."""
@@ -86,7 +87,7 @@ class SpikeAndSlabPosterior(dist.TorchDistribution):
         tau_0: spike standard deviation.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.real
     has_rsample = True
 
@@ -95,7 +96,7 @@ class SpikeAndSlabPosterior(dist.TorchDistribution):
         self.retention, self.tau_0 = retention, tau_0
         super().__init__(torch.broadcast_shapes(loc.shape, mask.shape), validate_args=False)
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "SpikeAndSlabPosterior":
+    def expand(self, batch_shape: _size, _instance: Any = None) -> "SpikeAndSlabPosterior":
         """The same posterior over a larger batch shape."""
         return SpikeAndSlabPosterior(
             self.loc, self.slab_scale, self.mask_value.expand(batch_shape), self.retention, self.tau_0
@@ -106,9 +107,9 @@ class SpikeAndSlabPosterior(dist.TorchDistribution):
         """Standard deviation given xi; for xi in {0, 1} the root of xi s^2 + (1 - xi) tau_0^2."""
         return self.mask_value * self.slab_scale + (1.0 - self.mask_value) * self.tau_0
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008
         """Draws weights; gradients reach m, s and, through the straight-through xi, the mask logits."""
-        noise = torch.randn(self._extended_shape(sample_shape), device=self.loc.device)
+        noise = torch.randn(self._extended_shape(torch.Size(sample_shape)), device=self.loc.device)
         return self.mask_value * torch.addcmul(self.loc, self.slab_scale, noise) + (1.0 - self.mask_value) * (
             self.tau_0 * noise
         )

@@ -32,14 +32,15 @@ class ClosedFormELBO(TraceMeanField_ELBO):
     def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
         """The terms of one draw; raises NotImplementedError where a KL is not registered."""
         loss: Tensor | float = 0.0
-        for name, site in model_trace.nodes.items():
+        nodes: dict[str, Any] = dict(model_trace.nodes)
+        for name, site in nodes.items():
             if site["type"] != "sample":
                 continue
             if site["is_observed"]:
                 log_prob = site["fn"].log_prob(site["value"])
                 loss = loss - scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
             else:
-                guide_site = guide_trace.nodes[name]
+                guide_site: Any = guide_trace.nodes[name]
                 kl = kl_divergence(guide_site["fn"], site["fn"])
                 loss = loss + scale_and_mask(kl, guide_site["scale"], guide_site["mask"]).sum()
         assert isinstance(loss, Tensor), "a model without sample sites"

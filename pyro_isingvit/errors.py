@@ -6,3 +6,14 @@ class UserError(ValueError):
 
     Scripts print the message alone and leave with exit code 2.
     """
+
+
+def need(condition: object, message: str) -> None:
+    """Raises UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def why(error: BaseException) -> str:
+    """The first line of an error, or its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -12,7 +12,9 @@ from pyro_isingvit.predictive import draw_predictive
 from pyro_isingvit.run import METRICS, POSTERIOR, Run
 
 
-def evaluate(run: Run, data: ImageData, train_seconds: float, full: bool = False, progress: bool = False) -> dict[str, Any]:
+def evaluate(
+    run: Run, data: ImageData, train_seconds: float, full: bool = False, progress: bool = False
+) -> dict[str, Any]:
     """Draws predictions for the test part, writes posterior.nc and metrics.json, returns the metrics.
 
     Args:

@@ -67,8 +67,7 @@ def _head_columns(heads: int, width: int) -> Spread:
 def weight_sites(vit: ViT) -> list[MaskSite]:
     """One selection variable per weight (the paper)."""
     return [
-        MaskSite(kind, shape, ("layer", "out", "in"), {kind: WEIGHT}, kind)
-        for kind, shape in vit.matrix_shapes.items()
+        MaskSite(kind, shape, ("layer", "out", "in"), {kind: WEIGHT}, kind) for kind, shape in vit.matrix_shapes.items()
     ]
 
 

@@ -145,9 +145,7 @@ class IsingGuide(nn.Module):
             (self.weight_retention(kind) * slab_kl(loc, self.log_scale[kind].exp(), model.tau_1(kind))).sum().item()
             for kind, loc in self.loc.items()
         )
-        mask = sum(
-            bernoulli_kl(self.logits(name), model.prior_logits(name)).sum().item() for name in self.layout.sites
-        )
+        mask = sum(bernoulli_kl(self.logits(name), model.prior_logits(name)).sum().item() for name in self.layout.sites)
         return weight, mask
 
     # How the masks move -----------------------------------------------------------------------------------------
@@ -193,9 +191,7 @@ class IsingGuide(nn.Module):
         if config.empirical_tau_1:
             self._fit_slabs(model, squared)
         gain = {kind: second_order_gain(self.curvature(kind), loc, self.num_data) for kind, loc in self.loc.items()}
-        cost = {
-            kind: slab_kl(loc, self.log_scale[kind].exp(), model.tau_1(kind)) for kind, loc in self.loc.items()
-        }
+        cost = {kind: slab_kl(loc, self.log_scale[kind].exp(), model.tau_1(kind)) for kind, loc in self.loc.items()}
         if config.kappa_mask == "auto":
             self.kappa.fill_(self._solve_kappa_mask(model, gain, cost, progress))
         evidence = {  # what speaks for a mask besides its prior, site -> site shape, nats

@@ -60,9 +60,7 @@ class IsingViT(nn.Module):
             self.register_buffer(f"tau_1_{kind}", torch.full((shape[0], 1, 1), self.ising.tau_1))
 
     @classmethod
-    def for_data(
-        cls, data: ImageData, vit: ViTConfig | str = "small", ising: IsingConfig | None = None
-    ) -> "IsingViT":
+    def for_data(cls, data: ImageData, vit: ViTConfig | str = "small", ising: IsingConfig | None = None) -> "IsingViT":
         """The model for a data set; ``vit`` is a shape or the name of a preset."""
         return cls(preset(vit) if isinstance(vit, str) else vit, data.info, ising)
 

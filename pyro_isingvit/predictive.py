@@ -110,6 +110,6 @@ def draw_predictive(
             weights = _stack([run.guide.draw() for _ in range(size)])
             for start in range(0, batch, chunk):
                 x = run.info.normalise(images[start : start + chunk].to(run.device))
-                logits = run.model.vit(weights, x).float() / run.model.temperature  # (C-last), with S in front where size > 1
+                logits = run.model.vit(weights, x).float() / run.model.temperature  # ([S,] B, C)
                 probs[first : first + size, start : start + chunk] = logits.softmax(-1).cpu()
     return PredictiveDraws(probs)

@@ -26,6 +26,7 @@ from pyro_isingvit.config import DataConfig, RunConfig, TrainConfig
 from pyro_isingvit.data import ImageData, Split
 from pyro_isingvit.elbo import ClosedFormELBO
 from pyro_isingvit.errors import UserError
+from pyro_isingvit.guide import IsingGuide
 from pyro_isingvit.history import to_lines
 from pyro_isingvit.metrics import classification_metrics
 from pyro_isingvit.model import IsingViT
@@ -120,7 +121,7 @@ class Trainer:
         self.seconds = 0.0  # of training, over all sessions of the run
         self.bar: tqdm = tqdm(disable=True)
 
-    def _optimizer(self, model: IsingViT, guide: torch.nn.Module) -> torch.optim.Optimizer:
+    def _optimizer(self, model: IsingViT, guide: IsingGuide) -> torch.optim.Optimizer:
         scales = [p for p in guide.log_scale.parameters() if p.requires_grad]
         means = list(guide.loc.parameters())
         groups = [
@@ -197,7 +198,9 @@ class Trainer:
                 terms.append((value - scale * (weight_kl + mask_kl), weight_kl, mask_kl))
                 self._check_finite(value, terms[-1], epoch)
                 self._show(epoch, phase, terms[-1])
-            self.fabric.clip_gradients(self.elbo, self.optimizer, max_norm=self.settings.clip_norm, error_if_nonfinite=False)
+            self.fabric.clip_gradients(
+                self.elbo, self.optimizer, max_norm=self.settings.clip_norm, error_if_nonfinite=False
+            )
             self.optimizer.step()
             self.scheduler.step()
             total, count = total + loss.detach(), count + 1

@@ -29,7 +29,9 @@ def test_it_mends_the_underconfidence_of_pooled_draws() -> None:
     before = classification_metrics(draws[:, half:].mean(0), labels[half:])
     after = classification_metrics(temper(draws[:, half:], temperature).mean(0), labels[half:])
     assert temperature < 0.9
-    assert after["nll"] < before["nll"] and after["ece"] < before["ece"] and after["accuracy"] >= before["accuracy"] - 0.01
+    assert (
+        after["nll"] < before["nll"] and after["ece"] < before["ece"] and after["accuracy"] >= before["accuracy"] - 0.01
+    )
 
 
 def test_few_images_do_not_move_it_far() -> None:

@@ -44,7 +44,12 @@ def test_damaged_and_malicious_files_are_refused(tmp_path, capsys) -> None:
     good = tmp_path / "good.pt"
     save_checkpoint(good, {"w": torch.randn(500)})
     whole = good.read_bytes()
-    cases = {"empty.pt": b"", "short.pt": whole[: len(whole) // 2], "text.pt": b"hello", "evil.pt": pickle.dumps(Evil())}
+    cases = {
+        "empty.pt": b"",
+        "short.pt": whole[: len(whole) // 2],
+        "text.pt": b"hello",
+        "evil.pt": pickle.dumps(Evil()),
+    }
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name):

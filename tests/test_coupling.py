@@ -66,12 +66,16 @@ def test_against_loops_from_the_formula(name: str, decay: float, two_layer_head:
         for f in range(F):
             check("fc1", b, f, c_from_readers(net, retention, [("fc2", b, 1.0, None)], f))
         for j in range(D):
-            check("attn_out", b, j, c_from_readers(net, retention, residual_readers(2 * b + 1, decay, two_layer_head), j))
+            check(
+                "attn_out", b, j, c_from_readers(net, retention, residual_readers(2 * b + 1, decay, two_layer_head), j)
+            )
             check("fc2", b, j, c_from_readers(net, retention, residual_readers(2 * b + 2, decay, two_layer_head), j))
         w2, pi = net.squared["attn_out"][b], retention["attn_out"][b]
         for h in range(H):
             columns = range(h * HEAD_DIM, (h + 1) * HEAD_DIM)
-            pooled = sum(float((w2[:, k] * pi[:, k]).sum()) for k in columns) / sum(float(w2[:, k].sum()) for k in columns)
+            pooled = sum(float((w2[:, k] * pi[:, k]).sum()) for k in columns) / sum(
+                float(w2[:, k].sum()) for k in columns
+            )
             for k in columns:
                 check("qkv", b, k, pooled)  # q
                 check("qkv", b, D + k, pooled)  # k

@@ -40,7 +40,7 @@ def test_every_weight_is_under_exactly_one_mask(granularity: str) -> None:
 
 
 def test_head_masks_take_the_whole_head() -> None:
-    model, guide = make_pair(granularity="head")
+    _, guide = make_pair(granularity="head")
     values = {name: torch.ones(site.shape) for name, site in guide.layout.sites.items()}
     values["attention"][1, 0] = 0.0  # layer 1, head 0
     width, d = TINY.width, TINY.width // TINY.heads

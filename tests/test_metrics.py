@@ -20,7 +20,9 @@ def test_against_their_definitions() -> None:
     guess = probs.argmax(-1)
     one_hot = torch.nn.functional.one_hot(labels, 4).float()
     assert m["accuracy"] == pytest.approx(float((guess == labels).float().mean()))
-    assert m["nll"] == pytest.approx(-sum(math.log(float(p[y])) for p, y in zip(probs, labels, strict=True)) / 200, rel=1e-5)
+    assert m["nll"] == pytest.approx(
+        -sum(math.log(float(p[y])) for p, y in zip(probs, labels, strict=True)) / 200, rel=1e-5
+    )
     assert m["brier"] == pytest.approx(float(((probs - one_hot) ** 2).sum(-1).mean()), rel=1e-5)
     assert m["f1_macro"] == pytest.approx(f1_score(labels, guess, average="macro"))
     false = [int(((guess == c) & (labels != c)).sum()) / int((labels != c).sum()) for c in range(4)]

@@ -30,7 +30,9 @@ def test_against_a_manual_loop() -> None:
 def test_chunks_do_not_change_the_draws(chunk: int) -> None:
     run = make_run(granularity="head")
     whole = draw_predictive(run, IMAGES, num_samples=6, chunk=10_000).probs
-    torch.testing.assert_close(draw_predictive(run, IMAGES, num_samples=6, chunk=chunk).probs, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        draw_predictive(run, IMAGES, num_samples=6, chunk=chunk).probs, whole, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_at_most_chunk_pairs_pass_through_the_network_at_a_time(monkeypatch) -> None:

@@ -16,10 +16,10 @@ def exact_gauss_newton(vit, weights, images):
     total = {kind: torch.zeros_like(weight) for kind, weight in weights.items()}
     for image in images:
         log_probs = vit(leaves, image[None]).log_softmax(-1)[0]
-        for c, log_prob in enumerate(log_probs):
+        for log_prob in log_probs:
             grads = torch.autograd.grad(log_prob, list(leaves.values()), retain_graph=True)
             for kind, grad in zip(leaves, grads, strict=True):
-                total[kind] += log_probs[c].detach().exp() * grad**2 / len(images)
+                total[kind] += log_prob.detach().exp() * grad**2 / len(images)
     return total
 
 

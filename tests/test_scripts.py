@@ -86,7 +86,9 @@ def test_report(run: Path) -> None:
 
 def test_predict_a_data_set(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "p.nc"
-    result = script("inference.predict", "--run", run, "--input", "digits", "--samples", 4, "--out", out, "--device", "cpu")
+    result = script(
+        "inference.predict", "--run", run, "--input", "digits", "--samples", 4, "--out", out, "--device", "cpu"
+    )
     assert result.returncode == 0, result.stderr
     assert "accuracy" in result.stdout
     tree = load_datatree(out)
@@ -115,7 +117,9 @@ def test_predict_folder_and_npz(run: Path, tmp_path: Path) -> None:
     names = [row["file"] for row in csv.DictReader((tmp_path / "f.csv").open())]
     assert [Path(name).name for name in names] == ["<b>0.png", "<b>1.png", "<b>2.png"]
     np.savez(tmp_path / "x.npz", images=np.zeros((2, 8, 8), np.uint8))
-    result = script("inference.predict", "--run", run, "--input", tmp_path / "x.npz", "--samples", 3, "--out", tmp_path / "n.nc")
+    result = script(
+        "inference.predict", "--run", run, "--input", tmp_path / "x.npz", "--samples", 3, "--out", tmp_path / "n.nc"
+    )
     assert result.returncode == 0, result.stderr
 
 
