@@ -47,8 +47,9 @@ def predict(arguments: PredictArguments) -> None:
 
     from pyro_isingvit.checkpoint import write_text
     from pyro_isingvit.data import load_inputs
+    from pyro_isingvit.datatree import save_datatree
     from pyro_isingvit.metrics import classification_metrics
-    from pyro_isingvit.posterior import predictions_to_datatree, save_datatree
+    from pyro_isingvit.posterior import predictions_to_datatree
     from pyro_isingvit.predictive import draw_predictive
     from pyro_isingvit.run import load_run
 

@@ -11,27 +11,64 @@ from pyro_isingvit.version import __version__
 if TYPE_CHECKING:
     from pyro_isingvit.config import DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
     from pyro_isingvit.data import DataInfo, ImageData, Split, load_data
+    from pyro_isingvit.datatree import load_datatree, save_datatree
     from pyro_isingvit.errors import UserError
+    from pyro_isingvit.from_pyro import from_pyro_svi
     from pyro_isingvit.guide import IsingGuide
     from pyro_isingvit.model import IsingViT
-    from pyro_isingvit.posterior import from_pyro_svi, run_to_datatree
+    from pyro_isingvit.posterior import run_to_datatree
     from pyro_isingvit.predictive import PredictiveDraws, draw_predictive
     from pyro_isingvit.run import Run, load_run
     from pyro_isingvit.training import fit
 
 _HOME = {
-    "DataConfig": "config", "IsingConfig": "config", "RunConfig": "config", "TrainConfig": "config",
-    "ViTConfig": "config", "DataInfo": "data", "ImageData": "data", "Split": "data", "load_data": "data",
-    "UserError": "errors", "IsingGuide": "guide", "IsingViT": "model", "from_pyro_svi": "posterior",
-    "run_to_datatree": "posterior", "PredictiveDraws": "predictive", "draw_predictive": "predictive",
-    "Run": "run", "load_run": "run", "fit": "training",
-}  # fmt: skip
+    "DataConfig": "config",
+    "IsingConfig": "config",
+    "RunConfig": "config",
+    "TrainConfig": "config",
+    "ViTConfig": "config",
+    "DataInfo": "data",
+    "ImageData": "data",
+    "Split": "data",
+    "load_data": "data",
+    "load_datatree": "datatree",
+    "save_datatree": "datatree",
+    "UserError": "errors",
+    "from_pyro_svi": "from_pyro",
+    "IsingGuide": "guide",
+    "IsingViT": "model",
+    "run_to_datatree": "posterior",
+    "PredictiveDraws": "predictive",
+    "draw_predictive": "predictive",
+    "Run": "run",
+    "load_run": "run",
+    "fit": "training",
+}
 
 __all__ = [
-    "DataConfig", "DataInfo", "ImageData", "IsingConfig", "IsingGuide", "IsingViT", "PredictiveDraws", "Run",
-    "RunConfig", "Split", "TrainConfig", "UserError", "ViTConfig", "__version__", "draw_predictive", "fit",
-    "from_pyro_svi", "load_data", "load_run", "run_to_datatree",
-]  # fmt: skip
+    "DataConfig",
+    "DataInfo",
+    "ImageData",
+    "IsingConfig",
+    "IsingGuide",
+    "IsingViT",
+    "PredictiveDraws",
+    "Run",
+    "RunConfig",
+    "Split",
+    "TrainConfig",
+    "UserError",
+    "ViTConfig",
+    "__version__",
+    "draw_predictive",
+    "fit",
+    "from_pyro_svi",
+    "load_data",
+    "load_datatree",
+    "load_run",
+    "run_to_datatree",
+    "save_datatree",
+]
 
 
 def __getattr__(name: str) -> Any:

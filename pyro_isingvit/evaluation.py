@@ -5,9 +5,10 @@ from typing import Any
 from pyro_isingvit.calibration import temper
 from pyro_isingvit.checkpoint import write_json
 from pyro_isingvit.data import ImageData
+from pyro_isingvit.datatree import save_datatree
 from pyro_isingvit.errors import UserError
 from pyro_isingvit.metrics import classification_metrics
-from pyro_isingvit.posterior import run_to_datatree, save_datatree
+from pyro_isingvit.posterior import run_to_datatree
 from pyro_isingvit.predictive import draw_predictive
 from pyro_isingvit.run import METRICS, POSTERIOR, Run
 

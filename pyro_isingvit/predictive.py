@@ -77,7 +77,11 @@ def _stack(draws: list[Weights]) -> Weights:
 
 @torch.no_grad()
 def draw_predictive(
-    run: Run, images: Tensor, num_samples: int = 100, chunk: int = CHUNK, seed: int = 0,
+    run: Run,
+    images: Tensor,
+    num_samples: int = 100,
+    chunk: int = CHUNK,
+    seed: int = 0,
     progress: bool = False,
 ) -> PredictiveDraws:
     """Draws weights from the guide and predicts every image with each draw.
