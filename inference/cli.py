@@ -23,7 +23,8 @@ def run_script[T](
         argv: the command line; None: ``sys.argv``.
         default: values to start from.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pyro_isingvit").setLevel(logging.INFO)
     extra: dict[str, Any] = {} if default is None else {"default": default}
     parsed = tyro.cli(arguments, args=argv, config=FLAT, description=main.__doc__, **extra)
     with_clear_errors(lambda: main(parsed))

@@ -10,17 +10,17 @@ import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from inference.cli import print_table, run_script
+from inference.cli import print_table, run_script, with_clear_errors
 from pyro_isingvit.config import (
-    PRESETS,
     DataConfig,
     IsingConfig,
     RunConfig,
     TrainConfig,
     ViTConfig,
     default_preset,
+    preset,
 )
 from pyro_isingvit.errors import UserError
 from pyro_isingvit.version import __version__
@@ -124,8 +124,9 @@ def main(argv: list[str] | None = None) -> None:
     peek.add_argument("--dataset", default=DataConfig.dataset)
     peek.add_argument("--preset", default=None)
     known, _ = peek.parse_known_args(argv)
-    name = known.preset or default_preset(known.dataset)
-    default = TrainArguments(out=tyro_missing(), preset=name, vit=PRESETS.get(name, ViTConfig()))  # type: ignore[arg-type]
+    name: Any = known.preset or default_preset(known.dataset)
+    with_clear_errors(lambda: preset(name))
+    default = TrainArguments(out=tyro_missing(), preset=name, vit=preset(name))
     run_script(train, TrainArguments, argv, default)
 
 

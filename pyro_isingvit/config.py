@@ -65,7 +65,7 @@ class IsingConfig:
     kappa_mask: Tempering | Literal["auto"] = "auto"
     """Weight of the likelihood in the mask field: a number, exact (1), data_emphasis (P/N), or auto: solved at each
     update so that the mean retention meets target_retention."""
-    target_retention: float = 0.6
+    target_retention: float = 0.4
     """Mean retention that kappa_mask "auto" aims at; ignored for a fixed kappa_mask."""
     kappa_weights: Tempering = "data_emphasis"
     """Weight of the likelihood in the objective: a number, exact (1) or data_emphasis (P/N)."""
@@ -81,9 +81,9 @@ class IsingConfig:
     """Standard deviation of the slab."""
     empirical_tau_1: bool = False
     """Set tau_1 per layer by empirical Bayes at each mask update."""
-    posterior_scale: Literal["learned", "shared"] = "learned"
-    """Learn one posterior scale per weight, or freeze one shared constant (the paper: exp(-4))."""
-    init_scale: float = 0.01831563888873418
+    posterior_scale: Literal["learned", "shared"] = "shared"
+    """Freeze one shared posterior scale (as the paper does), or learn one per weight."""
+    init_scale: float = 0.01
     """Posterior scale at the start; the constant when shared."""
     max_keep: float = 0.9
     """Retention is clipped to this, so that every weight is dropped now and then."""

@@ -290,7 +290,10 @@ def load_inputs(spec: str, info: DataInfo, *, data_root: str | Path = "data", do
         split = _npz_split(arrays, f"{start}images", f"{start}labels", path, f"{start}labels" in arrays)
         last, classes = int(split.labels.max()), info.classes
         need(last < len(classes), f"{path} has label {last}, but the run has {len(classes)} classes.")
-    info.normalise(split.images[:1])  # says what is wrong if the shape is
+    try:
+        info.normalise(split.images[:1])
+    except UserError as error:
+        raise UserError(f"{spec} does not fit this run: {error}") from error
     return split
 
 

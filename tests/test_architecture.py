@@ -54,7 +54,9 @@ def test_files_stay_short(path: Path) -> None:
 
 def test_every_module_is_tested() -> None:
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    elsewhere = {"datatree", "from_pyro",
+    elsewhere = {
+        "datatree",
+        "from_pyro",
         "image_files",
         "version",
         "errors",

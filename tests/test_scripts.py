@@ -93,7 +93,7 @@ def test_predict_a_data_set(run: Path, tmp_path: Path) -> None:
     assert "accuracy" in result.stdout
     tree = load_datatree(out)
     assert tree["posterior_predictive"]["probs"].shape == (4, 360, 10)
-    rows = list(csv.DictReader(out.with_suffix(".csv").open()))
+    rows = list(csv.DictReader(out.with_suffix(".csv").read_text().splitlines()))
     assert len(rows) == 360
     mean = tree["posterior_predictive"]["probs"].values.mean(0)
     top = mean.argmax(-1)
@@ -114,7 +114,7 @@ def test_predict_folder_and_npz(run: Path, tmp_path: Path) -> None:
         Image.fromarray(np.full((8, 8), 40 * i, np.uint8)).save(folder / f"<b>{i}.png")
     result = script("inference.predict", "--run", run, "--input", folder, "--samples", 3, "--out", tmp_path / "f.nc")
     assert result.returncode == 0, result.stderr
-    names = [row["file"] for row in csv.DictReader((tmp_path / "f.csv").open())]
+    names = [row["file"] for row in csv.DictReader((tmp_path / "f.csv").read_text().splitlines())]
     assert [Path(name).name for name in names] == ["<b>0.png", "<b>1.png", "<b>2.png"]
     np.savez(tmp_path / "x.npz", images=np.zeros((2, 8, 8), np.uint8))
     result = script(
