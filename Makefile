@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed
-	$(PY) -m inference.train --dataset digits --preset digits --samples 100 --out $(DEMO) --overwrite
+	$(PY) -m inference.train --dataset digits --preset digits --epochs 120 --max-keep 0.95 --samples 100 --out $(DEMO) --overwrite
 	$(PY) -m analysis.report --run $(DEMO)
 
 test: $(VENV)/.installed

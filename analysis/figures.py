@@ -235,7 +235,7 @@ def credible_intervals(
         for place, image in enumerate(index):
             row, column = divmod(place, columns)
             picture = part.add_subplot(grid[row, 2 * column])
-            _show_image(picture, pixels[image])
+            show_image(picture, pixels[image])
             picture.set_title(label(classes[labels[image]], int(labels[image])), fontsize=8.5, pad=3)
             intervals = part.add_subplot(grid[row, 2 * column + 1])
             _show_intervals(intervals, probs[:, image], int(labels[image]), classes, shown)
@@ -250,7 +250,8 @@ def _entropy(probs: np.ndarray) -> np.ndarray:
     return -(probs * np.log(np.maximum(probs, 1e-12))).sum(-1)
 
 
-def _show_image(ax: Axes, pixels: np.ndarray) -> None:
+def show_image(ax: Axes, pixels: np.ndarray) -> None:
+    """Draws an image of 1 or 3 channels, (channels, height, width) uint8, without axes."""
     if len(pixels) == 1:
         ax.imshow(pixels[0], cmap="gray", interpolation="nearest", vmin=pixels.min(), vmax=max(pixels.max(), 1))
     else:

@@ -17,9 +17,10 @@ import xarray as xr
 from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
-from analysis import figures, mask_figures, style
+from analysis import attention_figures, figures, mask_figures, style
 from inference.cli import print_table, run_script
 from pyro_isingvit.checkpoint import write_text
+from pyro_isingvit.config import RunConfig
 from pyro_isingvit.datatree import load_datatree
 from pyro_isingvit.errors import UserError
 from pyro_isingvit.history import read_history
@@ -116,7 +117,7 @@ def write_report(folder: Path) -> Path:
         raise UserError(_cut_short(folder, POSTERIOR))
     tree = load_datatree(folder / POSTERIOR)
     try:
-        sections = _sections(tree, history)
+        sections = _sections(tree, history, config)
         confusions = _confusions(tree)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"{folder / POSTERIOR} lacks what the report shows ({error}); train again.") from error
@@ -217,7 +218,7 @@ def _confusion_table(tree: xr.DataTree) -> np.ndarray:
     return confusion_matrix(summary["y"], guess, labels=np.arange(len(_classes(tree))))
 
 
-def _sections(tree: xr.DataTree, history: list[dict[str, Any]]) -> list[Section]:
+def _sections(tree: xr.DataTree, history: list[dict[str, Any]], config: RunConfig) -> list[Section]:
     """What the page shows, in order; a figure whose data the run lacks has ``draw=None``."""
     classes, summary = _classes(tree), _arrays(tree, "predictive_summary")
     probs, labels = summary["prob_mean"], summary["y"]
@@ -294,6 +295,17 @@ def _sections(tree: xr.DataTree, history: list[dict[str, Any]]) -> list[Section]
             "their probability.",
             partial(mask_figures.mask_posteriors, retention, THRESHOLD) if retention else None,
         ),
+        Section(
+            "margins", "Attention margins",
+            "|det(I − Σ A)| of every token, at the posterior mean weights: Σ is the covariance of the tokens it "
+            "attends to, A = Wₖᵀ W_q / √d. 1 where attention does not depend on the token; at 0 "
+            "some small change of the token is cancelled by what it attends to. Dotted: median, dashed: smallest. Outlined is the support token, "
+            "the position of the image's smallest margin. The theory is that of causal attention; for images it is "
+            "a heuristic. "
+            + (f"Trained with the log-barrier, λ = {config.train.log_barrier:g}." if config.train.log_barrier
+               else "Trained without the log-barrier (--log-barrier)."),
+            _margins(tree, config.vit.patch_size),
+        ),
     ]  # fmt: skip
 
 
@@ -313,6 +325,16 @@ def _mean_retention(tree: xr.DataTree) -> dict[str, np.ndarray]:
     means = _arrays(tree, "variational", "retention_mean_")
     slim = {name.removeprefix("retention_mean_"): values for name, values in means.items()}
     return {kind: np.atleast_1d(values) for kind, values in (full or slim).items()}
+
+
+def _margins(tree: xr.DataTree, patch: int) -> Callable[..., Figure] | None:
+    """The figure of the attention margins; None where the run does not keep them."""
+    constant = _arrays(tree, "constant_data")
+    if "margin_by_layer" not in constant:
+        return None
+    names = tree["constant_data"]["image_margin"].values
+    pixels = constant["pixels"][np.searchsorted(constant["image_index"], names)]
+    return partial(attention_figures.attention_margins, constant["margin_by_layer"], pixels, names, patch)
 
 
 def _kept_heads(tree: xr.DataTree) -> np.ndarray | None:

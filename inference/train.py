@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from inference.cli import print_table, run_script, with_clear_errors
 from pyro_isingvit.config import (
+    METHODS,
     DataConfig,
     IsingConfig,
     RunConfig,
@@ -34,8 +35,8 @@ class TrainArguments:
     """Folder of the run."""
     preset: Literal["digits", "small", "cifar", "paper-28", "paper-32"]
     """Network shape to start from; by default the one made for the data set."""
-    method: Literal["ising"] = "ising"
-    """What to train."""
+    method: Literal["ising", "ising-paper"] = "ising"
+    """What to train: the library's Ising posterior, or the paper's literal setting for comparison."""
     overwrite: bool = False
     """Replace the run that the folder holds."""
     full_posterior: bool = False
@@ -123,10 +124,14 @@ def main(argv: list[str] | None = None) -> None:
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--dataset", default=DataConfig.dataset)
     peek.add_argument("--preset", default=None)
+    peek.add_argument("--method", default="ising")
     known, _ = peek.parse_known_args(argv)
     name: Any = known.preset or default_preset(known.dataset)
     with_clear_errors(lambda: preset(name))
-    default = TrainArguments(out=tyro_missing(), preset=name, vit=preset(name))
+    ising, settings = METHODS.get(known.method, METHODS["ising"])  # tyro refuses what is not a method
+    default = TrainArguments(
+        out=tyro_missing(), preset=name, method=known.method, vit=preset(name), ising=ising, train=settings
+    )
     run_script(train, TrainArguments, argv, default)
 
 

@@ -17,7 +17,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-PRIOR_WIDTH = 0.5  # standard deviation of log T around 0: a few images do not move T far
+PRIOR_WIDTH = 0.2  # standard deviation of log T around 0: a few images do not move T far
 LIMIT = math.log(10.0)
 TINY = 1e-30
 

@@ -41,7 +41,10 @@ class Network:
 
 @dataclass(frozen=True)
 class Readers:
-    """Sums over the readers of each channel: read = sum w^2 pi, total = sum w^2, both (channels,)."""
+    """Sums over the readers of each channel: read = sum w^2 pi, total = sum w^2, both (channels,).
+
+    The ablation ``forward`` takes the same sums over the writers.
+    """
 
     read: Tensor
     total: Tensor
@@ -105,8 +108,31 @@ def no_coupling(net: Network, update: Update) -> None:
             update(kind, layer, net.gain.new_zeros(1, 1))
 
 
+def _writers(squared: Tensor, retention: Tensor) -> Readers:
+    return Readers((squared * retention).sum(1), squared.sum(1))
+
+
+def forward(net: Network, update: Update) -> None:
+    """Ablation: fed by the layers before instead, c of a weight is the share of its input that is still written."""
+    squared = net.squared
+    stream = _writers(squared["patch"][0], update("patch", 0, net.gain.new_zeros(1, 1)))
+    for layer in range(net.depth):
+        qkv = update("qkv", layer, stream.share()[None])
+        rows = squared["qkv"].shape[1] // 3
+        values = _writers(squared["qkv"][layer, 2 * rows :], qkv[2 * rows :])
+        out = update("attn_out", layer, values.share()[None])
+        stream = stream.before(_writers(squared["attn_out"][layer], out), net.decay)
+        fc1 = update("fc1", layer, stream.share()[None])
+        fc2 = update("fc2", layer, _writers(squared["fc1"][layer], fc1).share()[None])
+        stream = stream.before(_writers(squared["fc2"][layer], fc2), net.decay)
+    if "head_hidden" in squared:
+        stream = _writers(squared["head_hidden"][0], update("head_hidden", 0, stream.share()[None]))
+    update("head", 0, stream.share()[None])
+
+
 COUPLINGS: dict[str, Callable[[Network, Update], None]] = {
     "all_readers": all_readers,
     "nearest": nearest,
     "none": no_coupling,
+    "forward": forward,
 }

@@ -92,10 +92,24 @@ def head_sites(vit: ViT) -> list[MaskSite]:
     return [others[0], attention, *others[1:]]
 
 
+BLOCK = Spread(lambda xi: xi[..., None, None], lambda field: field.sum((-1, -2)))
+
+
+def block_sites(vit: ViT) -> list[MaskSite]:
+    """One selection variable per attention branch and per MLP branch; units elsewhere."""
+    shape = (vit.config.depth,)
+    attention = MaskSite("attention", shape, ("layer",), {"qkv": BLOCK, "attn_out": BLOCK}, "attn_out")
+    mlp = MaskSite("mlp", shape, ("layer",), {"fc1": BLOCK, "fc2": BLOCK}, "fc2")
+    covered = {*attention.spreads, *mlp.spreads}
+    others = [_unit_site(kind, shape3) for kind, shape3 in vit.matrix_shapes.items() if kind not in covered]
+    return [others[0], attention, mlp, *others[1:]]
+
+
 GRANULARITIES: dict[str, Callable[[ViT], list[MaskSite]]] = {
     "weight": weight_sites,
     "unit": unit_sites,
     "head": head_sites,
+    "block": block_sites,
 }
 
 

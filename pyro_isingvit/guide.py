@@ -4,7 +4,9 @@
     logit pi_g = J c_g - logit(delta) + kappa_mask Dl_g - omega KL_g
 
 m and s are parameters, trained through the ELBO; pi and the curvature behind Dl are buffers, set by ``update``
-every few steps: the paper's alternation of mask and weight updates.
+every few steps: the paper's alternation of mask and weight updates. With mask_posterior "learned" logit pi is a
+parameter instead, trained by relaxed-Bernoulli gradients with the Ising field J c - logit(delta) as its prior; with
+"hybrid" a parameter is added to the field.
 """
 
 import math
@@ -24,17 +26,24 @@ from pyro_isingvit.model import CERTAIN, IsingViT
 from pyro_isingvit.saliency import SALIENCY, second_order_gain
 from pyro_isingvit.vit import Weights
 
+Phase = Literal["pilot", "ising", "frozen"]
 BISECTION_SAMPLE = 16_384  # masks looked at to solve for kappa_mask
 LOGIT_BOUND = 10.0  # mask logits stay within +-10: a mask can always come back
 
 
 def tempering(kappa: Tempering | Literal["auto"], num_weights: int, num_data: int) -> float:
-    """The number behind a tempering setting: exact = 1, data_emphasis = max(1, P / N), auto = 1 to start with.
+    """The number behind a tempering setting.
+
+    exact = 1, data_emphasis = max(1, P / N), batch_mean = 1 / N (the likelihood counts as one image), no_kl = 1e30
+    (the KL does not count), auto = 1 to start with.
 
     Raises:
         UserError: not positive.
     """
-    named = {"exact": 1.0, "data_emphasis": max(1.0, num_weights / num_data), "auto": 1.0}
+    named = {
+        "exact": 1.0, "data_emphasis": max(1.0, num_weights / num_data), "batch_mean": 1.0 / num_data, "no_kl": 1e30,
+        "auto": 1.0,
+    }  # fmt: skip
     value = named[kappa] if isinstance(kappa, str) else float(kappa)
     if not value > 0:
         raise UserError(f"kappa must be positive, not {value}.")
@@ -78,6 +87,13 @@ class IsingGuide(nn.Module):
             self.register_buffer(f"curvature_{kind}", torch.zeros_like(weight))
         for name, site in self.layout.sites.items():
             self.register_buffer(f"logit_{name}", torch.full(site.shape, CERTAIN))
+        learns = self.config.mask_posterior != "likelihood_guided"
+        self.mask_logit = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(site.shape)) for name, site in self.layout.sites.items() if learns}
+        )
+        self.phase: Phase = "pilot"
+        self.temperature: Tensor
+        self.register_buffer("temperature", torch.tensor(self.config.temperature))
         self.register_buffer("curvature_updates", torch.zeros((), dtype=torch.long))
 
     # What the posterior is --------------------------------------------------------------------------------------
@@ -87,9 +103,25 @@ class IsingGuide(nn.Module):
         """Weight of the likelihood in the mask field: as set, or as last solved for the target retention."""
         return float(self.kappa)
 
-    def logits(self, site: str) -> Tensor:
-        """logit pi of a mask site, of the site's shape."""
+    def field(self, site: str) -> Tensor:
+        """The buffer behind logit pi: set by ``update``, ``start_masks`` and ``freeze``; of the site's shape."""
         return self.get_buffer(f"logit_{site}")
+
+    def logits(self, site: str) -> Tensor:
+        """logit pi of a mask site, of the site's shape; a function of parameters where masks are learned."""
+        if self.phase != "ising" or site not in self.mask_logit:
+            return self.field(site)
+        logits = self.field(site) + self.mask_logit[site]
+        bounded = logits.clamp(-LOGIT_BOUND, self._highest)
+        return logits + (bounded - logits).detach()  # the gradient goes through the bounds, so that masks come back
+
+    def get_extra_state(self) -> dict[str, str]:
+        """The phase, which is no tensor, for ``state_dict``."""
+        return {"phase": self.phase}
+
+    def set_extra_state(self, state: dict[str, Phase]) -> None:
+        """The phase, from ``state_dict``."""
+        self.phase = state["phase"]
 
     def retention(self, site: str) -> Tensor:
         """pi = q(xi = 1) of a mask site, of the site's shape."""
@@ -111,7 +143,7 @@ class IsingGuide(nn.Module):
         with poutine.scale(scale=1.0 / self.kappa_weights):
             for name, site in self.layout.sites.items():
                 logits = self.logits(name)
-                mask = SelectionMask(logits.new_tensor(self.config.temperature), logits=logits, validate_args=False)
+                mask = SelectionMask(self.temperature, logits=logits, validate_args=False)
                 masks[name] = pyro.sample(f"xi_{name}", mask.to_event(len(site.shape)))
                 retention[name] = logits.sigmoid()
             for kind in self.kinds:  # the model's order, which the mean-field check wants
@@ -151,22 +183,25 @@ class IsingGuide(nn.Module):
     # How the masks move -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def observe(self, model: IsingViT, images: Tensor) -> None:
+    def observe(self, model: IsingViT, images: Tensor, labels: Tensor) -> None:
         """Takes one curvature estimate on a batch into the exponential average.
 
         Args:
             model: the model, for its network.
             images: (B, channels, height, width), normalised.
+            labels: (B,), which hutchinson and empirical_fisher read.
         """
-        estimate = SALIENCY[self.config.saliency](model.vit, dict(self.loc.items()), images)
+        estimate = SALIENCY[self.config.saliency](model.vit, dict(self.loc.items()), images, labels)
         for kind, curvature in estimate.items():
             self.get_buffer(f"curvature_{kind}").lerp_(curvature, 1.0 - self.config.curvature_decay)
         self.curvature_updates += 1
 
+    @torch.no_grad()
     def start_masks(self) -> None:
         """Ends the pilot phase: every mask starts from the highest retention allowed."""
+        self.phase = "ising"
         for name in self.layout.sites:
-            self.logits(name).fill_(self._highest)
+            self.field(name).fill_(self._highest)
 
     @property
     def _highest(self) -> float:
@@ -187,6 +222,8 @@ class IsingGuide(nn.Module):
                 retention falls from the highest allowed to ``target_retention`` over the first half of it.
         """
         config, layout = self.config, self.layout
+        cooled = (config.final_temperature / config.temperature) ** min(1.0, progress)
+        self.temperature.fill_(config.temperature * cooled)
         squared = {kind: loc.detach() ** 2 for kind, loc in self.loc.items()}
         if config.empirical_tau_1:
             self._fit_slabs(model, squared)
@@ -205,7 +242,8 @@ class IsingGuide(nn.Module):
                 pooled = _pool(site.spreads[kind], c, squared[kind][layer])
                 prior = config.J * pooled - self._drop_logit
                 target = (prior + evidence[site.name][layer]).clamp(-LOGIT_BOUND, self._highest)
-                self.logits(site.name)[layer].lerp_(target, config.mask_damping)
+                if config.mask_posterior != "learned":
+                    self.field(site.name)[layer].lerp_(target, config.mask_damping)
                 model.prior_logits(site.name)[layer].copy_(prior.expand_as(target))
             values = self.retention(site.name)[layer : layer + 1]
             return site.spreads[kind].expand(values)[0].expand_as(squared[kind][layer])
@@ -254,8 +292,9 @@ class IsingGuide(nn.Module):
         """Fixes each mask to kept (pi > threshold) or dropped, for fine-tuning; their KL is then constant."""
         for name in self.layout.sites:
             kept = self.retention(name) > threshold
-            self.logits(name).copy_(torch.where(kept, CERTAIN, -CERTAIN))
-            model.prior_logits(name).copy_(self.logits(name))
+            self.field(name).copy_(torch.where(kept, CERTAIN, -CERTAIN))
+            model.prior_logits(name).copy_(self.field(name))
+        self.phase = "frozen"
 
 
 def _pool(spread: Spread, c: Tensor, squared: Tensor) -> Tensor:
@@ -277,7 +316,7 @@ def check_ising(config: IsingConfig) -> None:
     for name in ("max_keep", "mask_damping"):
         if not 0 < getattr(config, name) <= 1:
             raise UserError(f"{name} must lie in (0, 1], not {getattr(config, name)}.")
-    for name in ("temperature", "tau_0", "tau_1", "init_scale"):
+    for name in ("temperature", "final_temperature", "tau_0", "tau_1", "init_scale"):
         if not getattr(config, name) > 0:
             raise UserError(f"{name} must be positive, not {getattr(config, name)}.")
     if not 0 < config.target_retention <= config.max_keep:

@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_isingvit.barrier import Projections, log_barrier
 from pyro_isingvit.config import IsingConfig, ViTConfig, preset
 from pyro_isingvit.data import DataInfo, ImageData
 from pyro_isingvit.distributions import SpikeAndSlab
@@ -43,6 +44,8 @@ class IsingViT(nn.Module):
         num_data: N, the size of the training set, by which the data plate scales; set by ``fit``.
         temperature: T of the predictions, fitted on the validation part after training (calibration.py).
         kappa_weights: the KL is weighted by 1/kappa_weights in the objective; set by ``fit``.
+        log_barrier: lambda of the attention log-barrier (barrier.py), 0: none; set by ``fit``.
+        log_margin: mean log|det| that the barrier saw in the last batch; 0 without a barrier.
     """
 
     def __init__(self, vit: ViTConfig, info: DataInfo, ising: IsingConfig | None = None) -> None:
@@ -52,6 +55,8 @@ class IsingViT(nn.Module):
         self.layout = MaskLayout(self.vit, self.ising.granularity)
         self.num_data: int | None = None
         self.kappa_weights = 1.0
+        self.log_barrier = 0.0
+        self.log_margin = torch.zeros(())
         self.temperature: Tensor
         self.register_buffer("temperature", torch.ones(()))
         for name, site in self.layout.sites.items():
@@ -104,10 +109,15 @@ class IsingViT(nn.Module):
         Returns:
             logits (B, C), or (S, B, C) under a vectorised sample plate; divided by T where y is None.
         """
-        logits = self.vit(self.sample_weights(), x).float()
+        attention: Projections | None = [] if self.log_barrier > 0 and y is not None else None
+        logits = self.vit(self.sample_weights(), x, attention).float()
         if y is None:
             logits = logits / self.temperature
         size = len(x) if y is None or self.num_data is None else self.num_data
+        if attention is not None:  # the loss, divided by N, gets -lambda mean log|det|
+            penalty = with_plate_axis(log_barrier(attention), 0)
+            self.log_margin = -penalty.detach().mean()
+            pyro.factor("log_barrier", -self.log_barrier * size * penalty)
         with pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device)):
             if y is None:
                 pyro.deterministic("probs", logits.softmax(-1), event_dim=1)

@@ -16,19 +16,26 @@ import xarray as xr
 from torch import Tensor
 from torch.random import fork_rng
 
+from pyro_isingvit.barrier import least_margins
 from pyro_isingvit.data import Split
 from pyro_isingvit.datatree import Dims, make_group, make_tree
 from pyro_isingvit.errors import UserError
 from pyro_isingvit.granularity import head_sites
-from pyro_isingvit.predictive import PredictiveDraws
+from pyro_isingvit.predictive import PredictiveDraws, attention_margins
 from pyro_isingvit.run import Run
 from pyro_isingvit.vit import Weights
 
 log = logging.getLogger(__name__)
 
 SMALL_MASKS = 20_000  # fewer mask variables than this: their draws are always stored
+MARGIN_DIMS: Dims = {
+    "margin": ["image_margin", "token"], "margin_by_layer": ["image_margin", "layer", "token"],
+    "support_token": ["image_margin"],
+}  # fmt: skip
 LARGE_NETWORK = 5_000_000  # more masked weights than this: only layer means of the retention are stored
 PIXEL_BYTES = 50_000_000  # at most this many bytes of images are stored
+MARGIN_IMAGES = 200  # attention margins are stored for at most this many of them
+MARGIN_WORK = 100_000_000  # and for fewer, or none, where their matrices would have more entries: a few seconds
 
 
 def run_to_datatree(
@@ -53,6 +60,9 @@ def run_to_datatree(
       ``entropy``, ``expected_entropy``, ``mutual_information`` (image_all); labels ``y``. Of all images.
     - ``posterior_predictive``: ``probs`` (sample, image, class); ``observed_data``: ``y`` (image);
       ``constant_data``: ``pixels`` (image, channel, height, width), ``image_index``. At most ``max_images``.
+    - ``constant_data``, of at most 200 of those images (``image_margin``, named as in ``image``), at the posterior
+      mean weights: attention margins (barrier.py) ``margin`` (image_margin, token), the least over layers and heads;
+      ``margin_by_layer`` (image_margin, layer, token), over heads; ``support_token`` (image_margin), its position.
 
     With the seed that made ``draws``, draw s of ``posterior`` is the very network behind ``probs`` s.
 
@@ -80,13 +90,16 @@ def run_to_datatree(
     if limit < len(split):
         index = np.sort(np.random.default_rng(seed).choice(len(split), limit, replace=False))
         log.info("storing probabilities and pixels of %d of %d images, chosen at random", limit, len(split))
-    pixels = {"pixels": split.images[index], "image_index": index}
-    pixel_dims = {"pixels": ["image", "channel", "height", "width"], "image_index": ["image"]}
+    constant = {"pixels": split.images[index], "image_index": index}
+    constant_dims = {"pixels": ["image", "channel", "height", "width"], "image_index": ["image"], **MARGIN_DIMS}
+    chosen = _margin_images(run, index)
+    if len(chosen):
+        constant |= _margins(run, split.images[chosen])
     groups = {
         "posterior": _posterior(run, samples, full, seed),
         "variational": _variational(run),
         **_predictions(draws, run.info.classes, split.labels, index, index, "image_all"),
-        "constant_data": make_group(pixels, pixel_dims, {"image": index}),
+        "constant_data": make_group(constant, constant_dims, {"image": index, "image_margin": chosen}),
     }
     attrs = {
         "config": run.config.to_json(), "dataset": run.info.dataset, "method": run.config.method,
@@ -137,6 +150,23 @@ def _posterior(run: Run, samples: int, full: bool, seed: int) -> xr.Dataset:
                     stored[name] = torch.empty(samples, *values.shape, dtype=values.dtype)
                 stored[name][s] = values
     return make_group(stored, dims, None, "sample")
+
+
+def _margin_images(run: Run, index: np.ndarray) -> np.ndarray:
+    """Images to store attention margins of: at most 200, evenly spread, fewer or none where they would take long."""
+    vit = run.model.vit
+    each = vit.config.depth * len(vit.position) * vit.config.width**2 // vit.config.heads  # L H T d^2
+    most = min(MARGIN_IMAGES, MARGIN_WORK // each)
+    if most < 1:
+        log.info("the network is large: no attention margins are stored")
+        return index[:0]
+    return index[:: -(-len(index) // most)]
+
+
+def _margins(run: Run, images: Tensor) -> dict[str, Tensor]:
+    margins = attention_margins(run, images)  # (B, L, H, T)
+    least, support = least_margins(margins)
+    return {"margin": least, "margin_by_layer": margins.amin(2), "support_token": support}
 
 
 @torch.no_grad()

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_isingvit.barrier import Projections, log_margins
 from pyro_isingvit.errors import UserError
 from pyro_isingvit.metrics import entropy
 from pyro_isingvit.run import Run
 from pyro_isingvit.vit import Weights
 
 CHUNK = 2048
+MARGIN_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -117,3 +119,31 @@ def draw_predictive(
                 logits = run.model.vit(weights, x).float() / run.model.temperature  # ([S,] B, C)
                 probs[first : first + size, start : start + chunk] = logits.softmax(-1).cpu()
     return PredictiveDraws(probs)
+
+
+@torch.no_grad()
+def attention_margins(run: Run, images: Tensor, batch: int = MARGIN_BATCH) -> Tensor:
+    """Attention margins |det(I - Sigma_i A)| of images, at the posterior mean of the weights, pi m (barrier.py).
+
+    Args:
+        run: a run, trained with or without the log-barrier.
+        images: (B, channels, height, width) uint8, as the data set gives them.
+        batch: at most this many images pass through the network at a time.
+
+    Returns:
+        (B, L, H, T) on the CPU; L layers, H heads, T tokens (the CLS token, if any, comes first).
+
+    Raises:
+        UserError: images that do not fit the run, or batch below 1.
+    """
+    if batch < 1:
+        raise UserError(f"batch ({batch}) must be at least 1.")
+    run.info.normalise(images[:1])  # complains of a misfit before any work
+    weights = {kind: run.guide.weight_retention(kind) * loc for kind, loc in run.guide.loc.items()}
+    config = run.model.vit.config
+    margins = torch.empty(len(images), config.depth, config.heads, len(run.model.vit.position))
+    for start in range(0, len(images), batch):
+        attention: Projections = []
+        run.model.vit(weights, run.info.normalise(images[start : start + batch].to(run.device)), attention)
+        margins[start : start + batch] = log_margins(attention).exp().cpu()
+    return margins

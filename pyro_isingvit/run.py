@@ -50,6 +50,7 @@ class Run:
         """Where the parameters are."""
         return self.model.vit.position.device
 
+    @torch.no_grad()
     def mask_summary(self, threshold: float = 0.5) -> dict[str, float]:
         """retention_mean over all masked weights, pruned_fraction (pi < threshold), masked_weights P."""
         retention = torch.cat([self.guide.weight_retention(kind).flatten() for kind in self.guide.loc])
@@ -58,6 +59,15 @@ class Run:
             "pruned_fraction": float((retention < threshold).float().mean()),
             "masked_weights": retention.numel(),
         }
+
+    @torch.no_grad()
+    def dropped_layers(self) -> list[tuple[str, int]]:
+        """(kind, layer) of every matrix whose masks all but vanish; skip connections carry the signal past them."""
+        means = {kind: self.guide.weight_retention(kind).mean((1, 2)) for kind in self.guide.kinds}
+        return [(kind, layer) for kind, mean in means.items() for layer, kept in enumerate(mean) if kept < NOTHING]
+
+
+NOTHING = 0.02  # a layer that keeps less than this share of its weights is as good as dropped
 
 
 def build(

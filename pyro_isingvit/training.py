@@ -1,6 +1,6 @@
 """Stochastic variational inference in phases: pilot (masks at one), Ising, optional fine-tuning (METHOD 5).
 
-    loss = mean NLL + [weight KL + mask KL] / (kappa_weights N)          nats per image
+    loss = mean NLL + [weight KL + mask KL] / (kappa_weights N) [- log_barrier mean log|det|]      nats per image
 
 The loss is ``ClosedFormELBO()(model, guide)``, an ordinary module; AdamW, schedule, clipping and Lightning
 Fabric treat it as any other.
@@ -55,10 +55,16 @@ def check_training(config: TrainConfig) -> None:
     for name in ("pilot_fraction", "warmup_fraction"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"{name} must lie in [0, 1], not {getattr(config, name)}.")
-    if config.finetune_epochs < 0 or config.weight_decay < 0:
-        raise UserError("finetune_epochs and weight_decay must not be negative.")
+    for name in ("finetune_epochs", "weight_decay", "log_barrier"):
+        if not getattr(config, name) >= 0:
+            raise UserError(f"{name} must not be negative, but is {getattr(config, name)}.")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is available here; use --device cpu or auto.")
+
+
+def halving_factor(epoch: int) -> float:
+    """The paper's schedule: the learning rate is halved every 20 epochs."""
+    return 0.5 ** (epoch // 20)
 
 
 def learning_rate_factor(step: int, main_steps: int, total_steps: int, warmup: int) -> float:
@@ -103,6 +109,7 @@ class Trainer:
         pyro.settings.set(module_local_params=True)
         torch.manual_seed(self.settings.seed)
         model, guide = build(config, data.info, len(data.train), model)
+        model.log_barrier = self.settings.log_barrier
         elbo = ClosedFormELBO()(model, guide)
         steps = math.ceil(len(data.train) / self.settings.batch_size)
         self.main_steps = steps * self.settings.epochs
@@ -110,9 +117,13 @@ class Trainer:
         self.pilot_epochs = round(self.settings.pilot_fraction * self.settings.epochs)
         total, warmup = steps * self.total_epochs, int(self.settings.warmup_fraction * self.main_steps)
         optimizer = self._optimizer(model, guide)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, self.main_steps, total, warmup)
-        )
+
+        def factor(step: int) -> float:
+            if self.settings.schedule == "halving" and step < self.main_steps:
+                return halving_factor(step // steps)
+            return learning_rate_factor(step, self.main_steps, total, warmup)
+
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         self.elbo, self.optimizer = self.fabric.setup(elbo, optimizer)
         device = self.fabric.device
         self.data = replace(data, train=_to(data.train, device), val=_to(data.val, device))
@@ -122,7 +133,7 @@ class Trainer:
         self.bar: tqdm = tqdm(disable=True)
 
     def _optimizer(self, model: IsingViT, guide: IsingGuide) -> torch.optim.Optimizer:
-        scales = [p for p in guide.log_scale.parameters() if p.requires_grad]
+        scales = [p for p in guide.log_scale.parameters() if p.requires_grad] + list(guide.mask_logit.parameters())
         means = list(guide.loc.parameters())
         groups = [
             {"params": means, "weight_decay": self.settings.weight_decay},
@@ -164,6 +175,8 @@ class Trainer:
                 self.run.history.append(record)
                 self.seconds = time.monotonic() - start
                 self._keep()
+        for kind, layer in self.run.dropped_layers():
+            log.warning("%s of layer %d is dropped: skip connections carry the signal past it", kind, layer)
         if self.settings.calibrate and len(self.data.val):
             self._calibrate()
             self._keep()
@@ -186,7 +199,7 @@ class Trainer:
             x = self.run.info.normalise(images)
             update = self.step % self.run.config.ising.update_every == 0
             if update and phase != "finetune":
-                guide.observe(model, x)
+                guide.observe(model, x, labels)
                 if phase == "ising":
                     guide.update(model, self._ising_progress())
             loss = self.elbo(x, labels) / len(self.data.train)
@@ -195,7 +208,8 @@ class Trainer:
             if update or count == 0:
                 value = loss.item()
                 weight_kl, mask_kl = guide.kl_terms(model)
-                terms.append((value - scale * (weight_kl + mask_kl), weight_kl, mask_kl))
+                nll = value - scale * (weight_kl + mask_kl) + model.log_barrier * float(model.log_margin)
+                terms.append((nll, weight_kl, mask_kl))
                 self._check_finite(value, terms[-1], epoch)
                 self._show(epoch, phase, terms[-1])
             self.fabric.clip_gradients(
@@ -215,6 +229,8 @@ class Trainer:
         }  # fmt: skip
         record["pruned_fraction"] = record["retention"]["pruned_fraction"]
         record["retention"] = record["retention"]["retention_mean"]
+        if model.log_barrier > 0:
+            record["log_margin"] = float(model.log_margin)  # mean log|det| of the last batch
         return record | self._validate(epoch)
 
     def _ising_progress(self) -> float:

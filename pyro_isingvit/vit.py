@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyro_isingvit.barrier import Projections
 from pyro_isingvit.config import ViTConfig
 from pyro_isingvit.errors import UserError
 
@@ -92,11 +93,14 @@ class ViT(nn.Module):
     def _norm(self, x: Tensor, row: int) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.norm_gain[row], self.norm_bias[row])
 
-    def _attention(self, x: Tensor, weights: Weights, layer: int) -> Tensor:
+    def _attention(self, x: Tensor, weights: Weights, layer: int, attention: Projections | None) -> Tensor:
         heads = self.config.heads
         qkv = linear(x, weights["qkv"][..., layer, :, :], self.bias["qkv"][layer])  # (..., B, T, 3D)
         lead = qkv.shape[:-1]
         qkv = qkv.view(-1, lead[-1], 3, heads, self.config.width // heads).permute(2, 0, 3, 1, 4)
+        if attention is not None:
+            q, k = qkv[:2].unflatten(1, lead[:-1])  # (..., B, H, T, D/H)
+            attention.append((q, k))
         mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])  # (S*B, H, T, D/H)
         mixed = mixed.transpose(1, 2).reshape(*lead, self.config.width)
         return linear(mixed, weights["attn_out"][..., layer, :, :], self.bias["attn_out"][layer])
@@ -105,12 +109,13 @@ class ViT(nn.Module):
         hidden = F.gelu(linear(x, weights["fc1"][..., layer, :, :], self.bias["fc1"][layer]))
         return linear(hidden, weights["fc2"][..., layer, :, :], self.bias["fc2"][layer])
 
-    def forward(self, weights: Weights, images: Tensor) -> Tensor:
+    def forward(self, weights: Weights, images: Tensor, attention: Projections | None = None) -> Tensor:
         """Logits of a batch.
 
         Args:
             weights: kind -> (layers, out, in), or (S, layers, out, in) for all kinds alike.
             images: (B, channels, height, width), normalised.
+            attention: receives queries and keys of each layer, (B, H, T, D/H) or (S, B, H, T, D/H); see barrier.py.
 
         Returns:
             (B, C), or (S, B, C) with sampled weights.
@@ -131,7 +136,7 @@ class ViT(nn.Module):
             x = torch.cat([self.cls.expand(*x.shape[:-2], 1, -1), x], dim=-2)
         x = x + self.position
         for layer in range(self.config.depth):
-            x = x + self._attention(self._norm(x, 2 * layer), weights, layer)
+            x = x + self._attention(self._norm(x, 2 * layer), weights, layer, attention)
             x = x + self._mlp(self._norm(x, 2 * layer + 1), weights, layer)
         x = self._norm(x, 2 * self.config.depth)
         x = x[..., :1, :] if self.config.pool == "cls" else x.mean(dim=-2, keepdim=True)

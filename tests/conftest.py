@@ -42,7 +42,8 @@ def make_pair(num_data: int = 50, vit: ViTConfig = TINY, **ising: object) -> tup
         data=DataConfig(), vit=vit, ising=replace(IsingConfig(), **ising), train=TrainConfig(), preset="custom"
     )
     model, guide = build(config, INFO, num_data)
+    guide.phase = "ising"
     for name in guide.layout.sites:
-        guide.logits(name).uniform_(-2.1, 2.1)
+        guide.field(name).uniform_(-2.1, 2.1)
         model.prior_logits(name).uniform_(-2.0, 2.0)
     return model, guide

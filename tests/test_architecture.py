@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 # Each module may import only from those before it.
 ORDER = [
     "version", "errors", "config", "checkpoint", "history", "metrics", "calibration", "image_files", "data",
-    "distributions", "elbo", "vit", "granularity", "model", "saliency", "coupling", "guide", "run", "predictive",
-    "datatree", "from_pyro", "posterior", "evaluation", "training",
+    "distributions", "elbo", "barrier", "vit", "granularity", "model", "saliency", "coupling", "guide", "run",
+    "predictive", "datatree", "from_pyro", "posterior", "evaluation", "training",
 ]  # fmt: skip
 LIBRARY = sorted(path for path in (ROOT / "pyro_isingvit").glob("*.py") if path.stem != "__init__")
 SOURCES = [*LIBRARY, *sorted((ROOT / "inference").glob("*.py")), *sorted((ROOT / "analysis").glob("*.py"))]

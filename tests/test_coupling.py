@@ -113,3 +113,44 @@ def test_dropping_every_reader_of_a_channel_lowers_its_c(name: str) -> None:
 def test_without_coupling_c_is_zero() -> None:
     net, retention = network(True)
     assert all((c == 0).all() for c in fields("none", net, retention).values())
+
+
+def test_forward_coupling_against_loops() -> None:
+    net, retention = network(True)
+    seen = fields("forward", net, retention)
+
+    def written(kind, layer, row) -> tuple[float, float]:
+        w2, pi = net.squared[kind][layer][row], retention[kind][layer][row]
+        return float((w2 * pi).sum()), float(w2.sum())
+
+    def stream(channel: int, upto: int) -> float:
+        """Writers of a residual channel, nearest first: attention output and fc2 of the blocks before, the patches."""
+        writers = [("patch", 0)] + [(kind, b) for b in range(L) for kind in ("attn_out", "fc2")]
+        sums = [written(kind, b, channel) for kind, b in reversed(writers[: upto + 1])]
+        top, bottom = (sum(DECAY**i * pair[part] for i, pair in enumerate(sums)) for part in (0, 1))
+        return top / bottom
+
+    for b in range(L):
+        for j in range(D):
+            assert seen["qkv", b][0, j] == pytest.approx(stream(j, 2 * b), rel=1e-4)
+            assert seen["fc1", b][0, j] == pytest.approx(stream(j, 2 * b + 1), rel=1e-4)
+            top, bottom = written("qkv", b, 2 * D + j)
+            assert seen["attn_out", b][0, j] == pytest.approx(top / bottom, rel=1e-4)
+        for f in range(F):
+            top, bottom = written("fc1", b, f)
+            assert seen["fc2", b][0, f] == pytest.approx(top / bottom, rel=1e-4)
+    for j in range(D):
+        assert seen["head_hidden", 0][0, j] == pytest.approx(stream(j, 2 * L), rel=1e-4)
+    assert (seen["patch", 0] == 0).all()
+
+
+def test_fused_qkv_rows_are_those_of_an_unfused_network() -> None:
+    """q, k and v as three matrices per head, coupled one by one, against the fused index arithmetic."""
+    net, retention = network(False)
+    fused = fields("all_readers", net, retention)["qkv", 1][:, 0].view(3, H, HEAD_DIM)  # part, head, position
+    w2, pi = net.squared["attn_out"][1].view(D, H, HEAD_DIM), retention["attn_out"][1].view(D, H, HEAD_DIM)
+    for h in range(H):
+        head_share = (w2[:, h] * pi[:, h]).sum() / w2[:, h].sum()
+        torch.testing.assert_close(fused[0, h], head_share.expand(HEAD_DIM))
+        torch.testing.assert_close(fused[1, h], head_share.expand(HEAD_DIM))
+        torch.testing.assert_close(fused[2, h], (w2[:, h] * pi[:, h]).sum(0) / w2[:, h].sum(0))

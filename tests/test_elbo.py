@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from pyro_isingvit.distributions import SelectionMask
 from pyro_isingvit.elbo import ClosedFormELBO
+from pyro_isingvit.granularity import GRANULARITIES
 
-GRANULARITIES = ["weight", "unit", "head"]
 X, Y = torch.randn(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
@@ -33,7 +33,7 @@ def by_hand(model, guide, weights) -> torch.Tensor:
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("elbo", [ClosedFormELBO, TraceMeanField_ELBO])
 def test_value_and_gradient_against_the_formula(granularity: str, elbo: type) -> None:
-    model, guide = make_pair(granularity=granularity, kappa_weights=3.0)
+    model, guide = make_pair(granularity=granularity, kappa_weights=3.0, posterior_scale="learned")
     torch.manual_seed(1)
     trace = poutine.trace(guide).get_trace(X, Y)
     weights = {kind: trace.nodes[f"w_{kind}"]["value"] for kind in guide.kinds}
@@ -47,9 +47,11 @@ def test_value_and_gradient_against_the_formula(granularity: str, elbo: type) ->
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["likelihood_guided", "learned", "hybrid"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_every_parameter_gets_a_gradient(granularity: str) -> None:
-    model, guide = make_pair(granularity=granularity)
+def test_every_parameter_gets_a_gradient(granularity: str, mode: str) -> None:
+    model, guide = make_pair(granularity=granularity, mask_posterior=mode, posterior_scale="learned")
+    assert bool(guide.mask_logit) == (mode != "likelihood_guided")
     ClosedFormELBO()(model, guide)(X, Y).backward()
     for name, parameter in [*model.named_parameters(), *guide.named_parameters()]:
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name

@@ -1,5 +1,6 @@
 """The guide's masks: the mean-field field, its limits, and what an update may not do."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from conftest import INFO, TINY, make_pair
 from pyro import poutine
 
-from pyro_isingvit.config import IsingConfig
+from pyro_isingvit.config import PAPER_ISING, IsingConfig
 from pyro_isingvit.coupling import COUPLINGS
 from pyro_isingvit.distributions import slab_kl
 from pyro_isingvit.errors import UserError
@@ -16,7 +17,7 @@ from pyro_isingvit.guide import LOGIT_BOUND, IsingGuide, tempering
 from pyro_isingvit.model import IsingViT
 from pyro_isingvit.saliency import SALIENCY
 
-X = torch.randn(6, 1, 4, 4)
+X, Y = torch.randn(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -76,7 +77,7 @@ def test_update_solves_the_field_equation(granularity: str) -> None:
 def test_updates_stay_finite_and_within_bounds(granularity: str, coupling: str, saliency: str) -> None:
     model, guide = make_pair(granularity=granularity, coupling=coupling, saliency=saliency, kappa_mask=1e6)
     for _ in range(3):
-        guide.observe(model, X)
+        guide.observe(model, X, Y)
         guide.update(model)
     for name in guide.layout.sites:
         logits = guide.logits(name)
@@ -86,8 +87,8 @@ def test_updates_stay_finite_and_within_bounds(granularity: str, coupling: str, 
 
 def test_coupling_raises_the_prior_of_what_is_read() -> None:
     model, guide = make_pair(coupling="nearest", J=2.0, mask_damping=1.0)
-    guide.logits("fc2").fill_(-8.0)
-    guide.logits("fc2")[..., 0] = 2.0  # only hidden unit 0 is still read
+    guide.field("fc2").fill_(-8.0)
+    guide.field("fc2")[..., 0] = 2.0  # only hidden unit 0 is still read
     # fc2 itself is updated in the sweep before fc1: hold it where it is
     guide.get_buffer("curvature_fc2")[..., 0] = 1e6
     guide.curvature_updates += 10_000
@@ -109,7 +110,7 @@ def test_more_prior_dropping_keeps_less() -> None:
 def test_damping_bounds_the_step() -> None:
     model, guide = make_pair(mask_damping=0.1, kappa_mask=1e9)
     before = {name: guide.logits(name).clone() for name in guide.layout.sites}
-    guide.observe(model, X)
+    guide.observe(model, X, Y)
     guide.update(model)
     for name, old in before.items():
         assert ((guide.logits(name) - old).abs() <= 0.1 * 2 * LOGIT_BOUND + 1e-5).all()
@@ -118,7 +119,7 @@ def test_damping_bounds_the_step() -> None:
 def test_saliency_guides_the_masks() -> None:
     """Weights with more curvature are kept more often."""
     model, guide = make_pair(coupling="none", omega=0.0, mask_damping=1.0, kappa_mask=1e3, max_keep=1.0)
-    guide.observe(model, X)
+    guide.observe(model, X, Y)
     guide.update(model)
     gain = guide.curvature("fc1") * guide.loc["fc1"].detach() ** 2
     order = gain.flatten().argsort()
@@ -202,7 +203,7 @@ def test_settings_out_of_range_are_refused(setting: dict) -> None:
 def test_auto_kappa_mask_meets_the_target_retention(granularity: str, target: float) -> None:
     model, guide = make_pair(granularity=granularity, target_retention=target, mask_damping=1.0)
     for _ in range(30):
-        guide.observe(model, X)
+        guide.observe(model, X, Y)
     for _ in range(5):
         guide.update(model)
     kept = torch.cat([guide.weight_retention(kind).flatten() for kind in guide.kinds]).mean()
@@ -212,9 +213,67 @@ def test_auto_kappa_mask_meets_the_target_retention(granularity: str, target: fl
 def test_auto_kappa_mask_lowers_retention_gradually() -> None:
     model, guide = make_pair(target_retention=0.4, mask_damping=1.0)
     guide.start_masks()
-    guide.observe(model, X)
+    guide.observe(model, X, Y)
     kept = []
     for progress in (0.0, 0.1, 0.25, 0.5, 1.0):
         guide.update(model, progress)
         kept.append(float(torch.cat([guide.weight_retention(kind).flatten() for kind in guide.kinds]).mean()))
     assert kept[0] > 0.85 and kept[0] > kept[1] > kept[2] > kept[3] and kept[3] == pytest.approx(0.4, abs=0.03)
+
+
+def test_block_masks_take_whole_branches() -> None:
+    _, guide = make_pair(granularity="block")
+    values = {name: torch.ones(site.shape) for name, site in guide.layout.sites.items()}
+    values["mlp"][0] = 0.0
+    for kind, dropped in (("fc1", 0.0), ("fc2", 0.0), ("qkv", 1.0), ("attn_out", 1.0)):
+        spread = guide.layout.expand(kind, values).expand_as(guide.loc[kind])
+        assert (spread[0] == dropped).all() and (spread[1] == 1).all()
+
+
+def test_learned_masks_follow_their_parameters_and_take_the_ising_field_as_prior() -> None:
+    model, guide = make_pair(mask_posterior="learned", coupling="none", delta=0.8)
+    guide.start_masks()
+    before = guide.retention("fc1").detach()
+    guide.update(model)
+    assert torch.equal(guide.retention("fc1"), before)  # the field does not move them
+    torch.testing.assert_close(model.prior_logits("fc1"), torch.full((2, 16, 8), -math.log(4.0)))
+    guide.mask_logit["fc1"].data.fill_(-50.0)
+    assert (guide.logits("fc1") == -LOGIT_BOUND).all()
+    guide.logits("fc1").sum().backward()
+    assert (guide.mask_logit["fc1"].grad == 1).all()  # also beyond the bound: they can come back
+
+
+def test_hybrid_masks_are_the_field_and_a_correction() -> None:
+    model, guide = make_pair(mask_posterior="hybrid", mask_damping=1.0)
+    guide.update(model)
+    field = guide.field("fc1").clone()
+    guide.mask_logit["fc1"].data.fill_(0.25)
+    torch.testing.assert_close(guide.logits("fc1"), (field + 0.25).clamp(max=math.log(9.0)))
+
+
+def test_temperature_falls_geometrically() -> None:
+    model, guide = make_pair(temperature=0.8, final_temperature=0.2)
+    for progress, expected in ((0.0, 0.8), (0.5, 0.4), (1.0, 0.2)):
+        guide.update(model, progress)
+        assert float(guide.temperature) == pytest.approx(expected)
+
+
+def test_the_phase_travels_with_the_state() -> None:
+    model, guide = make_pair(mask_posterior="learned")
+    guide.start_masks()
+    other = IsingGuide(model, 50)
+    other.load_state_dict(guide.state_dict())
+    assert other.phase == "ising" and torch.equal(other.retention("fc1"), guide.retention("fc1"))
+
+
+def test_paper_setting_is_equation_3() -> None:
+    """logit pi = J c - logit(delta) + h m^2 / 2 on the batch mean, no KL anywhere, pi not clipped."""
+    model, guide = make_pair(**{**dataclasses.asdict(PAPER_ISING), "coupling": "none"})
+    for kind in guide.kinds:
+        guide.get_buffer(f"curvature_{kind}").uniform_(0, 50)
+    guide.curvature_updates += 10_000
+    guide.update(model)
+    expected = -math.log(0.1 / 0.9) + 0.5 * guide.get_buffer("curvature_fc1") * guide.loc["fc1"].detach() ** 2
+    torch.testing.assert_close(guide.logits("fc1"), expected, rtol=1e-4, atol=1e-4)
+    assert guide.kappa_weights == 1e30 and (PAPER_ISING.J, PAPER_ISING.coupling) == (2.0, "nearest")
+    assert all(not p.requires_grad for p in guide.log_scale.parameters())

@@ -1,0 +1,76 @@
+"""The README keeps its word: every command and example in it runs, and what it says of CI and make is so."""
+
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image
+from test_scripts import script
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SHELL = "\n".join(re.findall(r"```\n(.*?)```", README, re.S))
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+ARGUMENTS = {"PATH": "images", "FOLDER": "new", "--epochs 60": "--epochs 2", "runs/mine": "mine"}
+
+
+def test_the_five_lines_run_as_shown(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", PYTHON[0]], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert result.returncode == 0, result.stderr
+    assert len([line for line in PYTHON[0].splitlines() if line.strip()]) == 5
+    accuracy = float(re.search(r"tensor\((0\.\d+)\)", result.stdout).group(1))
+    assert accuracy > 0.9
+
+
+def test_commands_on_own_images_run_as_shown(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for number, name in enumerate(("round", "square")):
+        for folder, count in ((tmp_path / "images" / name, 30), (tmp_path / "new", 2)):
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = generator.integers(0, 90, (20, 24, 3), dtype=np.uint8) + np.uint8(120 * number)
+                Image.fromarray(pixels).save(folder / f"{name}{i}.png")
+    commands = [line.split("#")[0].split() for line in SHELL.splitlines() if "python -m" in line]
+    assert [words[2] for words in commands] == ["inference.train", "inference.predict", "analysis.report"]
+    for words in commands:
+        line = " ".join(words[3:])
+        for written, meant in ARGUMENTS.items():
+            line = line.replace(written, str(tmp_path / meant) if not meant.startswith("--") else meant)
+        line = line.replace("predictions.nc", str(tmp_path / "predictions.nc"))
+        result = script(words[2], *line.split(), *(["--samples", 5] if words[2] == "inference.train" else []))
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "predictions.csv").is_file() and (tmp_path / "mine" / "report" / "index.html").is_file()
+
+
+def test_make_targets_are_those_of_the_readme_and_of_ci() -> None:
+    makefile, ci = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text()
+    targets = re.findall(r"^make (\w+)", SHELL, re.M)
+    assert targets == ["demo", "test"]
+    for target in targets:
+        assert f"\n{target}: $(VENV)/.installed" in makefile
+        assert f"\nmake {target}" in ci
+
+
+def test_arviz_example_runs_as_shown(tmp_path: Path, monkeypatch) -> None:
+    run = tmp_path / "runs" / "demo"
+    result = script(
+        "inference.train", "--dataset", "digits", "--epochs", 2, "--train-size", 100, "--samples", 20, "--out", run
+    )
+    assert result.returncode == 0, result.stderr
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    (example,) = [block for block in PYTHON if "arviz" in block]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ArviZ's own are not ours to fail on
+        exec(compile(example, "README.md", "exec"), {})
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    for name in re.findall(r"\]\((docs/[^)]+)\)", README) + re.findall(r"`(docs/[^`]+|CHANGELOG\.md)`", README):
+        assert (ROOT / name).is_file(), name
