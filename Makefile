@@ -19,14 +19,14 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed
-	$(PY) -m inference.train --dataset digits --preset digits --epochs 120 --max-keep 0.95 --samples 100 --out $(DEMO) --overwrite
+	$(PY) -m inference.train --dataset digits --preset digits --epochs 140 --target-retention 0.6 --samples 100 --out $(DEMO) --overwrite
 	$(PY) -m analysis.report --run $(DEMO)
 
 test: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

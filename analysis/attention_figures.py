@@ -37,13 +37,12 @@ def attention_margins(
     heights = max(1.5, 0.62 * margins.shape[1]) + 0.8, 1.75 * rows + 0.3
     size = (NARROW, sum(heights)) if narrow else (WIDE, max(heights))
     figure = Figure(size, layout="constrained")
-    parts = (
-        figure.subfigures(2, 1, height_ratios=heights)
-        if narrow
-        else figure.subfigures(1, 2, width_ratios=[1.15, 1], wspace=0.03)
-    )
+    if narrow:
+        parts = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
+    else:
+        parts = figure.subfigures(1, 2, width_ratios=[1.15, 1], wspace=0.03, squeeze=False)[0]
     _histograms(parts[0], margins)
-    parts[1].suptitle(f"{len(chosen)} smallest of {len(margins)} images", fontsize=10.5, weight="bold")
+    parts[1].suptitle(f"smallest margins: {len(chosen)} of {len(margins)} images", fontsize=10.5, weight="bold")
     grid = parts[1].subplots(rows, columns, squeeze=False)
     for place, ax in enumerate(grid.flat):
         if place >= len(chosen):

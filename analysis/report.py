@@ -298,10 +298,10 @@ def _sections(tree: xr.DataTree, history: list[dict[str, Any]], config: RunConfi
         Section(
             "margins", "Attention margins",
             "|det(I − Σ A)| of every token, at the posterior mean weights: Σ is the covariance of the tokens it "
-            "attends to, A = Wₖᵀ W_q / √d. 1 where attention does not depend on the token; at 0 "
-            "some small change of the token is cancelled by what it attends to. Dotted: median, dashed: smallest. Outlined is the support token, "
-            "the position of the image's smallest margin. The theory is that of causal attention; for images it is "
-            "a heuristic. "
+            "attends to, A = Wₖᵀ W_q / √d. 1 where attention does not depend on the token; at 0 some small "
+            "change of the token is cancelled by what it attends to. Dotted: median, dashed: smallest. Outlined "
+            "is the support token, the position of the image's smallest margin. The theory is that of causal "
+            "attention; for images it is a heuristic. "
             + (f"Trained with the log-barrier, λ = {config.train.log_barrier:g}." if config.train.log_barrier
                else "Trained without the log-barrier (--log-barrier)."),
             _margins(tree, config.vit.patch_size),
@@ -332,7 +332,7 @@ def _margins(tree: xr.DataTree, patch: int) -> Callable[..., Figure] | None:
     constant = _arrays(tree, "constant_data")
     if "margin_by_layer" not in constant:
         return None
-    names = tree["constant_data"]["image_margin"].values
+    names = tree.children["constant_data"].dataset["image_margin"].values
     pixels = constant["pixels"][np.searchsorted(constant["image_index"], names)]
     return partial(attention_figures.attention_margins, constant["margin_by_layer"], pixels, names, patch)
 

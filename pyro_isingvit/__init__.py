@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pyro_isingvit.guide import IsingGuide
     from pyro_isingvit.model import IsingViT
     from pyro_isingvit.posterior import run_to_datatree
-    from pyro_isingvit.predictive import PredictiveDraws, draw_predictive
+    from pyro_isingvit.predictive import PredictiveDraws, attention_margins, draw_predictive
     from pyro_isingvit.run import Run, load_run
     from pyro_isingvit.training import fit
 
@@ -39,6 +39,7 @@ _HOME = {
     "IsingViT": "model",
     "run_to_datatree": "posterior",
     "PredictiveDraws": "predictive",
+    "attention_margins": "predictive",
     "draw_predictive": "predictive",
     "Run": "run",
     "load_run": "run",
@@ -60,6 +61,7 @@ __all__ = [
     "UserError",
     "ViTConfig",
     "__version__",
+    "attention_margins",
     "draw_predictive",
     "fit",
     "from_pyro_svi",

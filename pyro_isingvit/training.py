@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning_fabric as lf
-import pyro
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -106,7 +105,6 @@ class Trainer:
         self.fabric = lf.Fabric(
             accelerator=self.settings.device, devices=1, precision=PRECISION[self.settings.precision]  # type: ignore[arg-type]
         )  # fmt: skip
-        pyro.settings.set(module_local_params=True)
         torch.manual_seed(self.settings.seed)
         model, guide = build(config, data.info, len(data.train), model)
         model.log_barrier = self.settings.log_barrier

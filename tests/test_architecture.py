@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # Each module may import only from those before it.
 ORDER = [
     "version", "errors", "config", "checkpoint", "history", "metrics", "calibration", "image_files", "data",
-    "distributions", "elbo", "barrier", "vit", "granularity", "model", "saliency", "coupling", "guide", "run",
+    "distributions", "ising", "elbo", "barrier", "vit", "granularity", "model", "saliency", "coupling", "guide", "run",
     "predictive", "datatree", "from_pyro", "posterior", "evaluation", "training",
 ]  # fmt: skip
 LIBRARY = sorted(path for path in (ROOT / "pyro_isingvit").glob("*.py") if path.stem != "__init__")

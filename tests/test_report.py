@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 from matplotlib.figure import Figure
 
-from analysis import figures, mask_figures, style
+from analysis import attention_figures, figures, mask_figures, style
 from analysis.report import EXPLANATIONS, main, write_report
 from pyro_isingvit.config import DataConfig, RunConfig
 from pyro_isingvit.datatree import save_datatree
@@ -22,7 +22,17 @@ from pyro_isingvit.metrics import calibration_error
 
 S = 12
 EVIL = "<script>alert(1)</script>"
-SECTIONS = ("training", "calibration", "confusion", "uncertainty", "intervals", "retention", "heads", "masks")
+SECTIONS = (
+    "training",
+    "calibration",
+    "confusion",
+    "uncertainty",
+    "intervals",
+    "retention",
+    "heads",
+    "masks",
+    "margins",
+)
 
 
 def random_probs(rng, shape, classes, labels=None, skill=3.0):
@@ -92,7 +102,9 @@ def make_tree(classes, channels=1, side=8, depth=2, heads=4, width=8, images=40,
             "pixels": (("image", "channel", "height", "width"),
                        rng.integers(0, 256, (min(stored, images), channels, side, side), dtype=np.uint8)),
             "image_index": ("image", np.arange(min(stored, images))),
-        }),
+            "margin_by_layer": (("image_margin", "layer", "token"),
+                                rng.lognormal(size=(-(-min(stored, images) // 2), depth, (-(-side // 7)) ** 2))),
+        }, coords={"image_margin": np.arange(0, min(stored, images), 2)}),
     }  # fmt: skip
     tree = xr.DataTree.from_dict(groups)
     tree.attrs = {
@@ -174,8 +186,8 @@ def test_large_runs_keep_layer_means_only(tmp_path, monkeypatch):
     tree["variational"] = xr.DataTree(slim)
     del tree["constant_data"]
     text = write_report(make_run(tmp_path / "run", tree=tree)).read_text()
-    assert text.count("This run keeps no data for this figure.") == 2  # intervals and masks
-    assert text.count("<picture>") == len(SECTIONS) - 2
+    assert text.count("This run keeps no data for this figure.") == 3  # intervals, masks and margins
+    assert text.count("<picture>") == len(SECTIONS) - 3
 
 
 @pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl", "metrics.json", "posterior.nc", "."])
@@ -278,6 +290,30 @@ def test_mask_figures_with_blocks_or_outside_alone():
     for kinds in ({"qkv": np.full((1, 4, 4), 0.9)}, {"head": np.full((4, 4), 0.0)}):
         texts(mask_figures.mask_posteriors(kinds))
         texts(mask_figures.retention_by_layer({kind: np.atleast_1d(v.mean((-2, -1))) for kind, v in kinds.items()}))
+
+
+@pytest.mark.parametrize("images,depth,narrow", [(1, 1, False), (7, 2, True), (40, 12, False)])
+@pytest.mark.parametrize("cls", [False, True])
+def test_attention_margins(images, depth, narrow, cls):
+    rng = np.random.default_rng(0)
+    margins = rng.lognormal(size=(images, depth, 6 + cls))  # 5x8 pixels in patches of 3: 2x3, the last ones cut
+    pixels, names = rng.integers(0, 256, (images, 1, 5, 8), dtype=np.uint8), np.arange(images) + 500
+    margins[0, depth - 1, -1] = 1e-6
+    if images > 1:
+        margins[1, 0, 0] = 1e-5
+    figure = attention_figures.attention_margins(margins, pixels, names, 3, narrow=narrow)
+    written = texts(figure)
+    assert f"image 500: 1e-06\nlayer {depth - 1}, patch 5" in written and f"layer {depth - 1}" in written
+    if images > 1:
+        assert f"image 501: 1e-05\nlayer 0, {'CLS token' if cls else 'patch 0'}" in written
+    (box,) = next(ax for ax in figure.get_axes() if ax.get_title().startswith("image 500")).patches
+    assert (box.get_xy(), box.get_width(), box.get_height()) == ((5.5, 2.5), 2, 2)
+    shown = [ax for ax in figure.get_axes() if ax.get_title().startswith("image ")]
+    assert len(shown) == min(6, images)
+
+
+def test_equal_margins_are_drawn():
+    texts(attention_figures.attention_margins(np.ones((2, 1, 4)), np.zeros((2, 3, 4, 4), np.uint8), np.arange(2), 2))
 
 
 @pytest.mark.parametrize("classes,channels,images,narrow", [(2, 1, 1, False), (3, 3, 7, True), (100, 3, 40, False)])

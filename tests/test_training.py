@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 
+import pyro
 import pytest
 import torch
 from conftest import TINY
@@ -156,6 +157,12 @@ def test_resume_with_other_data_is_refused(data, tmp_path) -> None:
 def test_settings_out_of_range_are_refused(data, setting: dict) -> None:
     with pytest.raises(UserError, match=next(iter(setting))):
         trainer(data, **setting)
+
+
+def test_training_leaves_pyro_as_it_was(data) -> None:
+    before = pyro.settings.get()
+    trainer(data, epochs=1).fit()
+    assert pyro.settings.get() == before and not pyro.get_param_store()
 
 
 def test_unknown_setting_is_named(data) -> None:
