@@ -62,6 +62,11 @@ EXPLANATIONS: dict[str, tuple[str, str, str]] = {
     "retention_mean": ("Mean retention", "%", "Mean posterior probability that a masked weight is kept."),
     "pruned_fraction": ("Pruned weights", "%", "Share of the masked weights with a retention below 0.5."),
     "masked_weights": ("Masked weights", "n", "Weights that a selection mask can drop."),
+    "dropped_layers": (
+        "Dropped matrices",
+        "n",
+        "Matrices of a layer with next to no mask on; skip connections bypass them.",
+    ),
     "samples": ("Posterior draws", "n", "Networks drawn from the posterior; the prediction is their mean."),
     "train_size": ("Training images", "n", "Images the posterior was fitted to."),
     "val_size": ("Validation images", "n", "Images watched during training, not learned from."),
@@ -298,7 +303,7 @@ def _sections(tree: xr.DataTree, history: list[dict[str, Any]], config: RunConfi
         Section(
             "margins", "Attention margins",
             "|det(I − Σ A)| of every token, at the posterior mean weights: Σ is the covariance of the tokens it "
-            "attends to, A = Wₖᵀ W_q / √d. 1 where attention does not depend on the token; at 0 some small "
+            "attends to, A = W_kᵀ W_q / √d. 1 where attention does not depend on the token; at 0 some small "
             "change of the token is cancelled by what it attends to. Dotted: median, dashed: smallest. Outlined "
             "is the support token, the position of the image's smallest margin. The theory is that of causal "
             "attention; for images it is a heuristic. "

@@ -52,4 +52,4 @@ class ClosedFormELBO(TraceMeanField_ELBO):
         """The mean loss over particles, a scalar tensor, without waiting for the device."""
         traces = self._get_traces(model, guide, args, kwargs)
         losses = [self._differentiable_loss_particle(*pair)[1] for pair in traces]
-        return torch.stack(losses).mean()
+        return torch.stack(losses).sum() / self.num_particles  # vectorised particles share one trace

@@ -39,6 +39,7 @@ def evaluate(
     metrics: dict[str, Any] = {
         **classification_metrics(draws.mean, data.test.labels),
         **run.mask_summary(),
+        "dropped_layers": len(run.dropped_layers()),
         "temperature": temperature,
         "nll_uncalibrated": plain["nll"],
         "ece_uncalibrated": plain["ece"],

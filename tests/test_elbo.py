@@ -103,3 +103,13 @@ def test_loss_is_unbiased_over_masks() -> None:
         sampled.append(total)
     sampled_t = torch.tensor(sampled)
     assert abs(sampled_t.mean() - closed) < 4 * sampled_t.std() / 200**0.5
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_particles_are_averaged(vectorize: bool) -> None:
+    """Many particles only lessen the noise: the mean loss of one at a time lies within 4 standard errors."""
+    model, guide = make_pair()
+    several = ClosedFormELBO(num_particles=100, vectorize_particles=vectorize, max_plate_nesting=1)
+    ones = torch.stack([ClosedFormELBO().differentiable_loss(model, guide, X, Y).detach() for _ in range(100)])
+    loss = several.differentiable_loss(model, guide, X, Y).detach()
+    assert abs(loss - ones.mean()) < 4 * ones.std() * (2 / 100) ** 0.5

@@ -8,14 +8,20 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pytest
 from PIL import Image
 from test_scripts import script
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SHELL = "\n".join(re.findall(r"```\n(.*?)```", README, re.S))
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+SHELL = "\n".join(text for language, text in BLOCKS if not language)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
 ARGUMENTS = {"PATH": "images", "FOLDER": "new", "--epochs 60": "--epochs 2", "runs/mine": "mine"}
+
+
+COMMANDS = [line.split("#")[0].split() for line in SHELL.splitlines() if "python -m" in line]
+SHORTER = {"30": "1", "6000": "100", "../shared/data": str(ROOT.parent / "shared" / "data")}
 
 
 def test_the_five_lines_run_as_shown(tmp_path: Path) -> None:
@@ -36,7 +42,7 @@ def test_commands_on_own_images_run_as_shown(tmp_path: Path) -> None:
             for i in range(count):
                 pixels = generator.integers(0, 90, (20, 24, 3), dtype=np.uint8) + np.uint8(120 * number)
                 Image.fromarray(pixels).save(folder / f"{name}{i}.png")
-    commands = [line.split("#")[0].split() for line in SHELL.splitlines() if "python -m" in line]
+    commands = [words for words in COMMANDS if "fashion-mnist" not in words]
     assert [words[2] for words in commands] == ["inference.train", "inference.predict", "analysis.report"]
     for words in commands:
         line = " ".join(words[3:])
@@ -46,6 +52,17 @@ def test_commands_on_own_images_run_as_shown(tmp_path: Path) -> None:
         result = script(words[2], *line.split(), *(["--samples", 5] if words[2] == "inference.train" else []))
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "predictions.csv").is_file() and (tmp_path / "mine" / "report" / "index.html").is_file()
+
+
+@pytest.mark.skipif(
+    not (ROOT.parent / "shared" / "data").is_dir(), reason="no copy of Fashion-MNIST beside the checkout"
+)
+def test_the_line_behind_the_figures_runs(tmp_path: Path) -> None:
+    (words,) = [words for words in COMMANDS if "fashion-mnist" in words]
+    line = [SHORTER.get(word, word) for word in words[3:]]
+    line[line.index("--out") + 1] = str(tmp_path / "r")
+    result = script(words[2], *line, "--samples", 1)
+    assert result.returncode == 0, result.stderr
 
 
 def test_make_targets_are_those_of_the_readme_and_of_ci() -> None:
