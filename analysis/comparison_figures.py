@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analysis.figures import entropy_of, reliability_bins
 from analysis.style import BLUE, GREY, ORANGE, RED, SKY, WIDE, percent, save_png, styled
 from pyro_isingvit.data_checks import file_stem
 from pyro_isingvit.datatree import load_datatree
-from pyro_isingvit.metrics import ECE_BINS
 from pyro_isingvit.run import POSTERIOR
 
 PALETTE = (BLUE, ORANGE, "#009E73", RED, "#CC79A7", SKY, "#000000", GREY)
@@ -32,6 +32,13 @@ def looks(methods: list[str], ours: str) -> dict[str, dict[str, Any]]:
                  "linewidth": OURS_WIDTH if method == ours else 1.3, "zorder": 3 if method == ours else 2}
         for i, (method, (dash, colour)) in enumerate(zip(ordered, styles, strict=False))
     }  # fmt: skip
+
+
+def _legend_of_all(figure: Figure) -> None:
+    """One legend below, with each method once."""
+    pairs = [pair for ax in figure.axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in pairs}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=5)
 
 
 @styled
@@ -63,8 +70,7 @@ def curves(frame: pd.DataFrame, ours: str) -> Figure:
                 percent(ax.yaxis)
             else:
                 ax.set_yscale("log")
-    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=5)
+    _legend_of_all(figure)
     return figure
 
 
@@ -92,8 +98,7 @@ def pruning(frame: pd.DataFrame, ours: str) -> Figure:
         percent(ax.yaxis)
     for ax in axes[len(cells) :]:
         ax.set_visible(False)
-    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=5)
+    _legend_of_all(figure)
     return figure
 
 
@@ -117,16 +122,11 @@ def reliability(predictions: Mapping[str, tuple[np.ndarray, np.ndarray]], title:
     """
     figure, axes = _panels(len(predictions), 2.8)
     for ax, (method, (probs, labels)) in zip(axes, predictions.items(), strict=False):
-        confidence, right = probs.max(-1), (probs.argmax(-1) == labels).astype(float)
-        which = np.clip(np.ceil(confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
-        counts = np.bincount(which, minlength=ECE_BINS)
+        counts, accuracy, mean, ece = reliability_bins(probs, labels)
         full = counts > 0
-        accuracy = np.bincount(which, right, ECE_BINS)[full] / counts[full]
-        mean = np.bincount(which, confidence, ECE_BINS)[full] / counts[full]
-        ece = float((counts[full] / counts.sum() * np.abs(accuracy - mean)).sum())
         ax.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
-        ax.scatter(mean, accuracy, s=8 + 140 * counts[full] / counts.sum(), color=BLUE, zorder=3)
-        ax.plot(mean, accuracy, color=BLUE, linewidth=1.2)
+        ax.scatter(mean[full], accuracy[full], s=8 + 140 * counts[full] / counts.sum(), color=BLUE, zorder=3)
+        ax.plot(mean[full], accuracy[full], color=BLUE, linewidth=1.2)
         ax.set(title=f"{method}: ECE {100 * ece:.1f} %", xlim=(0, 1), ylim=(0, 1))
         percent(ax.xaxis)
         percent(ax.yaxis)
@@ -139,7 +139,7 @@ def entropies(predictions: Mapping[str, tuple[np.ndarray, np.ndarray]], title: s
     """Entropy of right and of wrong predictions of several methods side by side."""
     figure, axes = _panels(len(predictions), 2.4)
     for ax, (method, (probs, labels)) in zip(axes, predictions.items(), strict=False):
-        entropy = -(probs * np.log(np.clip(probs, 1e-12, 1))).sum(-1)
+        entropy = entropy_of(probs)
         edges = np.linspace(0, np.log(probs.shape[-1]), 26)
         right = probs.argmax(-1) == labels
         for chosen, name, colour in ((right, "right", BLUE), (~right, "wrong", RED)):

@@ -118,6 +118,25 @@ def _shade_phases(ax: Axes, epochs: np.ndarray, phases: list[str]) -> tuple[list
 # -- calibration ---------------------------------------------------------------------------------------------
 
 
+def reliability_bins(
+    probs: np.ndarray, labels: np.ndarray, bins: int = ECE_BINS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Images, accuracy and mean confidence of equal-width bins (0 where there is no image), and the ECE.
+
+    Args:
+        probs: (B, C) mean class probabilities.
+        labels: (B,) class numbers.
+        bins: number of bins of the top probability; bin b is (b / bins, (b + 1) / bins].
+    """
+    confidence, right = probs.max(-1).astype(float), (probs.argmax(-1) == labels).astype(float)
+    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    counts = np.bincount(which, minlength=bins)
+    divisor = np.maximum(counts, 1)
+    accuracy, mean = np.bincount(which, right, bins) / divisor, np.bincount(which, confidence, bins) / divisor
+    ece = float((counts / counts.sum() * np.abs(accuracy - mean)).sum())  # sum_b |B_b| / B * |accuracy - confidence|
+    return counts, accuracy, mean, ece
+
+
 @styled
 def reliability_diagram(probs: np.ndarray, labels: np.ndarray, bins: int = ECE_BINS, narrow: bool = False) -> Figure:
     """Accuracy against confidence in equal-width bins, the gap hatched, the images per bin below.
@@ -128,16 +147,9 @@ def reliability_diagram(probs: np.ndarray, labels: np.ndarray, bins: int = ECE_B
         bins: number of bins of the top probability.
         narrow: lay out for a phone.
     """
-    confidence, right = probs.max(-1).astype(float), (probs.argmax(-1) == labels).astype(float)
-    edges = np.linspace(0, 1, bins + 1)
-    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # bin b is (b / bins, (b + 1) / bins]
-    counts = np.bincount(which, minlength=bins)
-    full = counts > 0
-    divisor = np.maximum(counts, 1)
-    accuracy = np.bincount(which, right, bins) / divisor
-    mean_confidence = np.bincount(which, confidence, bins) / divisor
+    counts, accuracy, mean_confidence, ece = reliability_bins(probs, labels, bins)
+    edges, full = np.linspace(0, 1, bins + 1), counts > 0
     gap = np.abs(accuracy - mean_confidence)
-    ece = float((counts / counts.sum() * gap).sum())  # sum_b |B_b| / B * |accuracy - confidence|
 
     figure = Figure((NARROW, 4.6) if narrow else (HALF, 5.2), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -218,7 +230,7 @@ def credible_intervals(
         narrow: lay out for a phone.
     """
     mean = probs.mean(0)
-    order = np.argsort(-_entropy(mean), kind="stable")
+    order = np.argsort(-entropy_of(mean), kind="stable")
     doubtful = order[: min(each, (len(order) + 1) // 2)]
     sure = order[len(doubtful) :][-each:][::-1]
     columns = 1 if narrow else 3
@@ -246,7 +258,8 @@ def credible_intervals(
     return figure
 
 
-def _entropy(probs: np.ndarray) -> np.ndarray:
+def entropy_of(probs: np.ndarray) -> np.ndarray:
+    """Nats, over the last axis."""
     return -(probs * np.log(np.maximum(probs, 1e-12))).sum(-1)
 
 

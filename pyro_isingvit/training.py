@@ -111,7 +111,7 @@ class Trainer:
         torch.manual_seed(self.settings.seed)
         self.run = build_run(config, data.info, len(data.train), folder, model)
         self.objective = self._objective(len(data.train))
-        steps = math.ceil(len(data.train) / self.settings.batch_size)
+        steps = self.steps_per_epoch = math.ceil(len(data.train) / self.settings.batch_size)
         self.main_steps = steps * self.settings.epochs
         self.total_epochs = self.settings.epochs + self.settings.finetune_epochs
         total, warmup = steps * self.total_epochs, int(self.settings.warmup_fraction * self.main_steps)
@@ -164,10 +164,9 @@ class Trainer:
     def _fit(self) -> None:
         if self.folder is not None and not (self.folder / CONFIG).exists():
             write_text(self.folder / CONFIG, self.config.to_json())
-        steps = math.ceil(len(self.data.train) / self.settings.batch_size)
         start = time.monotonic() - self.seconds
         self.bar = tqdm(
-            total=steps * self.total_epochs, initial=self.step, desc="train", unit="step",
+            total=self.steps_per_epoch * self.total_epochs, initial=self.step, desc="train", unit="step",
             disable=not self.progress, dynamic_ncols=True, mininterval=0.5,
         )  # fmt: skip
         with self.bar:
@@ -203,13 +202,13 @@ class Trainer:
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         phase, first, last = self.phase(epoch)
-        steps = math.ceil(len(self.data.train) / self.settings.batch_size)
+        steps = self.steps_per_epoch
         self.loss.train()
         total, count = 0.0, 0
         terms: list[dict[str, float]] = []  # of every tenth step
         for images, labels in batches(self.data.train, self.settings.batch_size, self.settings.seed, epoch):
             x = self.run.info.normalise(images)
-            progress = (self.step - first * steps) / max(1, (last - first) * steps)
+            progress = (self.step - first * steps) / ((last - first) * steps)
             self.objective.before_step(x, labels, phase, self.step, progress)
             loss = self.loss(x, labels)
             self.optimizer.zero_grad(set_to_none=True)
