@@ -95,8 +95,8 @@ def make_config(arguments: PeersArguments) -> RunConfig:
 
 def check(config: RunConfig) -> None:
     """Raises UserError for data or settings that no method could use, before any process is started."""
-    from inference.peer_network import PlainViT
     from pyro_isingvit.data import load_data
+    from pyro_isingvit.plain_vit import PlainViT
     from pyro_isingvit.training import check_training
     from pyro_isingvit.vit import ViT
 

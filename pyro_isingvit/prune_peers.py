@@ -19,6 +19,7 @@ from pyro_isingvit.data import ImageData, Split
 from pyro_isingvit.errors import UserError, need
 from pyro_isingvit.footprint import latency, macs
 from pyro_isingvit.metrics import classification_metrics
+from pyro_isingvit.plain_vit import PlainViT
 from pyro_isingvit.run import Run
 from pyro_isingvit.vit import ViT
 
@@ -40,64 +41,12 @@ def need_peers() -> None:
         raise UserError(text) from error
 
 
-class PlainAttention(nn.Module):
-    """Self-attention whose head size is whatever the fused projection has left."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads, self.scale = heads, (width // heads) ** -0.5
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
-        batch, tokens, _ = x.shape
-        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self.out(mixed.transpose(1, 2).reshape(batch, tokens, -1))
-
-
-class PlainViT(nn.Module):
-    """The run's vision transformer as an ordinary module that Torch-Pruning can trace, mean pooling, linear head."""
-
-    def __init__(self, vit: ViT) -> None:
-        super().__init__()
-        config = vit.config
-        width, hidden = config.width, config.mlp_ratio * config.width
-        self.patchify, weights = vit.patchify, vit.initial_weights()
-        self.patch = nn.Linear(weights["patch"].shape[2], width)
-        self.position = nn.Parameter(0.02 * torch.randn(len(vit.position), width))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * config.depth + 1))
-        self.attentions = nn.ModuleList(PlainAttention(width, config.heads) for _ in range(config.depth))
-        self.fc1 = nn.ModuleList(nn.Linear(width, hidden) for _ in range(config.depth))
-        self.fc2 = nn.ModuleList(nn.Linear(hidden, width) for _ in range(config.depth))
-        self.head = nn.Linear(width, vit.classes)
-        with torch.no_grad():
-            for kind, linears in self._linears().items():
-                for linear, weight in zip(linears, weights[kind], strict=True):
-                    linear.weight.copy_(weight)
-                    linear.bias.zero_()
-
-    def _linears(self) -> dict[str, list[Any]]:
-        attentions: list[Any] = list(self.attentions)
-        return {
-            "patch": [self.patch], "qkv": [a.qkv for a in attentions], "attn_out": [a.out for a in attentions],
-            "fc1": list(self.fc1), "fc2": list(self.fc2), "head": [self.head],
-        }  # fmt: skip
-
-    def inner(self) -> tuple[dict[nn.Module, int], list[nn.Module]]:
-        """Fused projections with their heads, and the layers whose outputs stay as they are."""
-        linears = self._linears()
-        attentions: list[Any] = list(self.attentions)
-        heads = {attention.qkv: attention.heads for attention in attentions}
-        return heads, [self.patch, self.head, *linears["attn_out"], *linears["fc2"]]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalised images (B, channels, height, width) to logits (B, C)."""
-        x = self.patch(self.patchify(x)) + self.position
-        for layer, attention in enumerate(self.attentions):
-            x = x + attention(self.norms[2 * layer](x))
-            x = x + self.fc2[layer](F.gelu(self.fc1[layer](self.norms[2 * layer + 1](x))))
-        return self.head(self.norms[-1](x).mean(1))
+def inner(network: PlainViT) -> tuple[dict[nn.Module, int], list[nn.Module]]:
+    """Fused projections with their heads, and the layers whose outputs stay as they are."""
+    linears = network.linears()
+    blocks: list[Any] = list(network.blocks)
+    heads = {block.qkv: block.heads for block in blocks}
+    return heads, [network.patch, network.head, *linears["attn_out"], *linears["fc2"]]
 
 
 def train_plainly(network: nn.Module, run: Run, split: Split, epochs: int, lr: float) -> None:
@@ -127,7 +76,7 @@ def prune_to(dense: PlainViT, importance: Any, wanted: int, run: Run, data: Imag
 
     def pruned(ratio: float) -> PlainViT:
         network = copy.deepcopy(dense)
-        heads, ignored = network.inner()
+        heads, ignored = inner(network)
         pruner = tp.pruner.BasePruner(
             network, example, importance=importance, global_pruning=True, pruning_ratio=ratio,
             max_pruning_ratio=MOST, num_heads=heads, ignored_layers=ignored,
@@ -168,7 +117,8 @@ def compare_peers(run: Run, data: ImageData, model: CompactViT, epochs: int, rep
 
     torch.manual_seed(run.config.train.seed)
     shape, settings = run.model.vit.image_shape, run.config.train
-    dense = PlainViT(run.model.vit)
+    start = ViT(run.config.vit, *shape, run.info.num_classes)
+    dense = PlainViT(start).copy_from(start, start.initial_weights())
     train_plainly(dense, run, data.train, settings.epochs, settings.lr)
     wanted = macs(model, shape)
     networks: dict[str, nn.Module] = {"plain, dense": dense}

@@ -16,12 +16,13 @@ from torch.nn import functional as F
 
 from inference import peers
 from inference.peer_adapters import METHODS, PEERS, TimedTrainer, deep_getattr
-from inference.peer_network import Clock, Job, PlainViT, decayed, train
+from inference.peer_network import Clock, Job, decayed, train
 from pyro_isingvit.baseline import Baseline
 from pyro_isingvit.config import METHODS as OWN
 from pyro_isingvit.config import DataConfig, RunConfig, ViTConfig
 from pyro_isingvit.data import load_data
 from pyro_isingvit.errors import UserError
+from pyro_isingvit.plain_vit import PlainViT
 from pyro_isingvit.vit import ViT
 
 ROOT = Path(__file__).parents[1]
