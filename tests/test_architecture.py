@@ -13,8 +13,8 @@ ORDER = [
     "version", "errors", "config", "data_checks", "checkpoint", "compact_vit", "history", "metrics", "calibration",
     "image_files", "data", "distributions", "ising", "elbo", "barrier", "vit", "plain_vit", "assembly", "granularity",
     "model", "saliency", "coupling", "guide", "fused", "objective", "baseline", "baselines", "run", "predictive",
-    "detection", "datatree", "from_pyro", "posterior", "pruning", "footprint", "export", "frontier", "prune_peers", "evaluation",
-    "blame", "training", "experiment",
+    "detection", "datatree", "from_pyro", "posterior", "pruning", "footprint", "export", "frontier", "prune_peers",
+    "evaluation", "blame", "training", "experiment",
 ]  # fmt: skip
 LIBRARY = sorted(path for path in (ROOT / "pyro_isingvit").glob("*.py") if path.stem != "__init__")
 SOURCES = [*LIBRARY, *sorted((ROOT / "inference").glob("*.py")), *sorted((ROOT / "analysis").glob("*.py"))]
