@@ -74,9 +74,8 @@ class FusedELBO(nn.Module):
         versions = tuple(tensor._version for pair in (*pairs, *slabs) for tensor in pair)
         if versions != self._seen:
             total = torch.stack([bernoulli_kl(q, p).sum() for q, p in pairs]).sum()
-            for kind, (log_scale, tau_1) in zip(frozen, slabs, strict=True):
-                cost = slab_kl(torch.zeros_like(log_scale), log_scale.exp(), tau_1)
-                total = total + (layout.expand(kind, retention) * cost).sum()
+            for kind, (_, tau_1) in zip(frozen, slabs, strict=True):
+                total = total + (layout.expand(kind, retention) * guide.cost_at_zero(kind, tau_1)).sum()
             self._constant, self._seen = total, versions
         return self._constant
 

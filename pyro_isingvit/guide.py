@@ -21,7 +21,7 @@ from pyro_isingvit.config import IsingConfig, Tempering
 from pyro_isingvit.coupling import COUPLINGS, Network
 from pyro_isingvit.distributions import SelectionMask, SpikeAndSlabPosterior, bernoulli_kl, slab_kl
 from pyro_isingvit.errors import UserError, need
-from pyro_isingvit.granularity import Spread
+from pyro_isingvit.granularity import WEIGHT, Spread
 from pyro_isingvit.model import CERTAIN, IsingViT
 from pyro_isingvit.saliency import SALIENCY, second_order_gain
 from pyro_isingvit.vit import Weights
@@ -93,6 +93,7 @@ class IsingGuide(nn.Module):
             {name: nn.Parameter(torch.zeros(site.shape)) for name, site in self.layout.sites.items() if learns}
         )
         self.phase: Phase = "pilot"
+        self._costs: dict[str, tuple[tuple, Tensor]] = {}  # cost_at_zero of each kind
         self.temperature: Tensor
         self.register_buffer("temperature", torch.tensor(self.config.temperature))
         self.register_buffer("curvature_updates", torch.zeros((), dtype=torch.long))
@@ -172,6 +173,15 @@ class IsingGuide(nn.Module):
         return weights
 
     @torch.no_grad()
+    def cost_at_zero(self, kind: str, tau_1: Tensor) -> Tensor:
+        """KL_e of weights whose mean is 0, (layers, out, in), nats; computed again only when s or tau_1 were written."""
+        log_scale = self.log_scale[kind]
+        state = tuple((tensor.data_ptr(), tensor._version) for tensor in (log_scale, tau_1))
+        if kind not in self._costs or self._costs[kind][0] != state:
+            self._costs[kind] = state, slab_kl(torch.zeros_like(log_scale), log_scale.exp(), tau_1)
+        return self._costs[kind][1]
+
+    @torch.no_grad()
     def kl_terms(self, model: IsingViT) -> tuple[float, float]:
         """(weight KL, mask KL) in nats, untempered, summed over the network."""
         weight = sum(
@@ -234,7 +244,10 @@ class IsingGuide(nn.Module):
         if config.empirical_tau_1:
             self._fit_slabs(model, squared)
         gain = {kind: second_order_gain(self.curvature(kind), loc, self.num_data) for kind, loc in self.loc.items()}
-        cost = {kind: slab_kl(loc, self.log_scale[kind].exp(), model.tau_1(kind)) for kind, loc in self.loc.items()}
+        cost = {  # KL_e, which is quadratic in the mean
+            kind: torch.addcmul(self.cost_at_zero(kind, tau_1 := model.tau_1(kind)), second, 0.5 / tau_1**2)
+            for kind, second in squared.items()
+        }
         if config.kappa_mask == "auto":
             self.kappa.fill_(self._solve_kappa_mask(model, gain, cost, progress))
         evidence = {  # what speaks for a mask besides its prior, site -> site shape, nats
@@ -251,7 +264,7 @@ class IsingGuide(nn.Module):
                 if config.mask_posterior != "learned":
                     self.field(site.name)[layer].lerp_(target, config.mask_damping)
                 model.prior_logits(site.name)[layer].copy_(prior.expand_as(target))
-            values = self.retention(site.name)[layer : layer + 1]
+            values = self.logits(site.name)[layer : layer + 1].sigmoid()
             return site.spreads[kind].expand(values)[0].expand_as(squared[kind][layer])
 
         network = Network(squared, model.vit.norm_gain.detach() ** 2, model.vit.config.heads, config.decay)
@@ -266,18 +279,18 @@ class IsingGuide(nn.Module):
         start = min(config.max_keep, 1.0)
         left = (1.0 - min(1.0, 2.0 * progress)) ** 3  # gradual pruning: fast first, slow towards the target
         target = config.target_retention + (start - config.target_retention) * left
-        size = {kind: torch.ones_like(loc) for kind, loc in self.loc.items()}
+        size = {kind: torch.ones(()).expand(loc.shape) for kind, loc in self.loc.items()}
+        total = sum(math.prod(site.shape) for site in layout.sites.values())
+        stride = max(1, total // BISECTION_SAMPLE)
         flat: dict[str, list[Tensor]] = {"gain": [], "base": [], "size": []}
         for name, site in layout.sites.items():
-            prior = model.prior_logits(name)
+            few = slice(None, None, stride)
+            prior = model.prior_logits(name).flatten()[few]
             prior = torch.where(prior >= CERTAIN, -self._drop_logit, prior)  # straight after the pilot phase
-            flat["gain"].append(layout.reduce(site, gain).flatten())
-            flat["base"].append((prior - config.omega * layout.reduce(site, cost)).flatten())
-            flat["size"].append(layout.reduce(site, size).flatten())
+            flat["gain"].append(layout.reduce(site, gain).flatten()[few])
+            flat["base"].append(prior - config.omega * layout.reduce(site, cost).flatten()[few])
+            flat["size"].append(layout.reduce(site, size).flatten()[few])
         gains, base, sizes = (torch.cat(parts) for parts in flat.values())
-        if gains.numel() > BISECTION_SAMPLE:
-            rows = torch.linspace(0, gains.numel() - 1, BISECTION_SAMPLE, device=gains.device).long()
-            gains, base, sizes = gains[rows], base[rows], sizes[rows]
         low, high = -10.0, 40.0  # of log kappa_mask
         for _ in range(BISECTIONS):
             middle = 0.5 * (low + high)
@@ -307,6 +320,8 @@ def _pool(spread: Spread, c: Tensor, squared: Tensor) -> Tensor:
     """c of each mask of a layer: the mean of its weights' c, weighted by w^2; c (out, 1) or (1, 1)."""
     if c.numel() == 1:
         return c.reshape(())
+    if spread is WEIGHT:
+        return c
     covered = spread.reduce(squared[None])[0]
     return spread.reduce((squared * c)[None])[0] / covered.clamp(min=1e-30)
 
