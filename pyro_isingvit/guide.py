@@ -174,7 +174,7 @@ class IsingGuide(nn.Module):
 
     @torch.no_grad()
     def cost_at_zero(self, kind: str, tau_1: Tensor) -> Tensor:
-        """KL_e of weights whose mean is 0, (layers, out, in), nats; computed again only when s or tau_1 were written."""
+        """KL_e of weights whose mean is 0, (layers, out, in), nats; computed again when s or tau_1 was written."""
         log_scale = self.log_scale[kind]
         state = tuple((tensor.data_ptr(), tensor._version) for tensor in (log_scale, tau_1))
         if kind not in self._costs or self._costs[kind][0] != state:
