@@ -30,13 +30,13 @@ def run_script[T](
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("pyro_isingvit").setLevel(logging.INFO)
     extra: dict[str, Any] = {} if default is None else {"default": default}
-    parsed = tyro.cli(arguments, args=argv, config=FLAT, description=main.__doc__, **extra)
 
-    def checked() -> None:
+    def everything() -> None:
+        parsed = tyro.cli(arguments, args=argv, config=FLAT, description=main.__doc__, **extra)
         check_fields(parsed)
         main(parsed)
 
-    with_clear_errors(checked)
+    with_clear_errors(everything)
 
 
 class Terminated(KeyboardInterrupt):

@@ -19,9 +19,10 @@ from kill_driver import KILLS, same
 from test_scripts import ROOT
 from test_training import CONFIG, trainer
 
-from inference.cli import with_clear_errors
+from inference.cli import run_script, with_clear_errors
 from inference.train import main as train_script
 from pyro_isingvit.checkpoint import load_checkpoint
+from pyro_isingvit.config import DataConfig
 from pyro_isingvit.data import ImageData
 from pyro_isingvit.errors import UserError
 
@@ -71,6 +72,13 @@ def test_other_scripts_leave_signals_without_a_traceback(capsys) -> None:
             with_clear_errors(lambda number=number: (os.kill(os.getpid(), number), time.sleep(5)))
         assert leave.value.code == code and capsys.readouterr().err.strip() == "interrupted"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_while_flags_are_read_leaves_without_a_traceback(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("tyro.cli", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as leave:
+        run_script(print, DataConfig, [])
+    assert leave.value.code == 130 and capsys.readouterr().err.strip() == "interrupted"
 
 
 # Damage ---------------------------------------------------------------------------------------------------------
