@@ -7,7 +7,7 @@ Shapes: S samples, B batch, C classes.
 
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -66,8 +66,8 @@ def deep_getattr() -> Iterator[None]:
             delattr(util, "deep_getattr")
 
 
-def tyxe(job: Job, clock: Clock) -> Predict:
-    """TyXe: mean-field Gaussians over the linear layers, local reparameterisation in training.
+def tyxe(job: Job, clock: Clock, local: bool = True) -> Predict:
+    """TyXe: mean-field Gaussians over the linear layers; ``local``: by local reparameterisation in training.
 
     Prior, initial means and the guide's scales are those of its examples/resnet.py. Trained through Pyro's
     differentiable loss rather than ``bnn.fit``, which keeps an optimiser for each tensor and clips each alone.
@@ -95,7 +95,7 @@ def tyxe(job: Job, clock: Clock) -> Predict:
         def loss(x: Tensor, y: Tensor) -> Tensor:
             return elbo.differentiable_loss(bnn.model, bnn.guide, x, y) / n
 
-        with library.poutine.local_reparameterization():
+        with library.poutine.local_reparameterization() if local else nullcontext():
             train(job, bnn, [{"params": list(bnn.parameters()), "weight_decay": 0.0}], loss, clock)
 
     def predict(images: Tensor) -> Tensor:
@@ -201,6 +201,7 @@ METHODS = {
     "ising": Method("likelihood-guided masks", partial(own, method="ising"), calibrated=True),
     "deterministic": Method("one network", partial(own, method="deterministic")),
     "tyxe": Method("mean-field VI, local reparameterisation", tyxe, "tyxe", "tyxe"),
+    "tyxe-plain": Method("mean-field VI, weights drawn", partial(tyxe, local=False), "tyxe", "tyxe"),
     "bayesian-torch": Method("mean-field VI, flipout", bayesian_torch, "bayesian_torch", "bayesian-torch"),
     "laplace": Method("last-layer Laplace", laplace, "laplace", "laplace-torch"),
     "torch-uncertainty": Method("MC dropout", torch_uncertainty, "torch_uncertainty", "torch-uncertainty"),

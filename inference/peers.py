@@ -40,7 +40,7 @@ class PeersArguments:
     out: Path
     """Folder that receives peers.json."""
     peers: tuple[str, ...] = ("tyxe", "bayesian-torch", "laplace", "torch-uncertainty")
-    """tyxe, bayesian-torch, laplace, torch-uncertainty; our ising and deterministic are always there."""
+    """tyxe, tyxe-plain, bayesian-torch, laplace, torch-uncertainty; our ising and deterministic are always there."""
     preset: str | None = None
     """Network shape; by default the one made for the data set."""
     depth: int | None = None

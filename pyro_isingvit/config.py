@@ -162,6 +162,10 @@ class TrainConfig:
     """How the ELBO is computed: through Pyro's handlers, by the same formula without them, or auto: fused if it can."""
     draws: int = 4
     """Posterior draws a training step; the batch is shared out among them (engine fused; the Pyro path takes one)."""
+    noise: Literal["weights", "activations"] = "weights"
+    """Draw weights, or activations by their two first moments (local reparameterisation; masks on single weights)."""
+    compile: bool = False
+    """Run the training step's network through torch.compile (engine fused; on a CPU it needs a C++ compiler)."""
     val_samples: int = 4
     """Posterior draws for the validation metrics of each epoch."""
     calibrate: bool = True

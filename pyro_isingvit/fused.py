@@ -1,9 +1,12 @@
 """The ELBO of ``ClosedFormELBO()(model, guide)`` without effect handlers, in little more than a plain step.
 
-Value, gradients and random numbers are the same.
+With one draw, value, gradients and random numbers are the same.
 Only for masks that the guide sets itself (mask_posterior "likelihood_guided"), whose gradient nobody needs, and
 without a log-barrier; everything else takes the Pyro path.
 """
+
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,40 +29,82 @@ class FusedELBO(nn.Module):
     The batch is cut into ``draws`` parts, each with its own draw W_g of the guide: the same expectation as with one
     draw for all, at the cost of one forward pass, and with less noise from the draw in its gradient.
 
+    With noise "activations" (local reparameterisation, Kingma et al. 2015) every token of every image has noise of its
+    own, Gaussian with the two first moments that the weights' posterior gives a layer's outputs:
+
+        y = x M^T + b + ((x^2) V^T)^(1/2) eps,   M = pi m,   V = pi (m^2 + s^2) + (1 - pi) tau_0^2 - M^2
+
+    It ignores that the tokens of an image share their weights, and that a mask is no Gaussian: an estimate of the same
+    expectation up to that, at two matrix products a layer.
+
     Args:
         model: for which ``fusible`` holds.
         guide: its posterior.
         draws: parts of a batch; one that it does not divide takes the largest number below that does.
+        noise: where the noise of the posterior enters.
+        compiled: run the network through torch.compile.
     """
 
-    def __init__(self, model: IsingViT, guide: IsingGuide, draws: int = 1) -> None:
+    def __init__(
+        self,
+        model: IsingViT,
+        guide: IsingGuide,
+        draws: int = 1,
+        noise: Literal["weights", "activations"] = "weights",
+        compiled: bool = False,
+    ) -> None:
         super().__init__()
-        self.model, self.guide, self.draws = model, guide, draws
+        self.model, self.guide, self.draws, self.noise = model, guide, draws, noise
+        self._network: Callable[..., Tensor] = torch.compile(model.vit.forward) if compiled else model.vit.forward
         self._seen: tuple[int, ...] = ()
         self._constant = torch.zeros(())
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of a batch: x (B, channels, height, width) normalised, y (B,)."""
         model, guide, layout = self.model, self.guide, self.guide.layout
-        draws = max(count for count in range(1, self.draws + 1) if len(x) % count == 0)
         with torch.no_grad():
             retention = {name: guide.field(name).sigmoid() for name in layout.sites}
-            kept = {name: draw_masks(pi, draws) for name, pi in retention.items()}
-        weights, kl = {}, self.constant_kl(retention)
-        for kind in guide.kinds:  # the order in which Pyro draws
+        kl = self.constant_kl(retention)
+        for kind in guide.kinds:
             loc, log_scale = guide.loc[kind], guide.log_scale[kind]
-            # Parts of the batch share the Gaussian noise, which is small: each is a draw of q all the same.
-            noise = torch.randn_like(loc)
-            spike = guide.config.tau_0 * noise
-            slab = torch.addcmul(loc, log_scale.exp(), noise)
-            weights[kind] = torch.addcmul(spike, layout.expand(kind, kept), slab - spike)  # ([S,] layers, out, in)
             pi, tau_1 = layout.expand(kind, retention), model.tau_1(kind)
             cost = slab_kl(loc, log_scale.exp(), tau_1) if log_scale.requires_grad else 0.5 * (loc / tau_1) ** 2
             kl = kl + (pi * cost).sum()
-        images = x if draws == 1 else x.unflatten(0, (draws, -1))
-        nll = F.cross_entropy(model.vit(weights, images).float().flatten(0, -2), y)
+        logits = self._by_activations(x, retention) if self.noise == "activations" else self._by_weights(x, retention)
         size = len(x) if model.num_data is None else model.num_data
-        return size * nll + kl / model.kappa_weights
+        return size * F.cross_entropy(logits.float(), y) + kl / model.kappa_weights
+
+    def _by_weights(self, x: Tensor, retention: Weights) -> Tensor:
+        """Logits (B, C), each part of the batch under a draw of its own."""
+        guide, layout = self.guide, self.guide.layout
+        draws = max(count for count in range(1, self.draws + 1) if len(x) % count == 0)
+        kept = {name: draw_masks(pi, draws) for name, pi in retention.items()}
+        weights = {}
+        for kind in guide.kinds:  # the order in which Pyro draws
+            loc = guide.loc[kind]
+            # Parts of the batch share the Gaussian noise, which is small: each is a draw of q all the same.
+            noise = torch.randn_like(loc)
+            spike = guide.config.tau_0 * noise
+            slab = torch.addcmul(loc, guide.log_scale[kind].exp(), noise)
+            weights[kind] = torch.addcmul(spike, layout.expand(kind, kept), slab - spike)  # ([S,] layers, out, in)
+        images = x if draws == 1 else x.unflatten(0, (draws, -1))
+        return self._network(weights, images).flatten(0, -2)
+
+    def _by_activations(self, x: Tensor, retention: Weights) -> Tensor:
+        """Logits (B, C) with noise of its own for every token."""
+        guide, layout, means, variances = self.guide, self.guide.layout, {}, {}
+        for kind in guide.kinds:
+            loc, pi = guide.loc[kind], layout.expand(kind, retention)
+            slab = loc**2 + (2 * guide.log_scale[kind]).exp()
+            means[kind] = pi * loc
+            variances[kind] = pi * slab + (1 - pi) * guide.config.tau_0**2 - means[kind] ** 2
+
+        def noisy(kind: str, layer: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            mean = F.linear(x, weight, bias)
+            variance = F.linear(x**2, variances[kind][layer])
+            return torch.addcmul(mean, variance.clamp(min=1e-12).sqrt(), torch.randn_like(mean))
+
+        return self._network(means, x, layer_rule=noisy)
 
     @torch.no_grad()
     def constant_kl(self, retention: Weights) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pyro_isingvit.config import TrainConfig
 from pyro_isingvit.elbo import ClosedFormELBO
-from pyro_isingvit.errors import UserError
+from pyro_isingvit.errors import UserError, need
 from pyro_isingvit.fused import FusedELBO, fusible
 from pyro_isingvit.guide import IsingGuide
 from pyro_isingvit.model import IsingViT
@@ -67,7 +67,17 @@ class IsingObjective(Objective):
         if settings.engine == "fused" and not fusible(model):
             raise UserError("engine fused needs likelihood-guided masks and no log-barrier; use --engine auto.")
         fused = fusible(model) and settings.engine != "pyro"
-        self.elbo: nn.Module = FusedELBO(model, guide, settings.draws) if fused else ClosedFormELBO()(model, guide)
+        for name, asked in (("compile", settings.compile), ("noise activations", settings.noise == "activations")):
+            need(
+                fused or not asked, f"{name} needs --engine fused or auto, likelihood-guided masks and no log-barrier."
+            )
+        if settings.noise == "activations" and model.ising.granularity != "weight":
+            raise UserError("noise activations is for masks on single weights; use --granularity weight.")
+        self.elbo: nn.Module = (
+            FusedELBO(model, guide, settings.draws, settings.noise, settings.compile)
+            if fused
+            else ClosedFormELBO()(model, guide)
+        )
         self.num_data = num_data
         # Without an Ising phase nobody reads the curvature.
         self.watches = dict(self.phases(settings))["ising"] > 0

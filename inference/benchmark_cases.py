@@ -1,0 +1,230 @@
+"""What the benchmark times: a training step, a mask update and posterior draws, ours and those of a plain ViT.
+
+Both steps are the library's own loop: loss, backward pass, clipping of the gradient norm, AdamW.
+Shapes: S samples, B batch, C classes.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from pyro_isingvit.config import IsingConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.data import DataInfo
+from pyro_isingvit.objective import IsingObjective
+from pyro_isingvit.plain_vit import PlainViT
+from pyro_isingvit.predictive import CHUNK, draw_predictive
+from pyro_isingvit.run import Run, build_run
+from pyro_isingvit.vit import ViT
+
+LEAST = 3  # repeats, however long they take
+Case = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a case is built for.
+
+    Attributes:
+        vit: the network.
+        batch: B, images of a step.
+        side: of the images, pixels; channels: of the images.
+        classes: C.
+        num_data: N, which sets the tempering.
+        device: cpu or cuda.
+        compiled: the forward and backward pass by torch.compile.
+        bf16: forward passes in bfloat16 by autocast.
+    """
+
+    vit: ViTConfig
+    batch: int = 64
+    side: int = 28
+    channels: int = 1
+    classes: int = 10
+    num_data: int = 6000
+    device: str = "cpu"
+    compiled: bool = False
+    bf16: bool = False
+
+    @property
+    def info(self) -> DataInfo:
+        """Images of that shape."""
+        names = tuple(map(str, range(self.classes)))
+        grey = (0.5,) * self.channels
+        return DataInfo("synthetic", names, self.channels, self.side, self.side, grey, grey)
+
+    def images(self, count: int) -> Tensor:
+        """(count, channels, side, side) uint8, at random."""
+        shape = (count, self.channels, self.side, self.side)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where it is asked for."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
+
+
+def plain_network(shape: Shape) -> PlainViT:
+    """The ViT of ordinary layers."""
+    info = shape.info
+    start = ViT(shape.vit, info.channels, info.height, info.width, info.num_classes)
+    return PlainViT(start).copy_from(start, start.initial_weights()).to(shape.device)
+
+
+def ising_run(shape: Shape, ising: IsingConfig | None = None) -> Run:
+    """A fresh run of the library, masks at work."""
+    config = RunConfig(vit=shape.vit, ising=ising or IsingConfig())
+    run = build_run(config, shape.info, shape.num_data).to(shape.device)
+    run.guide.start_masks()
+    return run
+
+
+def _batch(shape: Shape) -> tuple[Tensor, Tensor]:
+    labels = torch.arange(shape.batch, device=shape.device) % shape.classes
+    return shape.info.normalise(shape.images(shape.batch)), labels
+
+
+def _stepper(network: nn.Module, groups: list, loss: Callable[[], Tensor]) -> Case:
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, foreach=True)  # the fast form also on a CPU
+
+    def step() -> None:
+        value = loss()
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def plain_step(shape: Shape) -> Case:
+    """A step of the plain ViT: cross entropy and AdamW."""
+    network, (x, y) = plain_network(shape), _batch(shape)
+    forward = torch.compile(network) if shape.compiled else network
+
+    def loss() -> Tensor:
+        with shape.autocast():
+            return F.cross_entropy(forward(x).float(), y)
+
+    return _stepper(network, [{"params": list(network.parameters())}], loss)
+
+
+@dataclass(frozen=True)
+class IsingStep:
+    """A step of ours.
+
+    Attributes:
+        step: without mask update.
+        update: curvature estimate and mask sweep.
+        amortised: a step, and every ``update_every`` of them an update first, as in training.
+        run: what is trained.
+    """
+
+    step: Case
+    update: Case
+    amortised: Case
+    run: Run
+
+
+def ising_step(shape: Shape, ising: IsingConfig | None = None, settings: TrainConfig | None = None) -> IsingStep:
+    """A step of SVI with the fused ELBO unless the settings say otherwise."""
+    settings = replace(settings or TrainConfig(), compile=shape.compiled)
+    run = ising_run(shape, ising)
+    objective = IsingObjective(run.model, run.guide, shape.num_data, settings).to(shape.device)
+    x, y = _batch(shape)
+
+    def loss() -> Tensor:
+        with shape.autocast():
+            return objective(x, y)
+
+    step = _stepper(objective, objective.parameter_groups(settings), loss)
+
+    def update() -> None:
+        with shape.autocast():
+            run.guide.observe(run.model, x, y)
+        run.guide.update(run.model, 0.6)
+
+    number = itertools.count()
+
+    def amortised() -> None:
+        if next(number) % run.guide.config.update_every == 0:
+            update()
+        step()
+
+    update()
+    return IsingStep(step, update, amortised, run)
+
+
+def plain_draws(shape: Shape, draws: int, images: int) -> Case:
+    """S forward passes of a plain ViT over the same images, which are normalised already."""
+    network, x = plain_network(shape).eval(), shape.info.normalise(shape.images(images))
+    forward = torch.compile(network) if shape.compiled else network
+
+    @torch.inference_mode()
+    def passes() -> None:
+        for _ in range(draws):
+            with shape.autocast():
+                forward(x).float()
+
+    return passes
+
+
+def ising_draws(shape: Shape, draws: int, images: int, chunk: int = CHUNK) -> Case:
+    """S posterior predictive draws from uint8 images to probabilities on the CPU."""
+    run, pixels = ising_run(shape), shape.images(images)
+
+    def predict() -> None:
+        with shape.autocast():
+            draw_predictive(run, pixels, draws, chunk)
+
+    return predict
+
+
+def times(function: Case, number: int) -> Case:
+    """``number`` calls as one."""
+
+    def repeated() -> None:
+        for _ in range(number):
+            function()
+
+    return repeated
+
+
+def interleaved(
+    cases: Mapping[str, Case], repeats: int, limit_s: float = 60.0, label: str = ""
+) -> dict[str, list[float]]:
+    """Seconds of every call, repeats taking turns so that a machine that slows down slows all cases.
+
+    Args:
+        cases: each is called twice to warm up.
+        repeats: of each case; fewer, but 3 at least, where all together would take longer than ``limit_s``.
+        limit_s: seconds for all repeats of all cases.
+        label: of the progress bar; "": none is shown.
+
+    Returns:
+        name -> seconds, repeat r of every case from the same turn.
+    """
+    functions = list(cases.values())
+    for function in functions:
+        function()  # warm-up; torch.compile works here
+    first = sum(_seconds(function) for function in functions)
+    turns = min(repeats, max(LEAST, int(limit_s / max(first, 1e-9))))
+    taken: list[list[float]] = [[] for _ in functions]
+    for turn in tqdm(range(turns), desc=label, disable=not label, dynamic_ncols=True, leave=False):
+        for i in range(len(functions)):
+            number = (turn + i) % len(functions)  # no case always follows the same one
+            taken[number].append(_seconds(functions[number]))
+    return dict(zip(cases, taken, strict=True))
+
+
+def _seconds(function: Case) -> float:
+    """Of one call, until a GPU has finished it."""
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
