@@ -39,7 +39,7 @@ class FusedELBO(nn.Module):
         self._constant = torch.zeros(())
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss of a batch: x (B, channels, height, width) normalised, y (B,)."""
+        """The loss of a batch: x (B, channels, height, width) normalised, y (B,) or (B, C)."""
         model, guide, layout = self.model, self.guide, self.guide.layout
         draws = max(count for count in range(1, self.draws + 1) if len(x) % count == 0)
         with torch.no_grad():
