@@ -150,6 +150,13 @@ class TrainConfig:
     """Share of the steps over which the learning rate rises."""
     clip_norm: float = 1.0
     """Global gradient norm is clipped to this."""
+    augment: Literal["none", "crop", "crop-flip", "randaugment"] = "none"
+    """New views of the training images in every epoch: random crops (zero-padded by an eighth of the side), crops and
+    horizontal flips, or RandAugment on top of both. For digits, letters and whatever else a mirror changes: crop."""
+    mix: Literal["none", "mixup", "cutmix"] = "none"
+    """Mix each training image and its label with another one's: their weighted sum, or a box cut out of the other."""
+    mix_alpha: float = 0.2
+    """mixup, cutmix: the share is drawn from Beta(alpha, alpha); small: nearly whole images, 1: any share."""
     log_barrier: float = 0.0
     """Weight lambda of the attention log-barrier, a heuristic for vision (0.02 to 0.05 for text); 0: none."""
     seed: int = 0

@@ -60,7 +60,7 @@ class FusedELBO(nn.Module):
         self._constant = torch.zeros(())
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss of a batch: x (B, channels, height, width) normalised, y (B,)."""
+        """The loss of a batch: x (B, channels, height, width) normalised, y (B,) or (B, C)."""
         model, guide, layout = self.model, self.guide, self.guide.layout
         with torch.no_grad():
             retention = {name: guide.field(name).sigmoid() for name in layout.sites}

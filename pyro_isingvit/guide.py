@@ -204,7 +204,7 @@ class IsingGuide(nn.Module):
         Args:
             model: the model, for its network.
             images: (B, channels, height, width), normalised.
-            labels: (B,), which hutchinson and empirical_fisher read.
+            labels: (B,) or (B, C), which hutchinson and empirical_fisher read.
         """
         few = slice(self.config.curvature_batch)
         estimate = SALIENCY[self.config.saliency](model.vit, dict(self.loc.items()), images[few], labels[few])

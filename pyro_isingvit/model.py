@@ -4,6 +4,8 @@
     w_e | xi_g  ~ N(0, tau_1^2) if xi_g = 1 (kept) else N(0, tau_0^2)
     y_n | x_n, W ~ Categorical(softmax f_W(x_n))
 
+Labels that mixup or cutmix made, probabilities y_nc, enter as the factor prod_c softmax(f_W(x_n))_c^y_nc.
+
 One mask site and one weight site per kind of matrix, stacked over depth; both lie outside the data plate.
 """
 
@@ -104,7 +106,7 @@ class IsingViT(nn.Module):
 
         Args:
             x: (B, channels, height, width), normalised by ``info.normalise``.
-            y: (B,) class numbers; None samples them (site ``y``) and records ``probs``.
+            y: (B,) class numbers or (B, C) probabilities; None samples them (site ``y``) and records ``probs``.
 
         Returns:
             logits (B, C), or (S, B, C) under a vectorised sample plate; divided by T where y is None.
@@ -121,5 +123,8 @@ class IsingViT(nn.Module):
         with pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device)):
             if y is None:
                 pyro.deterministic("probs", logits.softmax(-1), event_dim=1)
-            pyro.sample("y", dist.Categorical(logits=logits, validate_args=False), obs=y)
+            if y is None or y.dim() == 1:
+                pyro.sample("y", dist.Categorical(logits=logits, validate_args=False), obs=y)
+            else:
+                pyro.factor("y", (y * logits.log_softmax(-1)).sum(-1))
         return logits

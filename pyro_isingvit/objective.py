@@ -17,7 +17,7 @@ from pyro_isingvit.model import IsingViT
 class Objective(nn.Module):
     """A loss, ``forward(x, y)`` in nats per image, with phases.
 
-    Shapes: x (B, channels, height, width) normalised, y (B,).
+    Shapes: x (B, channels, height, width) normalised, y (B,) class numbers or (B, C) probabilities of the C classes.
     """
 
     def phases(self, settings: TrainConfig) -> list[tuple[str, int]]:

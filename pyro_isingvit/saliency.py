@@ -58,7 +58,7 @@ def empirical_fisher(vit: ViT, weights: Weights, images: Tensor, labels: Tensor)
         vit: the network.
         weights: kind -> (layers, out, in).
         images: (B, channels, height, width), normalised.
-        labels: (B,), true classes.
+        labels: (B,), true classes, or (B, C), their probabilities.
 
     Returns:
         kind -> (layers, out, in), non-negative, nats per example per squared weight.
@@ -80,7 +80,7 @@ def hutchinson(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> We
         vit: the network.
         weights: kind -> (layers, out, in).
         images: (B, channels, height, width), normalised.
-        labels: (B,), true classes.
+        labels: (B,), true classes, or (B, C), their probabilities.
 
     Returns:
         kind -> (layers, out, in), of either sign, nats per example per squared weight.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_isingvit.augment import Augmentation
 from pyro_isingvit.blame import first_not_finite, not_finite
 from pyro_isingvit.calibration import CALIBRATION_SAMPLES, fit_temperature
 from pyro_isingvit.checkpoint import load_checkpoint, save_checkpoint, write_text
@@ -60,6 +61,9 @@ def check_training(config: TrainConfig) -> None:
     for name in ("finetune_epochs", "weight_decay", "log_barrier"):
         if not getattr(config, name) >= 0:
             raise UserError(f"{name} must not be negative, but is {getattr(config, name)}.")
+    # Below, gamma variates underflow, and a share comes out as 1/2 where it should be 0 or 1.
+    if not 1e-3 <= config.mix_alpha <= 1e3:
+        raise UserError(f"mix_alpha must lie in [0.001, 1000], not {config.mix_alpha}; 0.2 to 1 are usual.")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is available here; use --device cpu or auto.")
 
@@ -111,6 +115,7 @@ class Trainer:
         torch.manual_seed(self.settings.seed)
         self.run = build_run(config, data.info, len(data.train), folder, model)
         self.objective = self._objective(len(data.train))
+        self.augmentation = Augmentation(self.settings, self.run.info)
         steps = self.steps_per_epoch = math.ceil(len(data.train) / self.settings.batch_size)
         self.main_steps = steps * self.settings.epochs
         self.total_epochs = self.settings.epochs + self.settings.finetune_epochs
@@ -207,7 +212,7 @@ class Trainer:
         total, count = 0.0, 0
         terms: list[dict[str, float]] = []  # of every tenth step
         for images, labels in batches(self.data.train, self.settings.batch_size, self.settings.seed, epoch):
-            x = self.run.info.normalise(images)
+            x, labels = self.augmentation(images, labels)
             progress = (self.step - first * steps) / ((last - first) * steps)
             self.objective.before_step(x, labels, phase, self.step, progress)
             loss = self.loss(x, labels)

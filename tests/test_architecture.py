@@ -14,7 +14,7 @@ ORDER = [
     "image_files", "data", "distributions", "ising", "elbo", "barrier", "vit", "plain_vit", "assembly", "granularity",
     "model", "saliency", "coupling", "guide", "fused", "objective", "baseline", "baselines", "run", "predictive",
     "detection", "datatree", "from_pyro", "posterior", "pruning", "footprint", "export", "frontier", "prune_peers",
-    "evaluation", "blame", "training", "experiment",
+    "evaluation", "blame", "augment", "training", "experiment",
 ]  # fmt: skip
 LIBRARY = sorted(path for path in (ROOT / "pyro_isingvit").glob("*.py") if path.stem != "__init__")
 SOURCES = [*LIBRARY, *sorted((ROOT / "inference").glob("*.py")), *sorted((ROOT / "analysis").glob("*.py"))]

@@ -8,12 +8,15 @@ from pyro_isingvit.elbo import ClosedFormELBO
 from pyro_isingvit.fused import FusedELBO, draw_masks, fusible
 from pyro_isingvit.granularity import GRANULARITIES
 
+HARD = torch.arange(6) % 3
+SOFT = torch.tensor([[0.7, 0.3, 0.0], [0.0, 1.0, 0.0], [0.2, 0.3, 0.5]]).repeat(2, 1)  # as mixup makes them
 
-def gradients(loss_of, *modules):
+
+def gradients(loss_of, *modules, y=HARD):
     for module in modules:
         module.zero_grad()
     torch.manual_seed(5)
-    x, y = torch.randn(6, 1, 4, 4), torch.arange(6) % 3
+    x = torch.randn(6, 1, 4, 4)
     torch.manual_seed(7)
     loss = loss_of(x, y)
     loss.backward()
@@ -37,6 +40,21 @@ def test_same_loss_and_gradients_as_pyro(granularity, scale, phase) -> None:
             torch.testing.assert_close(grads[name], grad, rtol=1e-5, atol=1e-5 * float(grad.abs().max()))
         for name in guide.layout.sites:
             guide.field(name).add_(0.3)
+
+
+def test_soft_labels_give_the_same_loss_and_gradients_as_pyro() -> None:
+    """And hard ones as probabilities give those of the class numbers."""
+    model, guide = make_pair(vit=TINY)
+    fused, pyro_path = FusedELBO(model, guide), ClosedFormELBO()(model, guide)
+    one_hot = torch.nn.functional.one_hot(HARD, 3).float()
+    for y, ours, theirs, other in (
+        (SOFT, fused, pyro_path, SOFT), (one_hot, fused, fused, HARD), (one_hot, pyro_path, pyro_path, HARD),
+    ):  # fmt: skip
+        loss, grads = gradients(ours, model, guide, y=y)
+        expected, expected_grads = gradients(theirs, model, guide, y=other)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+        for name, grad in expected_grads.items():
+            torch.testing.assert_close(grads[name], grad, rtol=1e-5, atol=1e-5 * float(grad.abs().max()))
 
 
 def test_what_has_no_fused_form_is_refused() -> None:

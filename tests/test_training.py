@@ -80,10 +80,16 @@ def test_same_seed_same_run_and_another_seed_another(data) -> None:
     assert not torch.equal(first.guide.loc["qkv"], other.guide.loc["qkv"])
 
 
-@pytest.mark.parametrize("stop", [1, 2, 5])
-def test_resumed_equals_uninterrupted_bit_for_bit(data, tmp_path, monkeypatch, stop: int) -> None:
-    whole = trainer(data, tmp_path / "whole").fit()
-    broken = trainer(data, tmp_path / "broken")
+@pytest.mark.parametrize(
+    ("stop", "changes"),
+    [
+        (1, {}), (2, {}), (5, {}), (3, {"augment": "randaugment", "mix": "cutmix"}),
+        (1, {"augment": "crop-flip", "mix": "mixup", "engine": "pyro"}),
+    ],
+)  # fmt: skip
+def test_resumed_equals_uninterrupted_bit_for_bit(data, tmp_path, monkeypatch, stop: int, changes: dict) -> None:
+    whole = trainer(data, tmp_path / "whole", **changes).fit()
+    broken = trainer(data, tmp_path / "broken", **changes)
     keep = broken._keep
 
     def stop_after() -> None:
@@ -95,7 +101,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(data, tmp_path, monkeypatch, s
     with pytest.raises(KeyboardInterrupt):
         broken.fit()
     torch.manual_seed(99)
-    resumed = trainer(data, tmp_path / "broken")
+    resumed = trainer(data, tmp_path / "broken", **changes)
     resumed.restore()
     assert resumed.epoch == stop
     run = resumed.fit()
@@ -151,7 +157,8 @@ def test_resume_with_other_data_is_refused(data, tmp_path) -> None:
     "setting",
     [
         {"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"clip_norm": -1.0}, {"pilot_fraction": 2.0},
-        {"finetune_epochs": -1}, {"samples": 0},
+        {"finetune_epochs": -1}, {"samples": 0}, {"augment": "flip"}, {"mix": "both"}, {"mix_alpha": 0.0},
+        {"mix_alpha": 2e3},
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(data, setting: dict) -> None:
