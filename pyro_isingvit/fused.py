@@ -26,25 +26,34 @@ class FusedELBO(nn.Module):
     The batch is cut into ``draws`` parts, each with its own draw W_g of the guide: the same expectation as with one
     draw for all, at the cost of one forward pass, and with less noise from the draw in its gradient.
 
+    The batch may itself be one of P equal, contiguous parts of the batch of a step (``part``). Each part then generates
+    the random numbers of all draws and takes those of its own rows, so that the mean loss of the P parts, computed from
+    the same random-number state, is the loss of the whole batch.
+
     Args:
         model: for which ``fusible`` holds.
         guide: its posterior.
-        draws: parts of a batch; one that it does not divide takes the largest number below that does.
+        draws: parts of a batch, S; where it cannot be, the largest number below that divides the step's batch, and is
+            a multiple of P (a part has several draws) or a divisor of it (several parts share a draw).
+
+    Attributes:
+        part: (number of the part, P); (0, 1) is the whole batch.
     """
 
     def __init__(self, model: IsingViT, guide: IsingGuide, draws: int = 1) -> None:
         super().__init__()
         self.model, self.guide, self.draws = model, guide, draws
+        self.part = (0, 1)
         self._seen: tuple[int, ...] = ()
         self._constant = torch.zeros(())
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of a batch: x (B, channels, height, width) normalised, y (B,)."""
         model, guide, layout = self.model, self.guide, self.guide.layout
-        draws = max(count for count in range(1, self.draws + 1) if len(x) % count == 0)
+        draws, own = self.own_draws(len(x))
         with torch.no_grad():
             retention = {name: guide.field(name).sigmoid() for name in layout.sites}
-            kept = {name: draw_masks(pi, draws) for name, pi in retention.items()}
+            kept = {name: draw_masks(pi, draws, own) for name, pi in retention.items()}
         weights, kl = {}, self.constant_kl(retention)
         for kind in guide.kinds:  # the order in which Pyro draws
             loc, log_scale = guide.loc[kind], guide.log_scale[kind]
@@ -56,10 +65,22 @@ class FusedELBO(nn.Module):
             pi, tau_1 = layout.expand(kind, retention), model.tau_1(kind)
             cost = slab_kl(loc, log_scale.exp(), tau_1) if log_scale.requires_grad else 0.5 * (loc / tau_1) ** 2
             kl = kl + (pi * cost).sum()
-        images = x if draws == 1 else x.unflatten(0, (draws, -1))
+        mine = len(range(draws)[own])
+        images = x if mine == 1 else x.unflatten(0, (mine, -1))
         nll = F.cross_entropy(model.vit(weights, images).float().flatten(0, -2), y)
         size = len(x) if model.num_data is None else model.num_data
         return size * nll + kl / model.kappa_weights
+
+    def own_draws(self, batch: int) -> tuple[int, slice]:
+        """How many draws the step's batch is shared out among, and which of them this part of ``batch`` images has."""
+        part, parts = self.part
+
+        def fits(count: int) -> bool:
+            return parts * batch % count == 0 and (count % parts == 0 or parts % count == 0)
+
+        draws = max(count for count in range(1, self.draws + 1) if fits(count))
+        start = part * draws // parts
+        return draws, slice(start, start + max(1, draws // parts))
 
     @torch.no_grad()
     def constant_kl(self, retention: Weights) -> Tensor:
@@ -81,14 +102,17 @@ class FusedELBO(nn.Module):
         return self._constant
 
 
-def draw_masks(pi: Tensor, draws: int) -> Tensor:
+def draw_masks(pi: Tensor, draws: int, own: slice = slice(None)) -> Tensor:
     """Independent Bernoulli(pi) draws as 0.0 and 1.0: of pi's shape, or (draws, *shape) for more than one.
 
+    ``own`` takes some of the draws alone; the random numbers are generated for all.
     One draw takes the numbers that Pyro's guide takes. More are cut from 64 random bits, 16 each, which is four times
     as fast on a CPU; pi is then rounded to a multiple of 2^-16.
     """
     if draws == 1:
         return (torch.rand_like(pi) > 1.0 - pi).float()
     words = torch.empty(-(-draws // 4), *pi.shape, dtype=torch.int64, device=pi.device).random_(-(2**63), None)
-    numbers = words.view(torch.int16).view(-1, *pi.shape)[:draws]  # uniform on -2^15 .. 2^15 - 1
+    numbers = words.view(torch.int16).view(-1, *pi.shape)[:draws][own]  # uniform on -2^15 .. 2^15 - 1
+    if len(numbers) == 1:
+        numbers = numbers[0]  # without a sample axis the network is faster
     return (numbers < (pi * 2**16 - 2**15).round()).float()

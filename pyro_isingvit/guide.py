@@ -23,6 +23,7 @@ from pyro_isingvit.distributions import SelectionMask, SpikeAndSlabPosterior, be
 from pyro_isingvit.errors import UserError, need
 from pyro_isingvit.granularity import Spread
 from pyro_isingvit.model import CERTAIN, IsingViT
+from pyro_isingvit.processes import averaged, follow_first, own_rows, world
 from pyro_isingvit.saliency import SALIENCY, second_order_gain
 from pyro_isingvit.vit import Weights
 
@@ -189,17 +190,19 @@ class IsingGuide(nn.Module):
 
         The first ``curvature_batch`` images are looked at. gnb squares B^(1/2) times a mean of B independent gradients:
         its expectation does not depend on B, and its relative variance falls to 2, not to 0, as B grows, so that few
-        images do nearly as well as many.
+        images do nearly as well as many. Several processes that train together (torch.distributed) all call this with
+        the same whole batch; they share the images out where they divide them, and take the same estimate.
 
         Args:
             model: the model, for its network.
             images: (B, channels, height, width), normalised.
             labels: (B,), which hutchinson and empirical_fisher read.
         """
-        few = slice(self.config.curvature_batch)
+        count = min(self.config.curvature_batch, len(images))
+        few = own_rows(count) if count % world() == 0 else slice(count)
         estimate = SALIENCY[self.config.saliency](model.vit, dict(self.loc.items()), images[few], labels[few])
         for kind, curvature in estimate.items():
-            self.get_buffer(f"curvature_{kind}").lerp_(curvature, 1.0 - self.config.curvature_decay)
+            self.get_buffer(f"curvature_{kind}").lerp_(averaged(curvature), 1.0 - self.config.curvature_decay)
         self.curvature_updates += 1
 
     @torch.no_grad()
@@ -256,6 +259,7 @@ class IsingGuide(nn.Module):
 
         network = Network(squared, model.vit.norm_gain.detach() ** 2, model.vit.config.heads, config.decay)
         COUPLINGS[config.coupling](network, set_site)
+        follow_first(field(name) for name in layout.sites for field in (self.field, model.prior_logits))
 
     def _solve_kappa_mask(self, model: IsingViT, gain: Weights, cost: Weights, progress: float) -> float:
         """kappa_mask at which the mean retention over weights meets the target, by bisection of its logarithm.
@@ -276,7 +280,8 @@ class IsingGuide(nn.Module):
             flat["size"].append(layout.reduce(site, size).flatten())
         gains, base, sizes = (torch.cat(parts) for parts in flat.values())
         if gains.numel() > BISECTION_SAMPLE:
-            rows = torch.linspace(0, gains.numel() - 1, BISECTION_SAMPLE, device=gains.device).long()
+            last = gains.numel() - 1  # beyond 2^24 single precision may round up to a number that is no index
+            rows = torch.linspace(0, last, BISECTION_SAMPLE, device=gains.device).long().clamp(max=last)
             gains, base, sizes = gains[rows], base[rows], sizes[rows]
         low, high = -10.0, 40.0  # of log kappa_mask
         for _ in range(BISECTIONS):

@@ -10,11 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each module may import only from those before it.
 ORDER = [
-    "version", "errors", "config", "data_checks", "checkpoint", "compact_vit", "history", "metrics", "calibration",
-    "image_files", "data", "distributions", "ising", "elbo", "barrier", "vit", "assembly", "granularity", "model",
+    "version", "errors", "processes", "config", "data_checks", "checkpoint", "compact_vit", "history", "metrics",
+    "calibration", "image_files", "data", "distributions", "ising", "elbo", "barrier", "vit", "assembly", "granularity",
+    "model",
     "saliency", "coupling", "guide", "fused", "objective", "baseline", "baselines", "run", "predictive", "detection",
     "datatree", "from_pyro", "posterior", "pruning", "footprint", "export", "frontier", "prune_peers", "evaluation",
-    "blame", "training", "experiment",
+    "blame", "steps", "training", "experiment",
 ]  # fmt: skip
 LIBRARY = sorted(path for path in (ROOT / "pyro_isingvit").glob("*.py") if path.stem != "__init__")
 SOURCES = [*LIBRARY, *sorted((ROOT / "inference").glob("*.py")), *sorted((ROOT / "analysis").glob("*.py"))]
@@ -75,6 +76,7 @@ def test_every_module_is_tested() -> None:
         "history",
         "baseline",
         "objective",
+        "steps",  # test_processes, test_training
         "experiment",
     }  # model, guide, training, scripts
     assert {path.stem for path in LIBRARY} - tests <= elsewhere
