@@ -270,19 +270,18 @@ class IsingGuide(nn.Module):
         start = min(config.max_keep, 1.0)
         left = (1.0 - min(1.0, 2.0 * progress)) ** 3  # gradual pruning: fast first, slow towards the target
         target = config.target_retention + (start - config.target_retention) * left
-        size = {kind: torch.ones_like(loc) for kind, loc in self.loc.items()}
         flat: dict[str, list[Tensor]] = {"gain": [], "base": [], "size": []}
-        for name, site in layout.sites.items():
+        rows = evenly(sum(self.field(name).numel() for name in layout.sites), self.kappa.device)
+        for name, site in layout.sites.items():  # one after another: copies of all weights at once cost much memory
+            inside, rows = rows[rows < self.field(name).numel()], rows[rows >= self.field(name).numel()]
+            rows = rows - self.field(name).numel()
+            size = {kind: torch.ones_like(self.loc[kind]) for kind in site.spreads}
             prior = model.prior_logits(name)
             prior = torch.where(prior >= CERTAIN, -self._drop_logit, prior)  # straight after the pilot phase
-            flat["gain"].append(layout.reduce(site, gain).flatten())
-            flat["base"].append((prior - config.omega * layout.reduce(site, cost)).flatten())
-            flat["size"].append(layout.reduce(site, size).flatten())
+            flat["gain"].append(layout.reduce(site, gain).flatten()[inside])
+            flat["base"].append((prior - config.omega * layout.reduce(site, cost)).flatten()[inside])
+            flat["size"].append(layout.reduce(site, size).flatten()[inside])
         gains, base, sizes = (torch.cat(parts) for parts in flat.values())
-        if gains.numel() > BISECTION_SAMPLE:
-            last = gains.numel() - 1  # beyond 2^24 single precision may round up to a number that is no index
-            rows = torch.linspace(0, last, BISECTION_SAMPLE, device=gains.device).long().clamp(max=last)
-            gains, base, sizes = gains[rows], base[rows], sizes[rows]
         low, high = -10.0, 40.0  # of log kappa_mask
         for _ in range(BISECTIONS):
             middle = 0.5 * (low + high)
@@ -306,6 +305,14 @@ class IsingGuide(nn.Module):
             self.field(name).copy_(torch.where(kept, CERTAIN, -CERTAIN))
             model.prior_logits(name).copy_(self.field(name))
         self.phase = "frozen"
+
+
+def evenly(count: int, device: torch.device) -> Tensor:
+    """Ascending numbers below ``count``: all of them, or ``BISECTION_SAMPLE`` evenly spread."""
+    if count <= BISECTION_SAMPLE:
+        return torch.arange(count, device=device)
+    # Beyond 2^24 single precision may round the last one up to a number that is no index.
+    return torch.linspace(0, count - 1, BISECTION_SAMPLE, device=device).long().clamp(max=count - 1)
 
 
 def _pool(spread: Spread, c: Tensor, squared: Tensor) -> Tensor:

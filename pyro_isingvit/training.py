@@ -203,9 +203,9 @@ class Trainer:
         order = batches(self.data.train, self.settings.batch_size, self.settings.seed, epoch, self.parts)
         for images, labels in order:
             x = self.run.info.normalise(images)
+            self.optimizer.zero_grad(set_to_none=True)
             progress = (self.step - first * steps) / ((last - first) * steps)
             self.objective.before_step(x, labels, phase, self.step, progress)
-            self.optimizer.zero_grad(set_to_none=True)
             loss = backward(self.fabric, self.loss, self.objective, x, labels, self.settings.accumulate)
             if self.step % LOOK_EVERY == 0 or count == 0:
                 value = averaged(loss).item()

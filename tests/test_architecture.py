@@ -66,7 +66,6 @@ def test_every_module_is_tested() -> None:
         "assembly",
         "frontier",
         "prune_peers",
-        "footprint",
         "version",
         "errors",
         "vit",

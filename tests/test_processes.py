@@ -19,7 +19,7 @@ from pyro_isingvit.checkpoint import load_checkpoint
 from pyro_isingvit.config import METHODS
 from pyro_isingvit.errors import UserError
 from pyro_isingvit.fused import FusedELBO
-from pyro_isingvit.guide import BISECTION_SAMPLE
+from pyro_isingvit.guide import BISECTION_SAMPLE, evenly
 from pyro_isingvit.processes import averaged, gathered, is_first, launched, on_first, own_rows, world
 from pyro_isingvit.saliency import SALIENCY
 from pyro_isingvit.steps import batches, count_steps
@@ -59,7 +59,10 @@ def assert_alike(folder: Path, other: Path) -> None:
     for part in ("model", "guide"):
         for name, value in wanted[part].items():
             if isinstance(value, torch.Tensor):
-                torch.testing.assert_close(state[part][name], value, rtol=1e-3, atol=2e-4, msg=name)
+                found = state[part][name]
+                if name == "vit.bias.qkv":  # softmax ignores the keys' bias: AdamW makes steps of pure rounding there
+                    found, value = (bias[:, [*range(8), *range(16, 24)]] for bias in (found, value))
+                torch.testing.assert_close(found, value, rtol=1e-3, atol=2e-4)
     assert torch.equal(state["rng"], wanted["rng"]) and state["step"] == wanted["step"]
     metrics, expected = (json.loads((f / "metrics.json").read_text()) for f in (folder, other))
     assert metrics["nll"] == pytest.approx(expected["nll"], rel=1e-3) and set(metrics) == set(expected)
@@ -251,9 +254,9 @@ def test_one_process_is_left_alone(monkeypatch) -> None:
     assert launched() == (2, 2)
 
 
-@pytest.mark.parametrize("numbers", [BISECTION_SAMPLE + 1, 86_292_480, 2**31 - 1])
-def test_the_masks_looked_at_exist(numbers: int) -> None:
-    """Of a large network: single precision rounds the last index up."""
-    last = numbers - 1
-    rows = torch.linspace(0, last, BISECTION_SAMPLE).long().clamp(max=last)
-    assert int(rows.max()) == last and int(rows.min()) == 0 and len(rows.unique()) == BISECTION_SAMPLE
+@pytest.mark.parametrize("count", [3, BISECTION_SAMPLE, BISECTION_SAMPLE + 1, 86_292_480, 2**31 - 1])
+def test_the_masks_looked_at_exist(count: int) -> None:
+    """Of a large network too: single precision rounds the last number up."""
+    rows = evenly(count, torch.device("cpu"))
+    assert int(rows.min()) == 0 and int(rows.max()) == count - 1
+    assert len(rows.unique()) == len(rows) == min(count, BISECTION_SAMPLE)
