@@ -1,6 +1,9 @@
 """What every script shares: arguments by tyro, errors that are the user's to mend, a closing table."""
 
+import contextlib
+import io
 import logging
+import os
 import signal
 import sys
 import threading
@@ -13,6 +16,9 @@ from pyro_isingvit.config import check_fields
 from pyro_isingvit.data_checks import printable
 from pyro_isingvit.errors import UserError
 
+# torchrun starts a script several times; the first process on each machine speaks, the first of all reports.
+SPEAKS = os.environ.get("LOCAL_RANK", "0") == "0"
+REPORTS = os.environ.get("RANK", "0") == "0"
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
@@ -27,12 +33,13 @@ def run_script[T](
         argv: the command line; None: ``sys.argv``.
         default: values to start from.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("pyro_isingvit").setLevel(logging.INFO)
+    logging.basicConfig(level=logging.WARNING if SPEAKS else logging.CRITICAL, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pyro_isingvit").setLevel(logging.INFO if SPEAKS else logging.CRITICAL)
     extra: dict[str, Any] = {} if default is None else {"default": default}
 
     def everything() -> None:
-        parsed = tyro.cli(arguments, args=argv, config=FLAT, description=main.__doc__, **extra)
+        with contextlib.nullcontext() if SPEAKS else contextlib.redirect_stderr(io.StringIO()):
+            parsed = tyro.cli(arguments, args=argv, config=FLAT, description=main.__doc__, **extra)
         check_fields(parsed)
         main(parsed)
 
@@ -57,14 +64,19 @@ def with_clear_errors(call: Callable[[], object]) -> None:
     try:
         call()
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        _say(f"error: {error}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
-        sys.stderr.write(f"\n{stop}\n" if stop.args else "\ninterrupted\n")
+        _say(f"\n{stop}\n" if stop.args else "\ninterrupted\n")
         raise SystemExit(143 if isinstance(stop, Terminated) else 130) from None
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
+
+
+def _say(text: str) -> None:
+    if SPEAKS:
+        sys.stderr.write(text)
 
 
 def print_table(title: str, rows: Mapping[str, object]) -> None:

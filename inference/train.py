@@ -2,6 +2,7 @@
 
 python -m inference.train --dataset digits --preset digits --out runs/digits
 python -m inference.train --resume runs/digits
+torchrun --nproc-per-node 2 -m inference.train --dataset digits --preset digits --out runs/digits
 """
 
 import argparse
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from inference.cli import print_table, run_script, with_clear_errors
+from inference.cli import REPORTS, print_table, run_script, with_clear_errors
 from pyro_isingvit.config import (
     METHODS,
     BaselineConfig,
@@ -86,6 +87,8 @@ def _train_and_report(config: RunConfig, folder: Path, resume: bool, full: bool)
     from pyro_isingvit.experiment import train_run
 
     metrics = train_run(config, folder, resume=resume, full_posterior=full)
+    if not REPORTS:
+        return
     shown = {
         "accuracy": "accuracy", "macro F1": "f1_macro", "NLL (nats)": "nll", "Brier": "brier", "ECE (15 bins)": "ece",
         "mean retention": "retention_mean", "share of weights pruned": "pruned_fraction",

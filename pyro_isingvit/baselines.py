@@ -24,6 +24,7 @@ class Dropout(Baseline):
     """Dropout on the embedding, after attention and in the MLP, kept on at prediction (Gal & Ghahramani 2016)."""
 
     max_draws = None
+    image_noise = True
 
     def layer_rule(self, kind: str, layer: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Drops the hidden units that fc2 reads and what is added to the residual stream."""
@@ -55,6 +56,7 @@ class ConcreteDropout(Baseline):
     """
 
     max_draws = None
+    image_noise = True
     fast = ("drop_logit",)
     TEMPERATURE = 0.1
 
@@ -109,6 +111,7 @@ class SparseVD(Baseline):
     """
 
     max_draws = None
+    image_noise = True
     fast = ("log_variance",)
     THRESHOLD = 3.0
 
@@ -158,6 +161,7 @@ class L0(Baseline):
     """
 
     fast = ("log_a",)
+    image_noise = True
     BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
     def __init__(self, config: RunConfig, info: DataInfo, num_data: int) -> None:

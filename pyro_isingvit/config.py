@@ -148,6 +148,10 @@ class TrainConfig:
     """Cosine to zero, or the paper's: halved every 20 epochs."""
     warmup_fraction: float = 0.05
     """Share of the steps over which the learning rate rises."""
+    accumulate: int = 1
+    """Micro-batches that each step's batch is cut into, one after another: the same loss from less memory."""
+    checkpoint_activations: bool = False
+    """Keep only the input of each block and compute the rest again in the backward pass: less memory, more time."""
     clip_norm: float = 1.0
     """Global gradient norm is clipped to this."""
     augment: Literal["none", "crop", "crop-flip", "randaugment"] = "none"

@@ -13,6 +13,7 @@ from pyro_isingvit.errors import UserError
 from pyro_isingvit.metrics import classification_metrics
 from pyro_isingvit.posterior import run_to_datatree
 from pyro_isingvit.predictive import PredictiveDraws, draw_predictive
+from pyro_isingvit.processes import is_first, on_first
 from pyro_isingvit.run import METRICS, POSTERIOR, Run
 
 
@@ -36,7 +37,7 @@ def evaluate(
     if len(data.test) == 0:
         raise UserError(f"{data.info.dataset} has no test part to evaluate on.")
     samples, seed = run.config.train.samples, run.config.train.seed
-    draws = draw_predictive(run, data.test.images, samples, seed=seed, progress=progress)
+    draws = draw_predictive(run, data.test.images, samples, seed=seed, progress=progress and is_first())
     val_draws = draw_predictive(run, data.val.images, CALIBRATION_SAMPLES, seed=seed) if len(data.val) else None
     temperature = float(run.network.temperature)
     plain = temper(draws.probs, 1.0 / temperature)  # at T = 1
@@ -66,8 +67,13 @@ def evaluate(
     }
     if run.has_masks:
         metrics |= {"kappa_mask": run.guide.kappa_mask, "kappa_weights": run.guide.kappa_weights}
-    save_datatree(run_to_datatree(run, data.test, draws, full=full, seed=seed), run.folder / POSTERIOR)
-    write_json(run.folder / METRICS, metrics)
+    folder = run.folder
+
+    def write() -> None:
+        save_datatree(run_to_datatree(run, data.test, draws, full=full, seed=seed), folder / POSTERIOR)
+        write_json(folder / METRICS, metrics)
+
+    on_first(write)
     return metrics
 
 

@@ -10,6 +10,7 @@ from pyro_isingvit.config import RunConfig
 from pyro_isingvit.data import load_data
 from pyro_isingvit.errors import UserError
 from pyro_isingvit.evaluation import evaluate
+from pyro_isingvit.processes import launched, on_first
 from pyro_isingvit.run import CHECKPOINT, CONFIG, HISTORY, METRICS, POSTERIOR
 from pyro_isingvit.training import Trainer
 
@@ -67,15 +68,17 @@ def train_run(
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; a run needs a folder.")
+    if config.data.download and launched() != (1, 1):
+        raise UserError("several processes would fetch the data at once; do that before, by a run without torchrun.")
     data = load_data(**dataclasses.asdict(config.data), seed=config.train.seed)
     trainer = Trainer(config, data, folder, progress)
     if trained is not None:
         trainer.adopt(trained)
     elif resume:
         trainer.restore()
-        remove_leftovers(folder, FILES)
+        on_first(lambda: remove_leftovers(folder, FILES))
     if not resume:
-        clear_run(folder)
+        on_first(lambda: clear_run(folder))
     run = trainer.fit()
     try:
         return evaluate(run, data, trainer.seconds, full_posterior, progress)

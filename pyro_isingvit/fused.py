@@ -36,13 +36,20 @@ class FusedELBO(nn.Module):
 
     It ignores that the tokens of an image share their weights, and that a mask is no Gaussian: an estimate of the same
     expectation up to that, at two matrix products a layer.
+    The batch may itself be one of P equal, contiguous parts of the batch of a step (``part``). Each part then generates
+    the random numbers of all draws and takes those of its own rows, so that the mean loss of the P parts, computed from
+    the same random-number state, is the loss of the whole batch.
 
     Args:
         model: for which ``fusible`` holds.
         guide: its posterior.
-        draws: parts of a batch; one that it does not divide takes the largest number below that does.
+        draws: parts of a batch, S; where it cannot be, the largest number below that divides the step's batch, and is
+            a multiple of P (a part has several draws) or a divisor of it (several parts share a draw).
         noise: where the noise of the posterior enters.
         compiled: run the network through torch.compile.
+
+    Attributes:
+        part: (number of the part, P); (0, 1) is the whole batch.
     """
 
     def __init__(
@@ -56,6 +63,7 @@ class FusedELBO(nn.Module):
         super().__init__()
         self.model, self.guide, self.draws, self.noise = model, guide, draws, noise
         self._network: Callable[..., Tensor] = torch.compile(model.vit.forward) if compiled else model.vit.forward
+        self.part = (0, 1)
         self._seen: tuple[int, ...] = ()
         self._constant = torch.zeros(())
 
@@ -77,8 +85,8 @@ class FusedELBO(nn.Module):
     def _by_weights(self, x: Tensor, retention: Weights) -> Tensor:
         """Logits (B, C), each part of the batch under a draw of its own."""
         guide, layout = self.guide, self.guide.layout
-        draws = max(count for count in range(1, self.draws + 1) if len(x) % count == 0)
-        kept = {name: draw_masks(pi, draws) for name, pi in retention.items()}
+        draws, own = self.own_draws(len(x))
+        kept = {name: draw_masks(pi, draws, own) for name, pi in retention.items()}
         weights = {}
         for kind in guide.kinds:  # the order in which Pyro draws
             loc = guide.loc[kind]
@@ -87,7 +95,8 @@ class FusedELBO(nn.Module):
             spike = guide.config.tau_0 * noise
             slab = torch.addcmul(loc, guide.log_scale[kind].exp(), noise)
             weights[kind] = torch.addcmul(spike, layout.expand(kind, kept), slab - spike)  # ([S,] layers, out, in)
-        images = x if draws == 1 else x.unflatten(0, (draws, -1))
+        mine = len(range(draws)[own])
+        images = x if mine == 1 else x.unflatten(0, (mine, -1))
         return self._network(weights, images).flatten(0, -2)
 
     def _by_activations(self, x: Tensor, retention: Weights) -> Tensor:
@@ -105,6 +114,17 @@ class FusedELBO(nn.Module):
             return torch.addcmul(mean, variance.clamp(min=1e-12).sqrt(), torch.randn_like(mean))
 
         return self._network(means, x, layer_rule=noisy)
+
+    def own_draws(self, batch: int) -> tuple[int, slice]:
+        """How many draws the step's batch is shared out among, and which of them this part of ``batch`` images has."""
+        part, parts = self.part
+
+        def fits(count: int) -> bool:
+            return parts * batch % count == 0 and (count % parts == 0 or parts % count == 0)
+
+        draws = max(count for count in range(1, self.draws + 1) if fits(count))
+        start = part * draws // parts
+        return draws, slice(start, start + max(1, draws // parts))
 
     @torch.no_grad()
     def constant_kl(self, retention: Weights) -> Tensor:
@@ -125,14 +145,17 @@ class FusedELBO(nn.Module):
         return self._constant
 
 
-def draw_masks(pi: Tensor, draws: int) -> Tensor:
+def draw_masks(pi: Tensor, draws: int, own: slice = slice(None)) -> Tensor:
     """Independent Bernoulli(pi) draws as 0.0 and 1.0: of pi's shape, or (draws, *shape) for more than one.
 
+    ``own`` takes some of the draws alone; the random numbers are generated for all.
     One draw takes the numbers that Pyro's guide takes. More are cut from 64 random bits, 16 each, which is four times
     as fast on a CPU; pi is then rounded to a multiple of 2^-16.
     """
     if draws == 1:
         return (torch.rand_like(pi) > 1.0 - pi).float()
     words = torch.empty(-(-draws // 4), *pi.shape, dtype=torch.int64, device=pi.device).random_(-(2**63), None)
-    numbers = words.view(torch.int16).view(-1, *pi.shape)[:draws]  # uniform on -2^15 .. 2^15 - 1
+    numbers = words.view(torch.int16).view(-1, *pi.shape)[:draws][own]  # uniform on -2^15 .. 2^15 - 1
+    if len(numbers) == 1:
+        numbers = numbers[0]  # without a sample axis the network is faster
     return (numbers < (pi * 2**16 - 2**15).round()).float()

@@ -23,6 +23,7 @@ from pyro_isingvit.distributions import SelectionMask, SpikeAndSlabPosterior, be
 from pyro_isingvit.errors import UserError, need
 from pyro_isingvit.granularity import WEIGHT, Spread
 from pyro_isingvit.model import CERTAIN, IsingViT
+from pyro_isingvit.processes import averaged, follow_first, own_rows, world
 from pyro_isingvit.saliency import SALIENCY, second_order_gain
 from pyro_isingvit.vit import Weights
 
@@ -199,17 +200,19 @@ class IsingGuide(nn.Module):
 
         The first ``curvature_batch`` images are looked at. gnb squares B^(1/2) times a mean of B independent gradients:
         its expectation does not depend on B, and its relative variance falls to 2, not to 0, as B grows, so that few
-        images do nearly as well as many.
+        images do nearly as well as many. Several processes that train together (torch.distributed) all call this with
+        the same whole batch; they share the images out where they divide them, and take the same estimate.
 
         Args:
             model: the model, for its network.
             images: (B, channels, height, width), normalised.
             labels: (B,) or (B, C), which hutchinson and empirical_fisher read.
         """
-        few = slice(self.config.curvature_batch)
+        count = min(self.config.curvature_batch, len(images))
+        few = own_rows(count) if count % world() == 0 else slice(count)
         estimate = SALIENCY[self.config.saliency](model.vit, dict(self.loc.items()), images[few], labels[few])
         for kind, curvature in estimate.items():
-            self.get_buffer(f"curvature_{kind}").lerp_(curvature, 1.0 - self.config.curvature_decay)
+            self.get_buffer(f"curvature_{kind}").lerp_(averaged(curvature), 1.0 - self.config.curvature_decay)
         self.curvature_updates += 1
 
     @torch.no_grad()
@@ -269,6 +272,7 @@ class IsingGuide(nn.Module):
 
         network = Network(squared, model.vit.norm_gain.detach() ** 2, model.vit.config.heads, config.decay)
         COUPLINGS[config.coupling](network, set_site)
+        follow_first(field(name) for name in layout.sites for field in (self.field, model.prior_logits))
 
     def _solve_kappa_mask(self, model: IsingViT, gain: Weights, cost: Weights, progress: float) -> float:
         """kappa_mask at which the mean retention over weights meets the target, by bisection of its logarithm.
@@ -279,17 +283,17 @@ class IsingGuide(nn.Module):
         start = min(config.max_keep, 1.0)
         left = (1.0 - min(1.0, 2.0 * progress)) ** 3  # gradual pruning: fast first, slow towards the target
         target = config.target_retention + (start - config.target_retention) * left
-        size = {kind: torch.ones(()).expand(loc.shape) for kind, loc in self.loc.items()}
-        total = sum(math.prod(site.shape) for site in layout.sites.values())
-        stride = max(1, total // BISECTION_SAMPLE)
         flat: dict[str, list[Tensor]] = {"gain": [], "base": [], "size": []}
-        for name, site in layout.sites.items():
-            few = slice(None, None, stride)
-            prior = model.prior_logits(name).flatten()[few]
+        rows = evenly(sum(self.field(name).numel() for name in layout.sites), self.kappa.device)
+        for name, site in layout.sites.items():  # one after another: copies of all weights at once cost much memory
+            inside, rows = rows[rows < self.field(name).numel()], rows[rows >= self.field(name).numel()]
+            rows = rows - self.field(name).numel()
+            size = {kind: self.loc[kind].new_ones(()).expand(self.loc[kind].shape) for kind in site.spreads}
+            prior = model.prior_logits(name)
             prior = torch.where(prior >= CERTAIN, -self._drop_logit, prior)  # straight after the pilot phase
-            flat["gain"].append(layout.reduce(site, gain).flatten()[few])
-            flat["base"].append(prior - config.omega * layout.reduce(site, cost).flatten()[few])
-            flat["size"].append(layout.reduce(site, size).flatten()[few])
+            flat["gain"].append(layout.reduce(site, gain).flatten()[inside])
+            flat["base"].append((prior - config.omega * layout.reduce(site, cost)).flatten()[inside])
+            flat["size"].append(layout.reduce(site, size).flatten()[inside])
         gains, base, sizes = (torch.cat(parts) for parts in flat.values())
         low, high = -10.0, 40.0  # of log kappa_mask
         for _ in range(BISECTIONS):
@@ -314,6 +318,14 @@ class IsingGuide(nn.Module):
             self.field(name).copy_(torch.where(kept, CERTAIN, -CERTAIN))
             model.prior_logits(name).copy_(self.field(name))
         self.phase = "frozen"
+
+
+def evenly(count: int, device: torch.device) -> Tensor:
+    """Ascending numbers below ``count``: all of them, or ``BISECTION_SAMPLE`` evenly spread."""
+    if count <= BISECTION_SAMPLE:
+        return torch.arange(count, device=device)
+    # Beyond 2^24 single precision may round the last one up to a number that is no index.
+    return torch.linspace(0, count - 1, BISECTION_SAMPLE, device=device).long().clamp(max=count - 1)
 
 
 def _pool(spread: Spread, c: Tensor, squared: Tensor) -> Tensor:

@@ -12,13 +12,23 @@ from pyro_isingvit.errors import UserError, need
 from pyro_isingvit.fused import FusedELBO, fusible
 from pyro_isingvit.guide import IsingGuide
 from pyro_isingvit.model import IsingViT
+from pyro_isingvit.processes import averaged
 
 
 class Objective(nn.Module):
     """A loss, ``forward(x, y)`` in nats per image, with phases.
 
     Shapes: x (B, channels, height, width) normalised, y (B,) class numbers or (B, C) probabilities of the C classes.
+
+    Attributes:
+        image_noise: the noise of a step is drawn for each image, not for the batch; equal parts of a batch then need
+            different random numbers, otherwise the same.
     """
+
+    image_noise = False
+
+    def take_part(self, part: int, parts: int) -> None:
+        """Called before ``forward`` with one of several equal parts of a step's batch: its number and their count."""
 
     def phases(self, settings: TrainConfig) -> list[tuple[str, int]]:
         """(name, epochs) of each phase, in order; an empty phase has 0 epochs."""
@@ -28,7 +38,7 @@ class Objective(nn.Module):
         """Called once, before the first epoch of a phase."""
 
     def before_step(self, x: Tensor, y: Tensor, phase: str, step: int, progress: float) -> None:
-        """Called before each optimiser step; ``progress`` is the share of the phase behind us, in [0, 1]."""
+        """Called before each optimiser step with the whole batch; ``progress``: share of the phase behind, 0 to 1."""
 
     def terms(self, loss: float) -> dict[str, float]:
         """What the last loss was made of: nll (nats per image), and penalties in nats over all images."""
@@ -78,7 +88,7 @@ class IsingObjective(Objective):
             if fused
             else ClosedFormELBO()(model, guide)
         )
-        self.num_data = num_data
+        self.num_data, self.image_noise = num_data, settings.noise == "activations"
         # Without an Ising phase nobody reads the curvature.
         self.watches = dict(self.phases(settings))["ising"] > 0
 
@@ -99,6 +109,11 @@ class IsingObjective(Objective):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss with one draw of the guide."""
         return self.elbo(x, y) / self.num_data
+
+    def take_part(self, part: int, parts: int) -> None:
+        """Which draws the next batch gets; the Pyro path has one for all."""
+        if isinstance(self.elbo, FusedELBO):
+            self.elbo.part = (part, parts)
 
     def phases(self, settings: TrainConfig) -> list[tuple[str, int]]:
         """Pilot with every mask at one, Ising, and fine-tuning with the masks frozen."""
@@ -127,7 +142,7 @@ class IsingObjective(Objective):
         nll = loss - (weight_kl + mask_kl) / self.guide.kappa_weights / self.num_data
         terms = {"nll": nll, "weight_kl": weight_kl, "mask_kl": mask_kl}
         if self.model.log_barrier > 0:
-            terms["log_margin"] = float(self.model.log_margin)
+            terms["log_margin"] = float(averaged(self.model.log_margin))
             terms["nll"] += self.model.log_barrier * terms["log_margin"]
         return terms
 

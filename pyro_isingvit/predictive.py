@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from pyro_isingvit.barrier import Projections, log_margins
 from pyro_isingvit.errors import UserError
 from pyro_isingvit.metrics import entropy
+from pyro_isingvit.processes import gathered, own_rows
 from pyro_isingvit.run import Run
 
 CHUNK = 2048
@@ -85,6 +86,9 @@ def draw_predictive(
     every image, as it is used; there the draws depend on the chunk. Methods that are a single network give one draw,
     an ensemble one for each member.
 
+    Several processes that train together (torch.distributed) share the images out and all get the whole result: all
+    of them must call this.
+
     Args:
         run: a trained run.
         images: (B, channels, height, width) uint8, as the data set gives them.
@@ -101,7 +105,8 @@ def draw_predictive(
     run.info.normalise(images[:1])  # complains of a misfit before any work
     batch, classes = len(images), run.info.num_classes
     num_samples = min(num_samples, run.max_draws or num_samples)
-    probs = torch.empty(num_samples, batch, classes)
+    images = images[own_rows(batch)]
+    probs = torch.empty(num_samples, len(images), classes)
     group = max(1, min(chunk // max(batch, 1), num_samples))
     cuda = [run.device] if run.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
@@ -110,11 +115,11 @@ def draw_predictive(
         for first in tqdm(firsts, desc="draw", unit=f"x{group}", disable=not progress, dynamic_ncols=True):
             size = min(group, num_samples - first)
             networks = run.draw_networks(size)
-            for start in range(0, batch, chunk):
+            for start in range(0, len(images), chunk):
                 x = run.info.normalise(images[start : start + chunk].to(run.device))
                 logits = networks(x) / run.network.temperature  # (S, B, C)
                 probs[first : first + size, start : start + chunk] = logits.softmax(-1).cpu()
-    return PredictiveDraws(probs)
+    return PredictiveDraws(gathered(probs, batch, 1, run.device))
 
 
 @torch.no_grad()

@@ -3,9 +3,14 @@
 An estimator maps (network, weights, images, labels) to the diagonal of the curvature of the per-example mean
 negative log-likelihood, kind -> (layers, out, in), with respect to the effective weights at xi = 1. Masked weights
 so still receive a signal. A new estimator is a function and a line in ``SALIENCY``; docs/saliency.md compares them.
+
+Where several processes train together, each calls the estimator with its own, equally many images. The diagonal is
+that of all of them: the square of a mean of gradients takes the mean over the processes first, what is linear in the
+images is averaged by the guide afterwards.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -14,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from pyro_isingvit.processes import averaged, rank, world
 from pyro_isingvit.vit import ViT, Weights
 
 Estimator = Callable[[ViT, Weights, Tensor, Tensor], Weights]
@@ -21,6 +27,22 @@ Estimator = Callable[[ViT, Weights, Tensor, Tensor], Weights]
 
 def _leaves(weights: Weights) -> Weights:
     return {kind: weight.detach().requires_grad_() for kind, weight in weights.items()}
+
+
+@contextmanager
+def _kept_activations(vit: ViT) -> Iterator[None]:
+    """No checkpointing: blocks computed again would miss second derivatives, function transforms and modes."""
+    before, vit.checkpoint_activations = vit.checkpoint_activations, False
+    try:
+        yield
+    finally:
+        vit.checkpoint_activations = before
+
+
+def _squared_mean(grads: tuple[Tensor, ...], leaves: Weights, images: int) -> Weights:
+    """B g^2 with g the mean gradient of the B images of all processes."""
+    total = images * world()
+    return {kind: total * averaged(grad.float()) ** 2 for kind, grad in zip(leaves, grads, strict=True)}
 
 
 def gnb(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> Weights:
@@ -42,10 +64,11 @@ def gnb(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> Weights:
     leaves = _leaves(weights)
     with torch.enable_grad():
         logits = vit(leaves, images).float()
-        noise = torch.empty_like(logits).exponential_().log()  # Gumbel-max: unlike multinomial, bears NaN logits
+        # Gumbel-max: unlike multinomial, bears NaN logits. Numbers for the images of all processes, in step.
+        noise = logits.new_empty(world() * len(logits), logits.shape[1]).exponential_().log().chunk(world())[rank()]
         drawn = (logits.detach() - noise).argmax(-1)
         grads = torch.autograd.grad(F.cross_entropy(logits, drawn), list(leaves.values()))
-    return {kind: len(images) * grad.float() ** 2 for kind, grad in zip(leaves, grads, strict=True)}
+    return _squared_mean(grads, leaves, len(images))
 
 
 def empirical_fisher(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> Weights:
@@ -67,7 +90,7 @@ def empirical_fisher(vit: ViT, weights: Weights, images: Tensor, labels: Tensor)
     with torch.enable_grad():
         loss = F.cross_entropy(vit(leaves, images).float(), labels)
         grads = torch.autograd.grad(loss, list(leaves.values()))
-    return {kind: len(images) * grad.float() ** 2 for kind, grad in zip(leaves, grads, strict=True)}
+    return _squared_mean(grads, leaves, len(images))
 
 
 def hutchinson(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> Weights:
@@ -87,7 +110,8 @@ def hutchinson(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> We
     """
     leaves = _leaves(weights)
     probes = [torch.randint_like(weight, 2) * 2 - 1 for weight in leaves.values()]
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+    # The fused kernels have no second derivative.
+    with _kept_activations(vit), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         loss = F.cross_entropy(vit(leaves, images).float(), labels)
         grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
         products = torch.autograd.grad(grads, list(leaves.values()), grad_outputs=probes)
@@ -112,7 +136,7 @@ def exact(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> Weights
     """
     point = {kind: weight.detach() for kind, weight in weights.items()}
     total = {kind: torch.zeros_like(weight) for kind, weight in point.items()}
-    with sdpa_kernel(SDPBackend.MATH):  # the one that vmap, inside jacrev, knows
+    with _kept_activations(vit), sdpa_kernel(SDPBackend.MATH):  # the one that vmap, inside jacrev, knows
         for image in images:
 
             def logits(at: Weights, image: Tensor = image) -> tuple[Tensor, Tensor]:
@@ -192,7 +216,7 @@ RULES: dict[Callable, Rule] = {
 # Operations that only move, copy or add numbers: their Jacobian holds zeros and ones and is its own square.
 MOVES = {
     "__get__", "__getitem__", "add", "cat", "dim", "expand", "flatten", "numel", "pad", "permute", "reshape", "size",
-    "squeeze", "transpose", "unfold", "unsqueeze", "view",
+    "squeeze", "transpose", "unbind", "unfold", "unsqueeze", "view",
 }  # fmt: skip
 
 
@@ -244,7 +268,7 @@ def lm(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> Weights:
     """
     leaves = _leaves(weights)
     with torch.enable_grad():
-        with _Recursion():
+        with _Recursion(), _kept_activations(vit):
             logits = vit(leaves, images)
         p = logits.detach().softmax(-1)
         diagonals = torch.autograd.grad(logits, list(leaves.values()), grad_outputs=p * (1 - p) / len(images))

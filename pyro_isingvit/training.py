@@ -7,14 +7,11 @@ treat it as any other.
 import logging
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning_fabric as lf
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_isingvit.augment import Augmentation
@@ -29,17 +26,25 @@ from pyro_isingvit.metrics import classification_metrics
 from pyro_isingvit.model import IsingViT
 from pyro_isingvit.objective import IsingObjective, Objective
 from pyro_isingvit.predictive import draw_predictive
+from pyro_isingvit.processes import averaged, is_first, on_first, world
 from pyro_isingvit.run import CHECKPOINT, CONFIG, HISTORY, Run, build_run, read_config
+from pyro_isingvit.steps import (
+    backward,
+    batches,
+    count_steps,
+    halving_factor,
+    learning_rate_factor,
+    set_up_fabric,
+)
 from pyro_isingvit.version import __version__
+from pyro_isingvit.vit import ViT
 
 log = logging.getLogger(__name__)
-PRECISION = {"32": "32-true", "bf16": "bf16-mixed"}
 CHUNK = 1024  # training images at a time after training
 LOOK_EVERY = 10  # steps between looks at the terms of the loss, which wait for the device
 TERMS = {"nll": "the likelihood (NLL)", "weight_kl": "the weight KL", "mask_kl": "the mask KL"}
 SHORT = {"weight_kl": "klW", "mask_kl": "klM"}
 LARGEST = 1e15  # of rates and norms: torch computes with them in single precision
-FINETUNE_LR = 0.1  # peak learning rate of fine-tuning, as a share of lr
 
 
 class TrainingDiverged(UserError):
@@ -49,7 +54,7 @@ class TrainingDiverged(UserError):
 def check_training(config: TrainConfig) -> None:
     """Raises UserError where a setting is out of its range."""
     check_fields(config)
-    for name in ("epochs", "batch_size", "samples", "val_samples", "draws"):
+    for name in ("epochs", "batch_size", "samples", "val_samples", "draws", "accumulate"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(config, name)}.")
     for name in ("lr", "clip_norm", "scale_lr_factor"):
@@ -68,31 +73,12 @@ def check_training(config: TrainConfig) -> None:
         raise UserError("no CUDA device is available here; use --device cpu or auto.")
 
 
-def halving_factor(epoch: int) -> float:
-    """The paper's schedule: the learning rate is halved every 20 epochs."""
-    return 0.5 ** (epoch // 20)
-
-
-def learning_rate_factor(step: int, main_steps: int, total_steps: int, warmup: int) -> float:
-    """Share of the peak learning rate: linear warm-up, cosine to 0 over the main phases, and again to fine-tune."""
-    if step < warmup:
-        return (step + 1) / warmup
-    if step < main_steps:
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, main_steps - warmup)))
-    done = (step - main_steps) / max(1, total_steps - main_steps)
-    return FINETUNE_LR * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def batches(split: Split, size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches of an epoch; the order depends on seed and epoch alone. The last short batch is kept."""
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    for start in range(0, len(order), size):
-        rows = order[start : start + size].to(split.images.device)
-        yield split.images[rows], split.labels[rows]
-
-
 class Trainer:
     """Runs the epochs of one run and keeps its folder.
+
+    Under torchrun every process has a ``Trainer`` of its own. All hold the same data and stay equal; each computes the
+    gradient of its share of every batch, and the first one alone writes, logs and shows the bar. Noise that is drawn
+    for a batch as a whole is that of a single process; noise for each image (``Objective.image_noise``) is not.
 
     Args:
         config: all settings.
@@ -108,15 +94,24 @@ class Trainer:
         check_training(config.train)
         if len(data.train) < 1:
             raise UserError("there are no training images.")
-        self.config, self.settings, self.folder, self.progress = config, config.train, folder, progress
-        self.fabric = lf.Fabric(
-            accelerator=self.settings.device, devices=1, precision=PRECISION[self.settings.precision]  # type: ignore[arg-type]
-        )  # fmt: skip
+        self.config, self.settings, self.folder = config, config.train, folder
+        self.fabric = set_up_fabric(config)
+        self.progress = progress and is_first()
+        self.parts = world() * self.settings.accumulate  # of every batch
+        if self.settings.batch_size % self.parts or len(data.train) < self.parts:
+            raise UserError(
+                f"{world()} processes with --accumulate {self.settings.accumulate} cut every batch into {self.parts} "
+                f"parts; --batch-size {self.settings.batch_size} must be a multiple of that, and {len(data.train)} "
+                "training images at least as many."
+            )
         torch.manual_seed(self.settings.seed)
         self.run = build_run(config, data.info, len(data.train), folder, model)
         self.objective = self._objective(len(data.train))
         self.augmentation = Augmentation(self.settings, self.run.info)
-        steps = self.steps_per_epoch = math.ceil(len(data.train) / self.settings.batch_size)
+        for module in self.objective.modules():
+            if isinstance(module, ViT):
+                module.checkpoint_activations = self.settings.checkpoint_activations
+        steps = self.steps_per_epoch = count_steps(len(data.train), self.settings.batch_size, self.parts)
         self.main_steps = steps * self.settings.epochs
         self.total_epochs = self.settings.epochs + self.settings.finetune_epochs
         total, warmup = steps * self.total_epochs, int(self.settings.warmup_fraction * self.main_steps)
@@ -167,8 +162,7 @@ class Trainer:
         return self.run
 
     def _fit(self) -> None:
-        if self.folder is not None and not (self.folder / CONFIG).exists():
-            write_text(self.folder / CONFIG, self.config.to_json())
+        on_first(self._keep_config)
         start = time.monotonic() - self.seconds
         self.bar = tqdm(
             total=self.steps_per_epoch * self.total_epochs, initial=self.step, desc="train", unit="step",
@@ -186,7 +180,7 @@ class Trainer:
                 self._keep()
         if self.finished:
             return
-        for kind, layer in self.run.dropped_layers():
+        for kind, layer in self.run.dropped_layers() if is_first() else []:
             log.warning("%s of layer %d is dropped: skip connections carry the signal past it", kind, layer)
         self.loss.eval()
         self.objective.finish(
@@ -209,17 +203,17 @@ class Trainer:
         phase, first, last = self.phase(epoch)
         steps = self.steps_per_epoch
         self.loss.train()
-        total, count = 0.0, 0
+        total, count = torch.zeros((), device=self.fabric.device), 0
         terms: list[dict[str, float]] = []  # of every tenth step
-        for images, labels in batches(self.data.train, self.settings.batch_size, self.settings.seed, epoch):
+        order = batches(self.data.train, self.settings.batch_size, self.settings.seed, epoch, self.parts)
+        for images, labels in order:
             x, labels = self.augmentation(images, labels)
+            self.optimizer.zero_grad(set_to_none=True)
             progress = (self.step - first * steps) / ((last - first) * steps)
             self.objective.before_step(x, labels, phase, self.step, progress)
-            loss = self.loss(x, labels)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.fabric.backward(loss)
+            loss = backward(self.fabric, self.loss, self.objective, x, labels, self.settings.accumulate)
             if self.step % LOOK_EVERY == 0 or count == 0:
-                value = loss.item()
+                value = averaged(loss).item()
                 terms.append(self.objective.terms(value))
                 self._check_finite(value, terms[-1], epoch)
                 self._show(epoch, phase, terms[-1])
@@ -227,11 +221,11 @@ class Trainer:
                 torch.nn.utils.clip_grad_norm_(part.parameters(), self.settings.clip_norm)
             self.optimizer.step()
             self.scheduler.step()
-            total, count = total + loss.detach(), count + 1
+            total, count = total + loss, count + 1
             self.step += 1
             self.bar.update()
         # The last step of an epoch has no loss after it that would tell.
-        mean_loss = math.nan if not_finite(self.objective) else float(total) / count
+        mean_loss = math.nan if not_finite(self.objective) else float(averaged(total)) / count
         self._check_finite(mean_loss, self.objective.terms(mean_loss), epoch)
         mean_terms = {name: sum(term[name] for term in terms) / len(terms) for name in terms[0]}
         masks = self.run.mask_summary()
@@ -281,9 +275,16 @@ class Trainer:
 
     # The folder -------------------------------------------------------------------------------------------------
 
+    def _keep_config(self) -> None:
+        if self.folder is not None and not (self.folder / CONFIG).exists():
+            write_text(self.folder / CONFIG, self.config.to_json())
+
     def _keep(self) -> None:
-        if self.folder is None:
-            return
+        if self.folder is not None:
+            on_first(self._write)
+
+    def _write(self) -> None:
+        assert self.folder is not None
         save_checkpoint(self.folder / CHECKPOINT, self._state())
         write_text(self.folder / HISTORY, to_lines(self.run.history))
 
@@ -336,7 +337,9 @@ class Trainer:
         """
         folder = folder or self.folder
         assert folder is not None
-        state = load_checkpoint(folder / CHECKPOINT, repair=folder == self.folder)
+        states: list[dict[str, Any]] = []  # the first process repairs the file, then the others read it
+        on_first(lambda: states.append(load_checkpoint(folder / CHECKPOINT, repair=folder == self.folder)))
+        state = states[0] if states else load_checkpoint(folder / CHECKPOINT)
         if state.get("num_data") != len(self.data.train) or state.get("info") != self.run.info.to_dict():
             raise UserError(f"{folder} was trained on other images than those given; resume with the same data.")
         try:
@@ -344,7 +347,9 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             self.seconds = state["seconds"]
-            self.epoch, self.step = state["epoch"], state["step"]
+            self.epoch = state["epoch"]
+            # Another number of processes may have cut the last batch of the epochs differently.
+            self.step = self.scheduler.last_epoch = self.epoch * self.steps_per_epoch
             self.finished = state.get("finished", False)
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"{folder / CHECKPOINT} does not fit its {CONFIG}: {error}") from error
@@ -352,7 +357,7 @@ class Trainer:
         if state["cuda_rng"] is not None and self.fabric.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
         if folder == self.folder:  # a kill between the two files, or a damaged checkpoint, has left another history
-            write_text(folder / HISTORY, to_lines(self.run.history))
+            on_first(lambda: write_text(folder / HISTORY, to_lines(self.run.history)))
 
 
 def _to(split: Split, device: torch.device) -> Split:
