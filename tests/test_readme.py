@@ -52,8 +52,8 @@ def test_commands_on_own_images_run_as_shown(tmp_path: Path) -> None:
                 Image.fromarray(pixels).save(folder / f"{name}{i}.png")
     commands = [words for words in COMMANDS if "fashion-mnist" not in words]
     assert [words[2] for words in commands] == [
-        "inference.train", "inference.predict", "analysis.report", "inference.prune", "analysis.ood",
-        "analysis.corruptions", "inference.compare",
+        "inference.train", "inference.predict", "analysis.report", "inference.train", "inference.prune",
+        "analysis.ood", "analysis.corruptions", "inference.compare",
     ]  # fmt: skip
     for words in commands:
         line = " ".join(words[3:])
