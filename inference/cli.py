@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from pyro_isingvit.errors import UserError
 # torchrun starts a script several times; the first process on each machine speaks, the first of all reports.
 SPEAKS = os.environ.get("LOCAL_RANK", "0") == "0"
 REPORTS = os.environ.get("RANK", "0") == "0"
+PATIENCE = 10.0  # seconds
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
@@ -65,7 +67,11 @@ def with_clear_errors(call: Callable[[], object]) -> None:
         call()
     except UserError as error:
         _say(f"error: {error}\n")
+        _leave_last()
         raise SystemExit(2) from None
+    except SystemExit:  # tyro has spoken
+        _leave_last()
+        raise
     except KeyboardInterrupt as stop:
         _say(f"\n{stop}\n" if stop.args else "\ninterrupted\n")
         raise SystemExit(143 if isinstance(stop, Terminated) else 130) from None
@@ -77,6 +83,13 @@ def with_clear_errors(call: Callable[[], object]) -> None:
 def _say(text: str) -> None:
     if SPEAKS:
         sys.stderr.write(text)
+
+
+def _leave_last() -> None:
+    """Lets the process that speaks end first: torchrun stops all others as soon as one has failed."""
+    if not SPEAKS:
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(PATIENCE)
 
 
 def print_table(title: str, rows: Mapping[str, object]) -> None:

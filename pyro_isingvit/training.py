@@ -100,7 +100,7 @@ class Trainer:
         self.parts = world() * self.settings.accumulate  # of every batch
         if self.settings.batch_size % self.parts or len(data.train) < self.parts:
             raise UserError(
-                f"{world()} processes with --accumulate {self.settings.accumulate} cut every batch into {self.parts} "
+                f"{world()} process(es) with --accumulate {self.settings.accumulate} share a batch out in {self.parts} "
                 f"parts; --batch-size {self.settings.batch_size} must be a multiple of that, and {len(data.train)} "
                 "training images at least as many."
             )

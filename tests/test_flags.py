@@ -158,6 +158,7 @@ def test_training_refuses_what_is_out_of_range(flag: str, tmp_path: Path, capsys
     ("analysis.ood", ["--samples", "0"]), ("analysis.ood", ["--ood", "noise", "noise"]),
     ("analysis.corruptions", ["--samples", "0"]), ("inference.train", ["--dataset", "nope"]),
     ("inference.train", ["--method", "nope"]), ("inference.train", ["--preset", "nope"]),
+    ("inference.train", ["--accumulate", "0"]), ("inference.train", ["--accumulate", "3"]),
 ])  # fmt: skip
 def test_values_out_of_range(script: str, arguments: list[str], tmp_path: Path, capsys) -> None:
     assert outcome(script, [*required(script, tmp_path), *arguments], capsys).strip()

@@ -1,5 +1,6 @@
 """The README keeps its word: every command and example in it runs, and what it says of CI and make is so."""
 
+import os
 import re
 import subprocess
 import sys
@@ -74,6 +75,17 @@ def test_the_line_behind_the_figures_runs(tmp_path: Path) -> None:
     line[line.index("--out") + 1] = str(tmp_path / "r")
     result = script(words[2], *line, "--samples", 1)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_line_for_several_processes_runs(tmp_path: Path) -> None:
+    (line,) = [line for line in SHELL.splitlines() if "torchrun" in line]
+    words = line.replace("runs/two", str(tmp_path / "r")).replace("--epochs 60", "--epochs 1 --train-size 100").split()
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words[1:], "--samples", "2", "--device", "cpu"], cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "r" / "metrics.json").is_file()
 
 
 def test_make_targets_are_those_of_the_readme_and_of_ci() -> None:
