@@ -107,16 +107,20 @@ def draw_predictive(
     num_samples = min(num_samples, run.max_draws or num_samples)
     images = images[own_rows(batch)]
     probs = torch.empty(num_samples, len(images), classes)
-    group = max(1, min(chunk // max(batch, 1), num_samples))
+    # A CPU is faster with one draw after another than with their matrices stacked.
+    group = 1 if run.device.type == "cpu" else max(1, min(chunk // max(batch, 1), num_samples))
+    ready = run.info.normalise(images.to(run.device)) if len(images) <= chunk else None  # else a chunk at a time
     cuda = [run.device] if run.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         firsts = range(0, num_samples, group)
-        for first in tqdm(firsts, desc="draw", unit=f"x{group}", disable=not progress, dynamic_ncols=True):
+        unit = "draw" if group == 1 else f"x{group}"
+        for first in tqdm(firsts, desc="draw", unit=unit, disable=not progress, dynamic_ncols=True):
             size = min(group, num_samples - first)
             networks = run.draw_networks(size)
             for start in range(0, len(images), chunk):
-                x = run.info.normalise(images[start : start + chunk].to(run.device))
+                if (x := ready) is None:
+                    x = run.info.normalise(images[start : start + chunk].to(run.device))
                 logits = networks(x) / run.network.temperature  # (S, B, C)
                 probs[first : first + size, start : start + chunk] = logits.softmax(-1).cpu()
     return PredictiveDraws(gathered(probs, batch, 1, run.device))
