@@ -20,7 +20,7 @@ from pyro_isingvit.errors import UserError
 # torchrun starts a script several times; the first process on each machine speaks, the first of all reports.
 SPEAKS = os.environ.get("LOCAL_RANK", "0") == "0"
 REPORTS = os.environ.get("RANK", "0") == "0"
-PATIENCE = 10.0  # seconds
+PATIENCE_S = 30.0  # for which the others keep their message back
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
@@ -40,12 +40,24 @@ def run_script[T](
     extra: dict[str, Any] = {} if default is None else {"default": default}
 
     def everything() -> None:
-        with contextlib.nullcontext() if SPEAKS else contextlib.redirect_stderr(io.StringIO()):
-            parsed = tyro.cli(arguments, args=argv, config=FLAT, description=main.__doc__, **extra)
+        parsed = _parsed(lambda: tyro.cli(arguments, args=argv, config=FLAT, description=main.__doc__, **extra))
         check_fields(parsed)
         main(parsed)
 
     with_clear_errors(everything)
+
+
+def _parsed[T](parse: Callable[[], T]) -> T:
+    if SPEAKS:
+        return parse()
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            return parse()
+        except SystemExit as stop:
+            leave = stop
+    if leave.code:
+        _fail(said.getvalue())
+    raise leave
 
 
 class Terminated(KeyboardInterrupt):
@@ -66,30 +78,27 @@ def with_clear_errors(call: Callable[[], object]) -> None:
     try:
         call()
     except UserError as error:
-        _say(f"error: {error}\n")
-        _leave_last()
-        raise SystemExit(2) from None
-    except SystemExit:  # tyro has spoken
-        _leave_last()
-        raise
+        _fail(f"error: {error}\n")
     except KeyboardInterrupt as stop:
-        _say(f"\n{stop}\n" if stop.args else "\ninterrupted\n")
+        if SPEAKS:
+            sys.stderr.write(f"\n{stop}\n" if stop.args else "\ninterrupted\n")
         raise SystemExit(143 if isinstance(stop, Terminated) else 130) from None
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
 
 
-def _say(text: str) -> None:
-    if SPEAKS:
-        sys.stderr.write(text)
+def _fail(text: str) -> NoReturn:
+    """Leaves with a message and exit code 2.
 
-
-def _leave_last() -> None:
-    """Lets the process that speaks end first: torchrun stops all others as soon as one has failed."""
+    torchrun ends all processes when the first one fails. Those that do not speak hence wait to be ended; one that is
+    still there afterwards failed alone, and says why.
+    """
     if not SPEAKS:
-        with contextlib.suppress(KeyboardInterrupt):
-            time.sleep(PATIENCE)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE_S)
+    sys.stderr.write(text)
+    raise SystemExit(2) from None
 
 
 def print_table(title: str, rows: Mapping[str, object]) -> None:

@@ -108,11 +108,7 @@ def test_begun_by_two_processes_and_finished_by_one(single: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("wrong", "word"),
-    [
-        (["--lr", -1], "lr must be"),
-        (["--batch-size", 33], "multiple of that"),
-        (["--epochs", "x"], "Error parsing --epochs"),
-    ],
+    [(["--lr", -1], "lr must be"), (["--batch-size", 33], "multiple of that"), (["--epochs", "x"], "Error parsing")],
 )
 def test_bad_input_is_one_message(wrong: list, word: str, tmp_path: Path) -> None:
     done = torchrun(*SMALL, *wrong, "--out", tmp_path / "r")
