@@ -1,12 +1,18 @@
 """The fused path against the plain Pyro path: same seed, same loss, same gradients."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import TINY, make_pair
 
+from pyro_isingvit.config import TrainConfig
 from pyro_isingvit.elbo import ClosedFormELBO
+from pyro_isingvit.errors import UserError
 from pyro_isingvit.fused import FusedELBO, draw_masks, fusible
 from pyro_isingvit.granularity import GRANULARITIES
+from pyro_isingvit.model import CERTAIN
+from pyro_isingvit.objective import IsingObjective
 
 HARD = torch.arange(6) % 3
 SOFT = torch.tensor([[0.7, 0.3, 0.0], [0.0, 1.0, 0.0], [0.2, 0.3, 0.5]]).repeat(2, 1)  # as mixup makes them
@@ -132,3 +138,89 @@ def gradients_of(elbo, guide, x, y) -> tuple[torch.Tensor, torch.Tensor]:
     loss = elbo(x, y)
     loss.backward()
     return loss.detach(), torch.cat([p.grad.flatten() for p in guide.loc.values()])
+
+
+# Noise on activations ------------------------------------------------------------------------------------------
+
+
+def test_noise_on_activations_has_the_moments_of_the_weights() -> None:
+    """One layer's outputs under q(W), by Monte Carlo over weights, against the two moments in closed form."""
+    model, guide = make_pair(vit=TINY, posterior_scale="learned", init_scale=0.2, max_keep=0.9)
+    torch.manual_seed(0)
+    for name in guide.layout.sites:
+        guide.field(name).copy_(torch.randn_like(guide.field(name)))
+    x, seen = torch.randn(5, TINY.width), {}
+
+    class Spy:
+        """Takes the place of the network: sees what noise the first layer's rule makes."""
+
+        def __call__(self, weights, images, layer_rule):
+            weight, bias = weights["fc1"][0], model.vit.bias["fc1"][0]
+            seen["y"] = torch.stack([layer_rule("fc1", 0, x, weight, bias) for _ in range(20_000)])
+            return torch.zeros(6, 3)
+
+    elbo = FusedELBO(model, guide, noise="activations")
+    elbo._network = Spy()
+    with torch.no_grad():
+        elbo(torch.randn(6, 1, 4, 4), torch.arange(6) % 3)
+    draws = guide.draw(20_000)["fc1"][:, 0]  # (S, out, in)
+    exact = torch.einsum("bi,soi->sbo", x, draws) + model.vit.bias["fc1"][0].detach()
+    scale = float(exact.detach().std())
+    torch.testing.assert_close(seen["y"].mean(0), exact.mean(0), rtol=0, atol=0.04 * scale)
+    torch.testing.assert_close(seen["y"].std(0), exact.std(0), rtol=0.05, atol=0)
+
+
+def test_noise_on_activations_without_noise_is_the_plain_path() -> None:
+    model, guide = make_pair(vit=TINY, posterior_scale="shared", init_scale=1e-8, tau_0=1e-9)
+    for name in guide.layout.sites:
+        guide.field(name).fill_(CERTAIN)
+    results = [gradients(FusedELBO(model, guide, noise=noise), model, guide) for noise in ("weights", "activations")]
+    torch.testing.assert_close(*(loss for loss, _ in results), rtol=1e-5, atol=0)
+    for name, grad in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()))
+
+
+def test_each_token_has_noise_of_its_own() -> None:
+    model, guide = make_pair(vit=TINY)
+    guide.start_masks()
+    outputs = []
+    elbo = FusedELBO(model, guide, noise="activations")
+    network = elbo._network
+
+    def record(weights, images, layer_rule):
+        x = torch.ones(2, 4, TINY.width)  # B = 2 images of T = 4 tokens, all alike
+        outputs.append(layer_rule("fc1", 0, x, weights["fc1"][0], model.vit.bias["fc1"][0]))
+        return network(weights, images, layer_rule=layer_rule)
+
+    elbo._network = record
+    elbo(torch.randn(2, 1, 4, 4), torch.arange(2))
+    rows = outputs[0].flatten(0, 1)
+    assert len({tuple(row.tolist()) for row in rows}) == 8
+
+
+@pytest.mark.parametrize("change", [{"mask_posterior": "learned"}, {"granularity": "unit"}])
+def test_noise_on_activations_is_refused_where_it_has_no_form(change) -> None:
+    model, guide = make_pair(**change)
+    with pytest.raises(UserError, match="noise activations"):
+        IsingObjective(model, guide, 50, TrainConfig(noise="activations"))
+
+
+# torch.compile -------------------------------------------------------------------------------------------------
+
+
+def test_compile_needs_the_fused_engine() -> None:
+    model, guide = make_pair()
+    with pytest.raises(UserError, match="compile needs --engine"):
+        IsingObjective(model, guide, 50, TrainConfig(compile=True, engine="pyro"))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # what dynamo looks at
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+def test_compiled_loss_and_gradients_are_those_of_the_plain_network() -> None:
+    model, guide = make_pair(vit=TINY)
+    guide.start_masks()
+    loss, grads = gradients(FusedELBO(model, guide, 2, compiled=True), model, guide)
+    expected, expected_grads = gradients(FusedELBO(model, guide, 2), model, guide)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
