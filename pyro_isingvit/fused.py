@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from pyro_isingvit.distributions import bernoulli_kl, slab_kl
 from pyro_isingvit.guide import IsingGuide
 from pyro_isingvit.model import IsingViT
-from pyro_isingvit.vit import Weights
 
 
 def fusible(model: IsingViT) -> bool:
@@ -64,47 +63,48 @@ class FusedELBO(nn.Module):
         self.model, self.guide, self.draws, self.noise = model, guide, draws, noise
         self._network: Callable[..., Tensor] = torch.compile(model.vit.forward) if compiled else model.vit.forward
         self.part = (0, 1)
-        self._seen: tuple[int, ...] = ()
-        self._constant = torch.zeros(())
+        self._seen: tuple[tuple[int, int], ...] = ()
+        self._constant, self._retention = torch.zeros(()), dict[str, Tensor]()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of a batch: x (B, channels, height, width) normalised, y (B,) or (B, C)."""
         model, guide, layout = self.model, self.guide, self.guide.layout
-        with torch.no_grad():
-            retention = {name: guide.field(name).sigmoid() for name in layout.sites}
-        kl = self.constant_kl(retention)
+        kl = self.constant_kl()
         for kind in guide.kinds:
-            loc, log_scale = guide.loc[kind], guide.log_scale[kind]
-            pi, tau_1 = layout.expand(kind, retention), model.tau_1(kind)
-            cost = slab_kl(loc, log_scale.exp(), tau_1) if log_scale.requires_grad else 0.5 * (loc / tau_1) ** 2
-            kl = kl + (pi * cost).sum()
-        logits = self._by_activations(x, retention) if self.noise == "activations" else self._by_weights(x, retention)
+            loc, tau_1 = guide.loc[kind], model.tau_1(kind)
+            pi = layout.expand(kind, self._retention)
+            if guide.log_scale[kind].requires_grad:
+                kl = kl + (pi * slab_kl(loc, guide.scale(kind), tau_1)).sum()
+            else:  # pi m^2 / (2 tau_1^2), whose gradient is the pull: half the product with it
+                pull = (pi * loc.detach()).div_(tau_1**2)
+                product = torch.dot(pull.flatten(), loc.flatten())
+                kl = kl + product - 0.5 * product.detach()
+        logits = self._by_activations(x) if self.noise == "activations" else self._by_weights(x)
         size = len(x) if model.num_data is None else model.num_data
         return size * F.cross_entropy(logits.float(), y) + kl / model.kappa_weights
 
-    def _by_weights(self, x: Tensor, retention: Weights) -> Tensor:
+    def _by_weights(self, x: Tensor) -> Tensor:
         """Logits (B, C), each part of the batch under a draw of its own."""
-        guide, layout = self.guide, self.guide.layout
+        guide, layout, weights = self.guide, self.guide.layout, {}
         draws, own = self.own_draws(len(x))
-        kept = {name: draw_masks(pi, draws, own) for name, pi in retention.items()}
-        weights = {}
+        kept = {name: draw_masks(pi, draws, own) for name, pi in self._retention.items()}
         for kind in guide.kinds:  # the order in which Pyro draws
             loc = guide.loc[kind]
             # Parts of the batch share the Gaussian noise, which is small: each is a draw of q all the same.
             noise = torch.randn_like(loc)
-            spike = guide.config.tau_0 * noise
-            slab = torch.addcmul(loc, guide.log_scale[kind].exp(), noise)
-            weights[kind] = torch.addcmul(spike, layout.expand(kind, kept), slab - spike)  # ([S,] layers, out, in)
+            # xi (m + s e) + (1 - xi) tau_0 e
+            wider = torch.addcmul(loc, guide.scale(kind) - guide.config.tau_0, noise)
+            weights[kind] = torch.addcmul(guide.config.tau_0 * noise, layout.expand(kind, kept), wider)
         mine = len(range(draws)[own])
         images = x if mine == 1 else x.unflatten(0, (mine, -1))
-        return self._network(weights, images).flatten(0, -2)
+        return self._network(weights, images).flatten(0, -2)  # from kind -> ([S,] layers, out, in)
 
-    def _by_activations(self, x: Tensor, retention: Weights) -> Tensor:
+    def _by_activations(self, x: Tensor) -> Tensor:
         """Logits (B, C) with noise of its own for every token."""
         guide, layout, means, variances = self.guide, self.guide.layout, {}, {}
         for kind in guide.kinds:
-            loc, pi = guide.loc[kind], layout.expand(kind, retention)
-            slab = loc**2 + (2 * guide.log_scale[kind]).exp()
+            loc, pi = guide.loc[kind], layout.expand(kind, self._retention)
+            slab = loc**2 + guide.scale(kind) ** 2
             means[kind] = pi * loc
             variances[kind] = pi * slab + (1 - pi) * guide.config.tau_0**2 - means[kind] ** 2
 
@@ -127,21 +127,24 @@ class FusedELBO(nn.Module):
         return draws, slice(start, start + max(1, draws // parts))
 
     @torch.no_grad()
-    def constant_kl(self, retention: Weights) -> Tensor:
+    def constant_kl(self) -> Tensor:
         """What does not move with the means, in nats: the masks' KL, and the slabs' share of scales that are frozen.
 
-        Computed again only when a tensor that it reads was written to.
+        Computed again, and the retention with it, only when a tensor that it reads was written to.
         """
         model, guide, layout = self.model, self.guide, self.guide.layout
         pairs = [(guide.field(name), model.prior_logits(name)) for name in layout.sites]
         frozen = [kind for kind in guide.kinds if not guide.log_scale[kind].requires_grad]
         slabs = [(guide.log_scale[kind], model.tau_1(kind)) for kind in frozen]
-        versions = tuple(tensor._version for pair in (*pairs, *slabs) for tensor in pair)
-        if versions != self._seen:
+        state = tuple((tensor.data_ptr(), tensor._version) for pair in (*pairs, *slabs) for tensor in pair)
+        if state != self._seen:
+            self._retention = {name: guide.field(name).sigmoid() for name in layout.sites}
             total = torch.stack([bernoulli_kl(q, p).sum() for q, p in pairs]).sum()
-            for kind, (_, tau_1) in zip(frozen, slabs, strict=True):
-                total = total + (layout.expand(kind, retention) * guide.cost_at_zero(kind, tau_1)).sum()
-            self._constant, self._seen = total, versions
+            for kind, (log_scale, tau_1) in zip(frozen, slabs, strict=True):
+                scale = guide.scale(kind)
+                cost = layout.expand(kind, self._retention) * slab_kl(torch.zeros_like(scale), scale, tau_1)
+                total = total + cost.expand(log_scale.shape).sum()
+            self._constant, self._seen = total, state
         return self._constant
 
 
@@ -153,9 +156,10 @@ def draw_masks(pi: Tensor, draws: int, own: slice = slice(None)) -> Tensor:
     as fast on a CPU; pi is then rounded to a multiple of 2^-16.
     """
     if draws == 1:
-        return (torch.rand_like(pi) > 1.0 - pi).float()
+        return torch.gt(torch.rand_like(pi), 1.0 - pi, out=torch.empty_like(pi))
     words = torch.empty(-(-draws // 4), *pi.shape, dtype=torch.int64, device=pi.device).random_(-(2**63), None)
     numbers = words.view(torch.int16).view(-1, *pi.shape)[:draws][own]  # uniform on -2^15 .. 2^15 - 1
     if len(numbers) == 1:
         numbers = numbers[0]  # without a sample axis the network is faster
-    return (numbers < (pi * 2**16 - 2**15).round()).float()
+    bound = (pi * 2**16 - 2**15).round()
+    return torch.lt(numbers, bound, out=pi.new_empty(numbers.shape))  # straight to floats: half the time

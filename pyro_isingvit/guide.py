@@ -29,7 +29,7 @@ from pyro_isingvit.vit import Weights
 
 Phase = Literal["pilot", "ising", "frozen"]
 BISECTION_SAMPLE = 8_192  # masks looked at to solve for kappa_mask
-BISECTIONS = 20  # of a range of 50 in log kappa_mask
+BISECTIONS = 14  # of a range of 50 in log kappa_mask: to 0.3% of kappa_mask
 LOGIT_BOUND = 10.0  # mask logits stay within +-10: a mask can always come back
 
 
@@ -94,7 +94,7 @@ class IsingGuide(nn.Module):
             {name: nn.Parameter(torch.zeros(site.shape)) for name, site in self.layout.sites.items() if learns}
         )
         self.phase: Phase = "pilot"
-        self._costs: dict[str, tuple[tuple, Tensor]] = {}  # cost_at_zero of each kind
+        self._scales: dict[str, tuple[tuple, Tensor]] = {}  # of each frozen kind, and what it was computed from
         self.temperature: Tensor
         self.register_buffer("temperature", torch.tensor(self.config.temperature))
         self.register_buffer("curvature_updates", torch.zeros((), dtype=torch.long))
@@ -173,14 +173,16 @@ class IsingGuide(nn.Module):
             weights[kind] = mask * slab + (1.0 - mask) * (self.config.tau_0 * noise)
         return weights
 
-    @torch.no_grad()
-    def cost_at_zero(self, kind: str, tau_1: Tensor) -> Tensor:
-        """KL_e of weights whose mean is 0, (layers, out, in), nats; computed again when s or tau_1 was written."""
+    def scale(self, kind: str) -> Tensor:
+        """s of a kind, broadcastable to (layers, out, in); one number where it is frozen and shared by all weights."""
         log_scale = self.log_scale[kind]
-        state = tuple((tensor.data_ptr(), tensor._version) for tensor in (log_scale, tau_1))
-        if kind not in self._costs or self._costs[kind][0] != state:
-            self._costs[kind] = state, slab_kl(torch.zeros_like(log_scale), log_scale.exp(), tau_1)
-        return self._costs[kind][1]
+        if log_scale.requires_grad:
+            return log_scale.exp()
+        state = (log_scale.data_ptr(), log_scale._version)
+        if kind not in self._scales or self._scales[kind][0] != state:
+            first = log_scale.detach().flatten()[:1].view(1, 1, 1)
+            self._scales[kind] = state, (first if bool((log_scale == first).all()) else log_scale.detach()).exp()
+        return self._scales[kind][1]
 
     @torch.no_grad()
     def kl_terms(self, model: IsingViT) -> tuple[float, float]:
@@ -247,10 +249,10 @@ class IsingGuide(nn.Module):
         if config.empirical_tau_1:
             self._fit_slabs(model, squared)
         gain = {kind: second_order_gain(self.curvature(kind), loc, self.num_data) for kind, loc in self.loc.items()}
-        cost = {  # KL_e, which is quadratic in the mean
-            kind: torch.addcmul(self.cost_at_zero(kind, tau_1 := model.tau_1(kind)), second, 0.5 / tau_1**2)
-            for kind, second in squared.items()
-        }
+        cost = {}  # KL_e, which is quadratic in the mean
+        for kind, second in squared.items():
+            scale, tau_1 = self.scale(kind), model.tau_1(kind)
+            cost[kind] = torch.addcmul(slab_kl(torch.zeros_like(scale), scale, tau_1), second, 0.5 / tau_1**2)
         if config.kappa_mask == "auto":
             self.kappa.fill_(self._solve_kappa_mask(model, gain, cost, progress))
         evidence = {  # what speaks for a mask besides its prior, site -> site shape, nats
@@ -295,11 +297,11 @@ class IsingGuide(nn.Module):
             flat["base"].append((prior - config.omega * layout.reduce(site, cost)).flatten()[inside])
             flat["size"].append(layout.reduce(site, size).flatten()[inside])
         gains, base, sizes = (torch.cat(parts) for parts in flat.values())
-        low, high = -10.0, 40.0  # of log kappa_mask
+        low, high, wanted = -10.0, 40.0, target * float(sizes.sum())  # of log kappa_mask
         for _ in range(BISECTIONS):
             middle = 0.5 * (low + high)
-            pi = (base + math.exp(middle) * gains).clamp(-LOGIT_BOUND, self._highest).sigmoid()
-            low, high = (middle, high) if float((pi * sizes).sum() / sizes.sum()) < target else (low, middle)
+            pi = torch.add(base, gains, alpha=math.exp(middle)).clamp_(-LOGIT_BOUND, self._highest).sigmoid_()
+            low, high = (middle, high) if float(pi.dot(sizes)) < wanted else (low, middle)
         return math.exp(0.5 * (low + high))
 
     def _fit_slabs(self, model: IsingViT, squared: Weights) -> None:

@@ -113,18 +113,15 @@ class ViT(nn.Module):
         patches = images.unfold(2, size, size).unfold(3, size, size)  # (B, ch, rows, cols, size, size)
         return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
-    def _norm(self, x: Tensor, row: int) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.norm_gain[row], self.norm_bias[row])
-
     def _attention(self, x: Tensor, apply: Callable[..., Tensor], layer: int, attention: Projections | None) -> Tensor:
         heads = self.config.heads
         qkv = apply("qkv", layer, x)  # (..., B, T, 3D)
         lead = qkv.shape[:-1]
         qkv = qkv.view(-1, lead[-1], 3, heads, self.config.width // heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # (S*B, H, T, D/H)
         if attention is not None:
-            q, k = qkv[:2].unflatten(1, lead[:-1])  # (..., B, H, T, D/H)
-            attention.append((q, k))
-        mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])  # (S*B, H, T, D/H)
+            attention.append((q.unflatten(0, lead[:-1]), k.unflatten(0, lead[:-1])))  # (..., B, H, T, D/H)
+        mixed = F.scaled_dot_product_attention(q, k, v)
         mixed = mixed.transpose(1, 2).reshape(*lead, self.config.width)
         return apply("attn_out", layer, mixed)
 
@@ -153,13 +150,18 @@ class ViT(nn.Module):
 
         # Cut once: the gradient of a single index would be a tensor of all layers, zero but for one.
         matrices = {kind: weight.unbind(-3) for kind, weight in weights.items()}
+        biases = {kind: bias.unbind(0) for kind, bias in self.bias.items()}
+        gains, offsets = self.norm_gain.unbind(0), self.norm_bias.unbind(0)
+
+        def norm(x: Tensor, row: int) -> Tensor:
+            return F.layer_norm(x, x.shape[-1:], gains[row], offsets[row])
 
         def apply(kind: str, layer: int, x: Tensor) -> Tensor:
-            return layer_rule(kind, layer, x, matrices[kind][layer], self.bias[kind][layer])
+            return layer_rule(kind, layer, x, matrices[kind][layer], biases[kind][layer])
 
         def block(x: Tensor, layer: int) -> Tensor:
-            x = x + self._attention(self._norm(x, 2 * layer), apply, layer, attention)
-            return x + apply("fc2", layer, F.gelu(apply("fc1", layer, self._norm(x, 2 * layer + 1))))
+            x = x + self._attention(norm(x, 2 * layer), apply, layer, attention)
+            return x + apply("fc2", layer, F.gelu(apply("fc1", layer, norm(x, 2 * layer + 1))))
 
         x = self.patchify(images.flatten(0, -4))  # (B, T, P)
         if images.dim() == 5:
@@ -173,7 +175,7 @@ class ViT(nn.Module):
         again = self.checkpoint_activations and attention is None and torch.is_grad_enabled()
         for layer in range(self.config.depth):
             x = checkpoint(block, x, layer, use_reentrant=False) if again else block(x, layer)
-        x = self._norm(x, 2 * self.config.depth)
+        x = norm(x, 2 * self.config.depth)
         x = x[..., :1, :] if self.config.pool == "cls" else x.mean(dim=-2, keepdim=True)
         if self.config.head == "mlp":
             x = F.relu(apply("head_hidden", 0, x))

@@ -136,7 +136,10 @@ def test_the_network_hands_over_queries_and_keys(pool: str) -> None:
         plain.append(attention)
     x = vit.patchify(X) @ each[0]["patch"][0].T
     x = torch.cat([vit.cls.expand(6, 1, -1), x], 1) if pool == "cls" else x
-    qkv = vit._norm(x + vit.position, 0) @ each[0]["qkv"][0].T + vit.bias["qkv"][0]
+    qkv = (
+        torch.nn.functional.layer_norm(x + vit.position, (8,), vit.norm_gain[0], vit.norm_bias[0]) @ each[0]["qkv"][0].T
+        + vit.bias["qkv"][0]
+    )
     for part, got in enumerate(plain[0][0]):
         for head in range(2):
             columns = qkv[..., 8 * part + 4 * head : 8 * part + 4 * head + 4]
