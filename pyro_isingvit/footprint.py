@@ -109,7 +109,7 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
         weight_means         4 P        posterior_scale  4 P, one number a weight even where they are all the same
         curvature            4 P        mask_logits      4 G        prior_logits  4 G        other_parameters  4 R
         gradients            4 (P + l P + R)                        adamw  8 (P + l P + R)
-        draws                4 [s (P + G) + P + G + 4 l P]          kept for the backward pass: draws, masks, KL terms, pi
+        draws                4 [s (P + G) + P + G + 4 l P]          kept for the backward pass: draws, masks, KL, pi
         draw_gradients       4 s P                                  alive towards the end of the backward pass
 
         s = max(1, draws / (processes * accumulate))

@@ -44,7 +44,7 @@ def test_what_lasts_is_counted_to_the_byte(data, granularity: str, mode: str, sc
 @pytest.mark.parametrize("scale", ["shared", "learned"])
 @pytest.mark.parametrize(("draws", "accumulate"), [(1, 1), (4, 1), (4, 2), (4, 4), (2, 4)])
 def test_draws_kept_for_the_backward_pass(granularity: str, scale: str, draws: int, accumulate: int) -> None:
-    """Storages that autograd and the ELBO keep, without those that last; a few hundred numbers of activations come on top."""
+    """Storages that autograd and the ELBO keep, without those that last; a few hundred activations on top."""
     model, guide = make_pair(vit=WIDE, granularity=granularity, posterior_scale=scale)
     lasting = [v for module in (model, guide) for v in module.state_dict().values() if isinstance(v, Tensor)]
     known = {value.untyped_storage().data_ptr() for value in lasting}
