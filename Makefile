@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed
-	$(PY) -m inference.train --dataset digits --preset digits --epochs 140 --target-retention 0.6 --draws 1 --curvature-batch 64 --samples 100 --out $(DEMO) --overwrite
+	$(PY) -m inference.train --dataset digits --preset digits --epochs 140 --target-retention 0.6 --lr 0.002 --draws 1 --curvature-batch 64 --samples 100 --out $(DEMO) --overwrite
 	$(PY) -m analysis.report --run $(DEMO)
 
 test: $(VENV)/.installed
