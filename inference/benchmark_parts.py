@@ -1,7 +1,6 @@
 """The further parts of the benchmark: variants, scaling curves, input, memory, peers."""
 
 import multiprocessing
-import resource
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -124,7 +123,7 @@ def in_fresh_process[**P, T](function: Callable[P, T], *args: P.args, **kwargs: 
 def peak_of_step(shape: Shape, ours: bool) -> dict[str, float]:
     """Peak of ten training steps with a mask update."""
     torch.set_num_threads(1)
-    before = _peak(shape)
+    before = _held(shape)
     case = ising_step(shape).amortised if ours else plain_step(shape)
     times(case, 10)()
     return _grown(shape, before)
@@ -134,15 +133,26 @@ def peak_of_draws(shape: Shape, chunk: int, draws: int, images: int) -> dict[str
     """Peak of S draws of the images; the probabilities themselves, (S, B, C) float32, are part of it."""
     torch.set_num_threads(1)
     case = ising_draws(shape, draws, images, chunk)
-    before = _peak(shape)
+    before = _held(shape)
     case()
     return _grown(shape, before) | {"result_mb": 4e-6 * draws * images * shape.classes}
 
 
 def _peak(shape: Shape) -> float:
+    """The most memory that was held since the last call, MB; counts anew from here."""
     if shape.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts kilobytes
+        most = torch.cuda.max_memory_allocated() / 1e6
+        torch.cuda.reset_peak_memory_stats()
+        return most
+    status = Path("/proc/self/status").read_text()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high water mark
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+
+
+def _held(shape: Shape) -> float:
+    """What is held now, MB; the peak counts from here."""
+    _peak(shape)
+    return _peak(shape)
 
 
 def _grown(shape: Shape, before: float) -> dict[str, float]:

@@ -29,7 +29,8 @@ from pyro_isingvit.vit import Weights
 
 Phase = Literal["pilot", "ising", "frozen"]
 BISECTION_SAMPLE = 8_192  # masks looked at to solve for kappa_mask
-BISECTIONS = 14  # of a range of 50 in log kappa_mask: to 0.3% of kappa_mask
+BISECTIONS = 20  # at most, of a range of 50 in log kappa_mask
+CLOSE = 1e-3  # of the target retention is close enough
 LOGIT_BOUND = 10.0  # mask logits stay within +-10: a mask can always come back
 
 
@@ -95,6 +96,7 @@ class IsingGuide(nn.Module):
         )
         self.phase: Phase = "pilot"
         self._scales: dict[str, tuple[tuple, Tensor]] = {}  # of each frozen kind, and what it was computed from
+        self._sampled: dict[str, tuple[Tensor, Tensor]] = {}  # what _sampled_masks found
         self.temperature: Tensor
         self.register_buffer("temperature", torch.tensor(self.config.temperature))
         self.register_buffer("curvature_updates", torch.zeros((), dtype=torch.long))
@@ -286,23 +288,34 @@ class IsingGuide(nn.Module):
         left = (1.0 - min(1.0, 2.0 * progress)) ** 3  # gradual pruning: fast first, slow towards the target
         target = config.target_retention + (start - config.target_retention) * left
         flat: dict[str, list[Tensor]] = {"gain": [], "base": [], "size": []}
-        rows = evenly(sum(self.field(name).numel() for name in layout.sites), self.kappa.device)
-        for name, site in layout.sites.items():  # one after another: copies of all weights at once cost much memory
-            inside, rows = rows[rows < self.field(name).numel()], rows[rows >= self.field(name).numel()]
-            rows = rows - self.field(name).numel()
-            size = {kind: self.loc[kind].new_ones(()).expand(self.loc[kind].shape) for kind in site.spreads}
-            prior = model.prior_logits(name)
+        for name, (few, sizes) in self._sampled_masks().items():
+            site = layout.sites[name]
+            prior = model.prior_logits(name).flatten()[few]
             prior = torch.where(prior >= CERTAIN, -self._drop_logit, prior)  # straight after the pilot phase
-            flat["gain"].append(layout.reduce(site, gain).flatten()[inside])
-            flat["base"].append((prior - config.omega * layout.reduce(site, cost)).flatten()[inside])
-            flat["size"].append(layout.reduce(site, size).flatten()[inside])
+            flat["gain"].append(layout.reduce(site, gain).flatten()[few])
+            flat["base"].append(prior - config.omega * layout.reduce(site, cost).flatten()[few])
+            flat["size"].append(sizes)
         gains, base, sizes = (torch.cat(parts) for parts in flat.values())
-        low, high, wanted = -10.0, 40.0, target * float(sizes.sum())  # of log kappa_mask
+        low, high, total = -10.0, 40.0, float(sizes.sum())  # of log kappa_mask
         for _ in range(BISECTIONS):
             middle = 0.5 * (low + high)
             pi = torch.add(base, gains, alpha=math.exp(middle)).clamp_(-LOGIT_BOUND, self._highest).sigmoid_()
-            low, high = (middle, high) if float(pi.dot(sizes)) < wanted else (low, middle)
+            kept = float(pi.dot(sizes)) / total
+            if abs(kept - target) < CLOSE:
+                return math.exp(middle)
+            low, high = (middle, high) if kept < target else (low, middle)
         return math.exp(0.5 * (low + high))
+
+    def _sampled_masks(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Masks that the bisection looks at: site -> their flat indices, and how many weights each covers."""
+        if not self._sampled or next(iter(self._sampled.values()))[0].device != self.kappa.device:
+            rows = evenly(sum(self.field(name).numel() for name in self.layout.sites), self.kappa.device)
+            for name, site in self.layout.sites.items():
+                count = self.field(name).numel()
+                few, rows = rows[rows < count], rows[rows >= count] - count
+                ones = {kind: self.loc[kind].new_ones(()).expand(self.loc[kind].shape) for kind in site.spreads}
+                self._sampled[name] = few, self.layout.reduce(site, ones).flatten()[few]
+        return self._sampled
 
     def _fit_slabs(self, model: IsingViT, squared: Weights) -> None:
         """Empirical Bayes: tau_1^2 = sum pi (m^2 + s^2) / sum pi per layer, kept above the spike (METHOD 5)."""

@@ -20,7 +20,7 @@ from pyro_isingvit.calibration import CALIBRATION_SAMPLES, fit_temperature
 from pyro_isingvit.checkpoint import load_checkpoint, save_checkpoint, write_text
 from pyro_isingvit.config import DataConfig, RunConfig, TrainConfig, check_fields
 from pyro_isingvit.data import ImageData, Split
-from pyro_isingvit.errors import UserError
+from pyro_isingvit.errors import UserError, need
 from pyro_isingvit.history import to_lines
 from pyro_isingvit.metrics import classification_metrics
 from pyro_isingvit.model import IsingViT
@@ -133,6 +133,8 @@ class Trainer:
 
     def _objective(self, num_data: int) -> Objective:
         if not self.run.has_masks:
+            special = self.settings.compile or self.settings.noise != "weights"
+            need(not special, f"compile and noise are for method ising, not {self.config.method}.")
             assert isinstance(self.run.network, Objective)
             return self.run.network
         self.run.model.log_barrier = self.settings.log_barrier

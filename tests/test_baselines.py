@@ -95,6 +95,13 @@ def test_a_baseline_has_no_masks(data: ImageData) -> None:
             getattr(run, name)
 
 
+@pytest.mark.parametrize("setting", [{"compile": True}, {"noise": "activations"}])
+def test_settings_of_the_fused_step_are_refused(data: ImageData, setting: dict) -> None:
+    chosen = config("dropout")
+    with pytest.raises(UserError, match="for method ising, not dropout"):
+        Trainer(replace(chosen, train=replace(chosen.train, **setting)), data, None, progress=False)
+
+
 def test_dropout_at_zero_rate_is_the_plain_network() -> None:
     network = made("dropout", drop_rate=1e-9)
     x, _ = batch()

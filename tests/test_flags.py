@@ -15,6 +15,8 @@ import pytest
 SCRIPTS = {
     "inference.train": "TrainArguments", "inference.predict": "PredictArguments", "inference.prune": "PruneArguments",
     "inference.compare": "CompareArguments", "inference.peers": "PeersArguments", "analysis.report": "Arguments",
+    "inference.benchmark": "BenchmarkArguments", "inference.variance": "VarianceArguments",
+    "analysis.benchmark": "BenchmarkFigures",
     "analysis.ood": "Arguments", "analysis.corruptions": "Arguments", "analysis.comparison": "Arguments",
 }  # fmt: skip
 ROOT = Path(__file__).parents[1]
