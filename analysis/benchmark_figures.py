@@ -71,5 +71,7 @@ def memory(measured: Mapping[str, Any]) -> Figure:
         ax.bar(at, result, 0.36, fill=False, hatch="///", edgecolor=GREY, label="the result itself" if i == 0 else None)
     ax.set_xticks(range(len(chunks)), [f"{chunk:,}" for chunk in chunks])
     ax.set(xlabel="chunk: (draw, image) pairs at a time", ylabel="peak memory added (MB)")
-    ax.legend()
+    handles, labels = ax.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: labels[i] == "the result itself")
+    figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside upper center", ncols=3)
     return figure

@@ -9,6 +9,7 @@ import torch
 from conftest import TINY
 
 from analysis.benchmark import main as draw
+from analysis.benchmark import read, table
 from inference.benchmark import main as benchmark
 from inference.benchmark_cases import Shape, interleaved, ising_step, plain_network
 from inference.benchmark_parts import curves, in_fresh_process, peak_of_draws, variants
@@ -135,3 +136,10 @@ def test_figures_of_what_is_no_benchmark(tmp_path, capsys, content, message) -> 
     if content is not None:
         (tmp_path / "benchmark.json").write_text(content)
     assert message in fails(draw, ["--results", str(tmp_path)], capsys)
+
+
+def test_the_published_tables_are_those_of_the_published_run() -> None:
+    root = Path(__file__).parents[1]
+    result = read(root / "analysis" / "results" / "benchmark")
+    assert table(result) in (root / "docs" / "speed.md").read_text()
+    assert f"{result['step_ratio_eager']:.2f} times" in (root / "README.md").read_text()

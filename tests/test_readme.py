@@ -20,11 +20,13 @@ SHELL = "\n".join(text for language, text in BLOCKS if not language)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 ARGUMENTS = {
     "PATH": "images", "FOLDER": "new", "--epochs 60": "--epochs 2", "runs/mine-small": "small", "runs/mine": "mine",
-    "runs/grid": "grid", "predictions.nc": "predictions.nc",
+    "runs/grid": "grid", "runs/benchmark": "benchmark", "predictions.nc": "predictions.nc",
 }  # fmt: skip
 QUICKER = {  # what is added to a command, so that the test is short
     "inference.train": ["--samples", 5, "--depth", 2, "--width", 48], "inference.prune": ["--repeats", 1],
     "analysis.ood": ["--samples", 3], "analysis.corruptions": ["--samples", 2],
+    "inference.benchmark": ["--repeats", 3, "--depth", 1, "--no-compiled", "--no-variants", "--no-curves", "--no-memory",
+                            "--draws", 2, "--images", 8, "--threads", 1],
     "inference.compare": ["--epochs", 1, "--seeds", 0, "--samples", 2, "--depth", 1],
 }  # fmt: skip
 
@@ -54,7 +56,7 @@ def test_commands_on_own_images_run_as_shown(tmp_path: Path) -> None:
     commands = [words for words in COMMANDS if "fashion-mnist" not in words]
     assert [words[2] for words in commands] == [
         "inference.train", "inference.predict", "analysis.report", "inference.train", "inference.prune",
-        "analysis.ood", "analysis.corruptions", "inference.compare",
+        "analysis.ood", "analysis.corruptions", "inference.compare", "inference.benchmark", "analysis.benchmark",
     ]  # fmt: skip
     for words in commands:
         line = " ".join(words[3:])
