@@ -25,8 +25,8 @@ ARGUMENTS = {
 QUICKER = {  # what is added to a command, so that the test is short
     "inference.train": ["--samples", 5, "--depth", 2, "--width", 48], "inference.prune": ["--repeats", 1],
     "analysis.ood": ["--samples", 3], "analysis.corruptions": ["--samples", 2],
-    "inference.benchmark": ["--repeats", 3, "--depth", 1, "--no-compiled", "--no-variants", "--no-curves", "--no-memory",
-                            "--draws", 2, "--images", 8, "--threads", 1],
+    "inference.benchmark": ["--repeats", 3, "--depth", 1, "--no-compiled", "--no-variants", "--no-curves",
+                            "--no-memory", "--draws", 2, "--images", 8, "--threads", 1],
     "inference.compare": ["--epochs", 1, "--seeds", 0, "--samples", 2, "--depth", 1],
 }  # fmt: skip
 
