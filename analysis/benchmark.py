@@ -17,8 +17,8 @@ from inference.cli import run_script
 from pyro_isingvit.errors import UserError, need
 
 RESULTS, TABLE = "benchmark.json", "benchmark.md"
-KEYS = ("step_ratio_eager", "predictive_ratio", "mask_update_share", "repeats_s", "settings", "machine")
-UPDATES = 10  # steps between two mask updates
+KEYS = ("step_ratio_eager", "step_ratio_pyro_engine", "predictive_ratio", "mask_update_share", "repeats_s", "settings",
+        "machine", "weights", "input")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def table(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     rows = [
         ("plain step", "plain_step", None), ("our step, mask updates included", "ising_step", "step_ratio_eager"),
-        ("the same through Pyro's handlers", "pyro_engine_step", "step_ratio_pyro_engine"),
+        ("our step alone", "ising_step_alone", None),
+        ("with mask updates, through Pyro's handlers", "pyro_engine_step", "step_ratio_pyro_engine"),
         ("plain step, torch.compile", "plain_step_compiled", None),
         ("our step, torch.compile", "ising_step_compiled", "step_ratio_compiled"),
         ("mask update alone", "mask_update", None),

@@ -36,8 +36,8 @@ class BenchmarkArguments:
     """Folder for benchmark.json."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run."""
-    preset: Literal["digits", "small", "cifar", "paper-28", "paper-32"] = "small"
-    """Shape of the network."""
+    preset: Literal["digits", "small", "cifar"] = "small"
+    """Shape of the network; the plain one has mean pooling and a linear head."""
     depth: int | None = None
     """Another depth than the preset's."""
     batch_size: int = 64
@@ -100,12 +100,10 @@ def benchmark(arguments: BenchmarkArguments) -> None:
 
 def measure(arguments: BenchmarkArguments) -> dict[str, Any]:
     """Everything that benchmark.json holds."""
-    from inference.benchmark_cases import Shape, interleaved, ising_draws, ising_step, plain_draws, plain_step, times
+    from inference.benchmark_cases import interleaved, ising_draws, ising_step, plain_draws, plain_step, times
     from inference.benchmark_parts import curves, input_path, memory, peers, variants
 
-    vit = preset(arguments.preset)
-    vit = vit if arguments.depth is None else replace(vit, depth=arguments.depth)
-    shape = Shape(vit, arguments.batch_size, device=arguments.device, bf16=arguments.bf16, **_images_of(vit))
+    found, shape = machine(arguments.threads, arguments.device), shape_of(arguments)
     steps = IsingConfig().update_every
 
     def turns(cases: dict, label: str, limit_s: float = 60.0) -> dict[str, list[float]]:
@@ -133,8 +131,8 @@ def measure(arguments: BenchmarkArguments) -> dict[str, Any]:
         "predictive_ratio": median["ising_draws"] / median["plain_draws"],
         "mask_update_share": median["mask_update"] / steps / median["ising_step"],
         "peak_memory_mb": None,
-        "median_s": median, "repeats_s": repeats, "machine": machine(arguments.threads, arguments.device),
-        "settings": {**{k: v for k, v in asdict(arguments).items() if k != "out"}, "vit": asdict(vit)},
+        "median_s": median, "repeats_s": repeats, "machine": found,
+        "settings": {**{k: v for k, v in asdict(arguments).items() if k != "out"}, "vit": asdict(shape.vit)},
         "weights": ours.run.model.num_masked_weights, "version": __version__,
     }  # fmt: skip
     result["input"] = input_path(shape, turns)
@@ -148,6 +146,15 @@ def measure(arguments: BenchmarkArguments) -> dict[str, Any]:
     if arguments.peers:
         result["peers"] = peers(arguments.device)
     return result
+
+
+def shape_of(arguments: BenchmarkArguments) -> Any:
+    """The network and its images, as a ``Shape``."""
+    from inference.benchmark_cases import Shape
+
+    vit = preset(arguments.preset)
+    vit = vit if arguments.depth is None else replace(vit, depth=arguments.depth)
+    return Shape(vit, arguments.batch_size, device=arguments.device, bf16=arguments.bf16, **_images_of(vit))
 
 
 def _images_of(vit: ViTConfig) -> dict[str, Any]:
@@ -171,7 +178,7 @@ def machine(threads: int, device: str) -> dict[str, Any]:
         name = lines[0].partition(":")[2].strip() if lines else name
     return {
         "processor": name, "cores": os.cpu_count(), "threads": threads, "torch": torch.__version__,
-        "python": platform.python_version(), "load_average_at_end": os.getloadavg()[0],
+        "python": platform.python_version(), "load_average_at_start": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
     }  # fmt: skip
 
@@ -181,12 +188,9 @@ def profile(arguments: BenchmarkArguments) -> str:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    from inference.benchmark_cases import Shape, ising_step, times
+    from inference.benchmark_cases import ising_step, times
 
-    vit = preset(arguments.preset)
-    case = times(
-        ising_step(Shape(vit, arguments.batch_size, device=arguments.device, **_images_of(vit))).amortised, 10
-    )  # fmt: skip
+    case = times(ising_step(shape_of(arguments)).amortised, 10)
     case()
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if arguments.device == "cuda" else [])]
     with torch_profile(activities=kinds, record_shapes=True) as record:

@@ -1,6 +1,7 @@
 """What the benchmark times: a training step, a mask update and posterior draws, ours and those of a plain ViT.
 
-Both steps are the library's own loop: loss, backward pass, clipping of the gradient norm, AdamW.
+Both steps are loss, backward pass, clipping of the gradient norm, and AdamW in its fast form. Training has besides: the
+learning rate's schedule, and every tenth step a look at the loss and its terms.
 Shapes: S samples, B batch, C classes.
 """
 
@@ -144,8 +145,7 @@ def ising_step(shape: Shape, ising: IsingConfig | None = None, settings: TrainCo
     step = _stepper(objective, objective.parameter_groups(settings), loss)
 
     def update() -> None:
-        with shape.autocast():
-            run.guide.observe(run.model, x, y)
+        run.guide.observe(run.model, x, y)
         run.guide.update(run.model, 0.6)
 
     number = itertools.count()
@@ -178,7 +178,7 @@ def ising_draws(shape: Shape, draws: int, images: int, chunk: int = CHUNK) -> Ca
     run, pixels = ising_run(shape), shape.images(images)
 
     def predict() -> None:
-        with shape.autocast():
+        with shape.autocast():  # the library itself predicts in single precision
             draw_predictive(run, pixels, draws, chunk)
 
     return predict

@@ -21,7 +21,8 @@ from inference.benchmark_cases import (
 )
 from pyro_isingvit.config import IsingConfig, RunConfig
 from pyro_isingvit.data import Split
-from pyro_isingvit.training import batches
+from pyro_isingvit.errors import need
+from pyro_isingvit.steps import batches
 
 Turns = Callable[[dict[str, Case], str], dict[str, list[float]]]
 UPDATE = "update"
@@ -43,7 +44,8 @@ def variants(
             step, update = median[f"{saliency} step"], median[f"{saliency} {UPDATE}"] / steps
             rows.append({
                 "granularity": granularity, "saliency": saliency, "step_ratio": (step + update) / median["plain"],
-                "mask_update_share": update / (step + update), "repeats_s": taken,
+                "mask_update_share": update / (step + update),
+                "repeats_s": {name: taken[name] for name in ("plain", f"{saliency} step", f"{saliency} {UPDATE}")},
             })  # fmt: skip
     return rows
 
@@ -144,6 +146,7 @@ def _peak(shape: Shape) -> float:
         most = torch.cuda.max_memory_allocated() / 1e6
         torch.cuda.reset_peak_memory_stats()
         return most
+    need(Path("/proc/self/clear_refs").exists(), "peak memory is read from Linux's /proc; add --no-memory here.")
     status = Path("/proc/self/status").read_text()
     Path("/proc/self/clear_refs").write_text("5")  # resets the high water mark
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
@@ -181,14 +184,9 @@ def peer_config(device: str) -> RunConfig:
 
 def peers(device: str) -> dict[str, Any]:
     """Epochs of other libraries on the digits and the same network, taking turns; seconds over ours."""
-    from inference.peers import run_methods
+    from inference.peers import ratio, run_methods
 
     rows = {row["peer"]: row for row in run_methods(["ising", "deterministic", *PEERS], peer_config(device))}
-    ours = rows["ising"]["epoch_seconds"]
-
-    def ratio(name: str) -> float | None:
-        taken = rows[name].get("epoch_seconds")
-        return None if taken is None else statistics.median(a / b for a, b in zip(taken, ours, strict=True))
-
     seconds = {name: row.get("epoch_seconds") for name, row in rows.items()}
-    return {"epoch_ratio": {name: ratio(name) for name in ("deterministic", *PEERS)}, "epoch_seconds": seconds}
+    ratios = {name: ratio(rows[name], rows["ising"]) for name in ("deterministic", *PEERS)}
+    return {"epoch_ratio": ratios, "epoch_seconds": seconds}

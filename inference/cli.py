@@ -16,10 +16,11 @@ import tyro
 from pyro_isingvit.config import check_fields
 from pyro_isingvit.data_checks import printable
 from pyro_isingvit.errors import UserError
+from pyro_isingvit.launcher import by_torchrun
 
 # torchrun starts a script several times; the first process on each machine speaks, the first of all reports.
-SPEAKS = os.environ.get("LOCAL_RANK", "0") == "0"
-REPORTS = os.environ.get("RANK", "0") == "0"
+SPEAKS = not by_torchrun() or os.environ["LOCAL_RANK"] == "0"
+REPORTS = not by_torchrun() or os.environ["RANK"] == "0"
 PATIENCE_S = 30.0  # for which the others keep their message back
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 

@@ -18,7 +18,7 @@ from pyro_isingvit.config import RunConfig
 from pyro_isingvit.data import ImageData
 from pyro_isingvit.plain_vit import PlainViT
 from pyro_isingvit.run import build_run
-from pyro_isingvit.training import batches, learning_rate_factor
+from pyro_isingvit.steps import batches, learning_rate_factor
 
 CHUNK = 500  # images that are predicted at a time
 

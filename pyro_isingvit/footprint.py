@@ -116,7 +116,8 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
 
     A masked weight thus takes 4 (7 + 3 G/P + 7 l + s (2 + G/P)) bytes: 88 by default, with a mask of its own and 4
     draws, and 52 with one draw; 60 and 36 with unit, head or block masks, where G/P is near 0. DDP's buckets are the
-    gradients' own memory. The curvature pass and the sweep of the masks come before the draws and take less.
+    gradients' own memory. Noise on activations is not covered. The curvature pass and the sweep of the masks come
+    before the draws and take less.
 
     Args:
         model: the generative model.

@@ -1,6 +1,6 @@
 """The ELBO of ``ClosedFormELBO()(model, guide)`` without effect handlers, in little more than a plain step.
 
-With one draw, value, gradients and random numbers are the same.
+With one draw and noise on the weights, value, gradients and random numbers are the same.
 Only for masks that the guide sets itself (mask_posterior "likelihood_guided"), whose gradient nobody needs, and
 without a log-barrier; everything else takes the Pyro path.
 """
@@ -35,6 +35,7 @@ class FusedELBO(nn.Module):
 
     It ignores that the tokens of an image share their weights, and that a mask is no Gaussian: an estimate of the same
     expectation up to that, at two matrix products a layer.
+
     The batch may itself be one of P equal, contiguous parts of the batch of a step (``part``). Each part then generates
     the random numbers of all draws and takes those of its own rows, so that the mean loss of the P parts, computed from
     the same random-number state, is the loss of the whole batch.
@@ -130,21 +131,22 @@ class FusedELBO(nn.Module):
     def constant_kl(self) -> Tensor:
         """What does not move with the means, in nats: the masks' KL, and the slabs' share of scales that are frozen.
 
-        Computed again, and the retention with it, only when a tensor that it reads was written to.
+        Computed again, and the retention with it, only when a tensor that it reads was written to (writes through
+        ``.data`` are not seen), and always in inference mode, whose tensors could not be kept for training.
         """
         model, guide, layout = self.model, self.guide, self.guide.layout
         pairs = [(guide.field(name), model.prior_logits(name)) for name in layout.sites]
         frozen = [kind for kind in guide.kinds if not guide.log_scale[kind].requires_grad]
         slabs = [(guide.log_scale[kind], model.tau_1(kind)) for kind in frozen]
         state = tuple((tensor.data_ptr(), tensor._version) for pair in (*pairs, *slabs) for tensor in pair)
-        if state != self._seen:
+        if state != self._seen or torch.is_inference_mode_enabled():
             self._retention = {name: guide.field(name).sigmoid() for name in layout.sites}
             total = torch.stack([bernoulli_kl(q, p).sum() for q, p in pairs]).sum()
             for kind, (log_scale, tau_1) in zip(frozen, slabs, strict=True):
                 scale = guide.scale(kind)
                 cost = layout.expand(kind, self._retention) * slab_kl(torch.zeros_like(scale), scale, tau_1)
                 total = total + cost.expand(log_scale.shape).sum()
-            self._constant, self._seen = total, state
+            self._constant, self._seen = total, () if torch.is_inference_mode_enabled() else state
         return self._constant
 
 

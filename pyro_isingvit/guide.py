@@ -176,10 +176,13 @@ class IsingGuide(nn.Module):
         return weights
 
     def scale(self, kind: str) -> Tensor:
-        """s of a kind, broadcastable to (layers, out, in); one number where it is frozen and shared by all weights."""
+        """s of a kind, broadcastable to (layers, out, in); one number where it is frozen and shared by all weights.
+
+        Kept until ``log_scale`` is written to; writes through ``.data`` are not seen.
+        """
         log_scale = self.log_scale[kind]
-        if log_scale.requires_grad:
-            return log_scale.exp()
+        if log_scale.requires_grad or log_scale.is_inference() or torch.is_inference_mode_enabled():
+            return log_scale.exp()  # what inference mode makes could not be kept for training
         state = (log_scale.data_ptr(), log_scale._version)
         if kind not in self._scales or self._scales[kind][0] != state:
             first = log_scale.detach().flatten()[:1].view(1, 1, 1)
@@ -205,15 +208,16 @@ class IsingGuide(nn.Module):
         The first ``curvature_batch`` images are looked at. gnb squares B^(1/2) times a mean of B independent gradients:
         its expectation does not depend on B, and its relative variance falls to 2, not to 0, as B grows, so that few
         images do nearly as well as many. Several processes that train together (torch.distributed) all call this with
-        the same whole batch; they share the images out where they divide them, and take the same estimate.
+        the same whole batch; they share out as many of these images as they divide, one each at least, and
+        take the same estimate.
 
         Args:
             model: the model, for its network.
             images: (B, channels, height, width), normalised.
             labels: (B,) or (B, C), which hutchinson and empirical_fisher read.
         """
-        count = min(self.config.curvature_batch, len(images))
-        few = own_rows(count) if count % world() == 0 else slice(count)
+        count = max(min(self.config.curvature_batch, len(images)), world())
+        few = own_rows(count - count % world())  # as many on each process
         estimate = SALIENCY[self.config.saliency](model.vit, dict(self.loc.items()), images[few], labels[few])
         for kind, curvature in estimate.items():
             self.get_buffer(f"curvature_{kind}").lerp_(averaged(curvature), 1.0 - self.config.curvature_decay)
@@ -308,7 +312,9 @@ class IsingGuide(nn.Module):
 
     def _sampled_masks(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Masks that the bisection looks at: site -> their flat indices, and how many weights each covers."""
-        if not self._sampled or next(iter(self._sampled.values()))[0].device != self.kappa.device:
+        weights = next(iter(self.loc.values()))
+        made = next(iter(self._sampled.values()))[1] if self._sampled else None
+        if made is None or (made.device, made.dtype) != (weights.device, weights.dtype):
             rows = evenly(sum(self.field(name).numel() for name in self.layout.sites), self.kappa.device)
             for name, site in self.layout.sites.items():
                 count = self.field(name).numel()

@@ -107,7 +107,7 @@ class IsingObjective(Objective):
         return guide
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss with one draw of the guide."""
+        """The loss; the guide is drawn from once, or once for each of ``draws`` parts of the batch."""
         return self.elbo(x, y) / self.num_data
 
     def take_part(self, part: int, parts: int) -> None:

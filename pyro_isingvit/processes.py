@@ -13,14 +13,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 from pyro_isingvit.errors import UserError
-
-# What torchrun sets; SLURM and others set some of these, but not all.
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+from pyro_isingvit.launcher import by_torchrun
 
 
 def launched() -> tuple[int, int]:
     """(processes on this machine, machines) of the torchrun that started this process; (1, 1) without one."""
-    if any(name not in os.environ for name in TORCHRUN):
+    if not by_torchrun():
         return 1, 1
     here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     return here, everywhere // here

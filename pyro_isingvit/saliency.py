@@ -32,7 +32,8 @@ def _leaves(weights: Weights) -> Weights:
 @contextmanager
 def _kept_activations(vit: ViT) -> Iterator[None]:
     """No checkpointing: blocks computed again would miss second derivatives, function transforms and modes."""
-    before, vit.checkpoint_activations = getattr(vit, "checkpoint_activations", False), False  # tests pass functions
+    before = getattr(vit, "checkpoint_activations", False)  # any function of weights and images will do
+    vit.checkpoint_activations = False
     try:
         yield
     finally:
@@ -40,7 +41,7 @@ def _kept_activations(vit: ViT) -> Iterator[None]:
 
 
 def _squared_mean(grads: tuple[Tensor, ...], leaves: Weights, images: int) -> Weights:
-    """B g^2 with g the mean gradient of the B images of all processes."""
+    """B g^2 with g the mean gradient of the B images of all processes; all of them have as many."""
     total = images * world()
     return {kind: total * averaged(grad.float()) ** 2 for kind, grad in zip(leaves, grads, strict=True)}
 

@@ -224,3 +224,15 @@ def test_compiled_loss_and_gradients_are_those_of_the_plain_network() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     for name, grad in expected_grads.items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize("noise", ["weights", "activations"])
+@pytest.mark.parametrize("scale", ["shared", "learned"])
+def test_a_look_in_inference_mode_leaves_training_as_it_was(noise, scale) -> None:
+    model, guide = make_pair(vit=TINY, posterior_scale=scale)
+    elbo = FusedELBO(model, guide, noise=noise)
+    x, y = torch.randn(6, 1, 4, 4), torch.arange(6) % 3
+    with torch.inference_mode():
+        elbo(x, y)
+    elbo(x, y).backward()
+    assert all(loc.grad is not None for loc in guide.loc.values())

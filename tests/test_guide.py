@@ -294,3 +294,50 @@ def test_a_small_curvature_batch_costs_little_precision() -> None:
         stacked = torch.stack(draws)
         noise[size] = float(stacked.var(0).sum() / stacked.mean(0).pow(2).sum())
     assert noise[16] < 2 * noise[64]
+
+
+# What is kept between steps -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["shared", "learned"])
+def test_scales_follow_what_is_written(scale: str) -> None:
+    _, guide = make_pair(posterior_scale=scale, init_scale=0.01)
+    kind = guide.kinds[0]
+    other = make_pair(posterior_scale=scale, init_scale=0.5)[1]
+    torch.testing.assert_close(guide.scale(kind).expand_as(guide.loc[kind]), torch.full_like(guide.loc[kind], 0.01))
+    with torch.no_grad():
+        guide.log_scale[kind][0, 0, 0] = 0.0
+    expected = torch.full_like(guide.loc[kind], 0.01)
+    expected[0, 0, 0] = 1.0
+    torch.testing.assert_close(guide.scale(kind).expand_as(expected), expected)
+    guide.load_state_dict(other.state_dict())
+    torch.testing.assert_close(guide.scale(kind).expand_as(expected), torch.full_like(expected, 0.5))
+    assert guide.scale(kind).requires_grad == (scale == "learned")
+
+
+def test_masks_move_in_double_precision_too() -> None:
+    model, guide = make_pair()
+    guide.update(model)
+    model.double(), guide.double()
+    guide.update(model)
+    assert guide.field(next(iter(guide.layout.sites))).dtype == torch.float64
+
+
+def test_curvature_images_are_shared_out_evenly(monkeypatch) -> None:
+    """Three processes and 16 curvature images: each sees 5 of its own, so that all draw as many random numbers."""
+    x, y, seen = torch.randn(16, 1, 4, 4), torch.arange(16) % 3, []
+
+    def estimate(vit, weights, images, labels):
+        seen.append(images)
+        return {kind: torch.zeros_like(weight) for kind, weight in weights.items()}
+
+    monkeypatch.setitem(SALIENCY, "gnb", estimate)
+    monkeypatch.setattr("pyro_isingvit.guide.world", lambda: 3)
+    model, guide = make_pair(curvature_batch=16)
+    for rank in range(3):
+        monkeypatch.setattr(
+            "pyro_isingvit.guide.own_rows", lambda count, rank=rank: slice(rank * count // 3, (rank + 1) * count // 3)
+        )
+        guide.observe(model, x, y)
+    torch.testing.assert_close(torch.cat(seen), x[:15])
+    assert {len(images) for images in seen} == {5}

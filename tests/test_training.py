@@ -18,7 +18,8 @@ from pyro_isingvit.coupling import COUPLINGS
 from pyro_isingvit.errors import UserError
 from pyro_isingvit.granularity import GRANULARITIES
 from pyro_isingvit.saliency import SALIENCY
-from pyro_isingvit.training import Trainer, TrainingDiverged, batches, halving_factor, learning_rate_factor
+from pyro_isingvit.steps import batches, halving_factor, learning_rate_factor
+from pyro_isingvit.training import Trainer, TrainingDiverged
 
 QUICK = TrainConfig(epochs=6, batch_size=20, samples=5, val_samples=2, device="cpu", pilot_fraction=0.34)
 MODES = ("likelihood_guided", "learned", "hybrid")
