@@ -129,7 +129,8 @@ def test_nan_stops_with_the_cause_and_keeps_the_last_good_epoch(data, tmp_path) 
     def poison() -> None:
         keep()
         if t.epoch == 3:
-            t.run.guide.log_scale["fc1"].data.fill_(float("nan"))
+            with torch.no_grad():
+                t.run.guide.log_scale["fc1"].fill_(float("nan"))
 
     t._keep = poison  # type: ignore[method-assign]
     with pytest.raises(TrainingDiverged, match=r"epoch 4, step 9: the weight KL.*after epoch 3 is kept"):
