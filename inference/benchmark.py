@@ -193,7 +193,7 @@ def profile(arguments: BenchmarkArguments) -> str:
     case = times(ising_step(shape_of(arguments)).amortised, 10)
     case()
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if arguments.device == "cuda" else [])]
-    with torch_profile(activities=kinds, record_shapes=True) as record:
+    with torch_profile(activities=kinds, record_shapes=True, acc_events=True) as record:
         case()
     order = "self_cuda_time_total" if arguments.device == "cuda" else "self_cpu_time_total"
     return record.key_averages().table(sort_by=order, row_limit=40)

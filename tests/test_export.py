@@ -46,6 +46,7 @@ def test_onnx(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]  # one file, no weights beside it
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_torch_program(name: str, tmp_path: Path) -> None:
     model, path = pruned(SHAPES[name]), tmp_path / "model.pt2"
