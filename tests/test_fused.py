@@ -214,8 +214,7 @@ def test_compile_needs_the_fused_engine() -> None:
         IsingObjective(model, guide, 50, TrainConfig(compile=True, engine="pyro"))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # what dynamo looks at
+@pytest.mark.filterwarnings("ignore")  # of dynamo itself, which differ by version
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_compiled_loss_and_gradients_are_those_of_the_plain_network() -> None:
     model, guide = make_pair(vit=TINY)
