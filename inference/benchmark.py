@@ -6,13 +6,12 @@ Repeats of what is compared take turns; ratios of medians are what to read, seco
 Figures of what it wrote: python -m analysis.benchmark --results runs/benchmark
 """
 
-import statistics
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from inference.cli import print_table, run_script
+from inference.cli import print_table, results_file, run_script
 from pyro_isingvit.config import IsingConfig, TrainConfig, ViTConfig, preset
 from pyro_isingvit.errors import UserError, need
 from pyro_isingvit.version import __version__
@@ -70,9 +69,7 @@ class BenchmarkArguments:
 
 def benchmark(arguments: BenchmarkArguments) -> None:
     """Time training steps, mask updates and posterior draws against a plain ViT of the same size."""
-    path = arguments.out / RESULTS
-    need(not arguments.out.exists() or arguments.out.is_dir(), f"{arguments.out} is a file; --out takes a folder.")
-    need(not path.exists() or arguments.overwrite, f"{path} exists; choose another --out, or add --overwrite.")
+    path = results_file(arguments.out, RESULTS, arguments.overwrite)
     for name in ("batch_size", "draws", "images", "repeats", "threads"):
         need(getattr(arguments, name) >= 1, f"{name} must be at least 1, not {getattr(arguments, name)}.")
     if arguments.peers:
@@ -100,14 +97,15 @@ def benchmark(arguments: BenchmarkArguments) -> None:
 
 def measure(arguments: BenchmarkArguments) -> dict[str, Any]:
     """Everything that benchmark.json holds."""
-    from inference.benchmark_cases import interleaved, ising_draws, ising_step, plain_draws, plain_step, times
-    from inference.benchmark_parts import curves, input_path, memory, peers, variants
+    from inference.benchmark_cases import ising_draws, ising_step, plain_draws, plain_step, times
+    from inference.benchmark_parts import curves, input_path, medians, memory, peers, variants
+    from pyro_isingvit.footprint import interleaved
 
     found, shape = machine(arguments.threads, arguments.device), shape_of(arguments)
     steps = IsingConfig().update_every
 
-    def turns(cases: dict, label: str, limit_s: float = 60.0) -> dict[str, list[float]]:
-        return interleaved(cases, arguments.repeats, limit_s, label)
+    def turns(cases: dict, label: str) -> dict[str, list[float]]:
+        return interleaved(cases, arguments.repeats, label=label)
 
     ours, pyro = ising_step(shape), ising_step(shape, settings=TrainConfig(engine="pyro"))
     repeats = turns(
@@ -122,7 +120,7 @@ def measure(arguments: BenchmarkArguments) -> dict[str, Any]:
     repeats = {name: [s / (1 if name == "mask_update" else steps) for s in taken] for name, taken in repeats.items()}
     wanted = arguments.draws, arguments.images
     repeats |= turns({"plain_draws": plain_draws(shape, *wanted), "ising_draws": ising_draws(shape, *wanted)}, "draws")
-    median = {name: statistics.median(taken) for name, taken in repeats.items()}
+    median = medians(repeats)
     result: dict[str, Any] = {
         "step_ratio_eager": median["ising_step"] / median["plain_step"],
         "step_ratio_compiled": median["ising_step_compiled"] / median["plain_step_compiled"]
@@ -152,8 +150,7 @@ def shape_of(arguments: BenchmarkArguments) -> Any:
     """The network and its images, as a ``Shape``."""
     from inference.benchmark_cases import Shape
 
-    vit = preset(arguments.preset)
-    vit = vit if arguments.depth is None else replace(vit, depth=arguments.depth)
+    vit = preset(arguments.preset, depth=arguments.depth)
     return Shape(vit, arguments.batch_size, device=arguments.device, bf16=arguments.bf16, **_images_of(vit))
 
 

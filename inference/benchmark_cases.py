@@ -6,14 +6,12 @@ Shapes: S samples, B batch, C classes.
 """
 
 import itertools
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from pyro_isingvit.config import IsingConfig, RunConfig, TrainConfig, ViTConfig
 from pyro_isingvit.data import DataInfo
@@ -21,9 +19,7 @@ from pyro_isingvit.objective import IsingObjective
 from pyro_isingvit.plain_vit import PlainViT
 from pyro_isingvit.predictive import CHUNK, draw_predictive
 from pyro_isingvit.run import Run, build_run
-from pyro_isingvit.vit import ViT
 
-LEAST = 3  # repeats, however long they take
 Case = Callable[[], object]
 
 
@@ -71,9 +67,7 @@ class Shape:
 
 def plain_network(shape: Shape) -> PlainViT:
     """The ViT of ordinary layers."""
-    info = shape.info
-    start = ViT(shape.vit, info.channels, info.height, info.width, info.num_classes)
-    return PlainViT(start).copy_from(start, start.initial_weights()).to(shape.device)
+    return PlainViT.fresh(shape.vit, shape.channels, shape.side, shape.side, shape.classes).to(shape.device)
 
 
 def ising_run(shape: Shape, ising: IsingConfig | None = None) -> Run:
@@ -192,39 +186,3 @@ def times(function: Case, number: int) -> Case:
             function()
 
     return repeated
-
-
-def interleaved(
-    cases: Mapping[str, Case], repeats: int, limit_s: float = 60.0, label: str = ""
-) -> dict[str, list[float]]:
-    """Seconds of every call, repeats taking turns so that a machine that slows down slows all cases.
-
-    Args:
-        cases: each is called twice to warm up.
-        repeats: of each case; fewer, but 3 at least, where all together would take longer than ``limit_s``.
-        limit_s: seconds for all repeats of all cases.
-        label: of the progress bar; "": none is shown.
-
-    Returns:
-        name -> seconds, repeat r of every case from the same turn.
-    """
-    functions = list(cases.values())
-    for function in functions:
-        function()  # warm-up; torch.compile works here
-    first = sum(_seconds(function) for function in functions)
-    turns = min(repeats, max(LEAST, int(limit_s / max(first, 1e-9))))
-    taken: list[list[float]] = [[] for _ in functions]
-    for turn in tqdm(range(turns), desc=label, disable=not label, dynamic_ncols=True, leave=False):
-        for i in range(len(functions)):
-            number = (turn + i) % len(functions)  # no case always follows the same one
-            taken[number].append(_seconds(functions[number]))
-    return dict(zip(cases, taken, strict=True))
-
-
-def _seconds(function: Case) -> float:
-    """Of one call, until a GPU has finished it."""
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

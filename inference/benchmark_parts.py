@@ -28,6 +28,17 @@ Turns = Callable[[dict[str, Case], str], dict[str, list[float]]]
 UPDATE = "update"
 
 
+def medians(taken: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Median seconds of every case."""
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def against_plain(plain: float, step: float, update: float, steps: int) -> dict[str, float]:
+    """Our step, with an update every ``steps`` of them, over the plain one; and the update's share of ours."""
+    ours = step + update / steps
+    return {"step_ratio": ours / plain, "mask_update_share": update / steps / ours}
+
+
 def variants(
     shape: Shape, granularities: Sequence[str], saliencies: Sequence[str], steps: int, turns: Turns
 ) -> list[dict[str, Any]]:
@@ -39,14 +50,11 @@ def variants(
             ours = ising_step(shape, IsingConfig(granularity=granularity, saliency=saliency))  # type: ignore[arg-type]
             cases |= {f"{saliency} step": ours.step, f"{saliency} {UPDATE}": ours.update}
         taken = turns(cases, f"masks on {granularity}")
-        median = {name: statistics.median(seconds) for name, seconds in taken.items()}
         for saliency in saliencies:
-            step, update = median[f"{saliency} step"], median[f"{saliency} {UPDATE}"] / steps
-            rows.append({
-                "granularity": granularity, "saliency": saliency, "step_ratio": (step + update) / median["plain"],
-                "mask_update_share": update / (step + update),
-                "repeats_s": {name: taken[name] for name in ("plain", f"{saliency} step", f"{saliency} {UPDATE}")},
-            })  # fmt: skip
+            own = {name: taken[name] for name in ("plain", f"{saliency} step", f"{saliency} {UPDATE}")}
+            plain, step, update = medians(own).values()
+            ratios = against_plain(plain, step, update, steps)
+            rows.append({"granularity": granularity, "saliency": saliency, **ratios, "repeats_s": own})
     return rows
 
 
@@ -62,19 +70,17 @@ def curves(
             here = replace(shape, **change) if name == "batch" else replace(shape, vit=replace(shape.vit, **change))
             ours = ising_step(here)
             taken = turns({"plain": plain_step(here), "ising": ours.step, UPDATE: ours.update}, f"{name} {value}")
-            median = {case: statistics.median(seconds) for case, seconds in taken.items()}
-            update = median[UPDATE] / steps
+            median = medians(taken)
             rows.append({
                 name: value, "weights": ours.run.model.num_masked_weights, "repeats_s": taken,
-                "step_ratio": (median["ising"] + update) / median["plain"],
-                "mask_update_share": update / (median["ising"] + update), "plain_s": median["plain"],
+                **against_plain(median["plain"], median["ising"], median[UPDATE], steps), "plain_s": median["plain"],
             })  # fmt: skip
         result[name] = rows
     result["draws"] = []
     for value in values["draws"]:
         cases = {"plain": plain_draws(shape, value, images), "ising": ising_draws(shape, value, images)}
         taken = turns(cases, f"{value} draws")
-        median = {case: statistics.median(seconds) for case, seconds in taken.items()}
+        median = medians(taken)
         result["draws"].append({
             "draws": value, "predictive_ratio": median["ising"] / median["plain"], "plain_s": median["plain"],
             "repeats_s": taken,

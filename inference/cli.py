@@ -9,13 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import tyro
 
 from pyro_isingvit.config import check_fields
 from pyro_isingvit.data_checks import printable
-from pyro_isingvit.errors import UserError
+from pyro_isingvit.errors import UserError, need
 from pyro_isingvit.launcher import by_torchrun
 
 # torchrun starts a script several times; the first process on each machine speaks, the first of all reports.
@@ -100,6 +101,18 @@ def _fail(text: str) -> NoReturn:
         time.sleep(PATIENCE_S)
     sys.stderr.write(text)
     raise SystemExit(2) from None
+
+
+def results_file(folder: Path, name: str, overwrite: bool) -> Path:
+    """Where a script writes its results.
+
+    Raises:
+        UserError: ``folder`` is a file, or it holds such results already and they are not to be replaced.
+    """
+    need(not folder.exists() or folder.is_dir(), f"{folder} is a file; --out takes a folder.")
+    path = folder / name
+    need(overwrite or not path.exists(), f"{path} exists; choose another --out, or replace it with --overwrite.")
+    return path
 
 
 def print_table(title: str, rows: Mapping[str, object]) -> None:

@@ -25,7 +25,6 @@ from pyro_isingvit.config import (
     BaselineConfig,
     DataConfig,
     RunConfig,
-    ViTConfig,
     check_fields,
     default_preset,
     preset,
@@ -139,8 +138,7 @@ def make_cells(arguments: CompareArguments) -> list[Cell]:
     need(min(*arguments.epochs, arguments.jobs, *arguments.train_sizes, arguments.samples) >= 1,
          "epochs, jobs, train sizes and samples must be at least 1.")  # fmt: skip
     name = arguments.preset or default_preset(arguments.data.dataset)
-    changes = {key: getattr(arguments, key) for key in ("depth", "patch_size", "width")}
-    vit: ViTConfig = replace(preset(name), **{key: value for key, value in changes.items() if value is not None})
+    vit = preset(name, **{key: getattr(arguments, key) for key in ("depth", "patch_size", "width")})
     label = arguments.label or arguments.data.dataset
     epochs = arguments.epochs * (len(arguments.train_sizes) if len(arguments.epochs) == 1 else 1)
     cells = []

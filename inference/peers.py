@@ -20,9 +20,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-from inference.cli import run_script
-from pyro_isingvit.config import METHODS, DataConfig, RunConfig, ViTConfig, default_preset, preset
-from pyro_isingvit.errors import UserError, need, why
+from inference.cli import results_file, run_script
+from pyro_isingvit.config import METHODS, DataConfig, RunConfig, default_preset, preset
+from pyro_isingvit.errors import need, why
 from pyro_isingvit.version import __version__
 
 RESULTS = "peers.json"
@@ -84,8 +84,7 @@ def make_config(arguments: PeersArguments) -> RunConfig:
     found = [module for module in modules if module and importlib.util.find_spec(module)]
     need(found, f"none of {', '.join(arguments.peers)} is installed: {INSTALL}.")
     name = arguments.preset or default_preset(arguments.data.dataset)
-    changes = {key: getattr(arguments, key) for key in ("depth", "patch_size", "width")}
-    vit: ViTConfig = replace(preset(name), **{key: value for key, value in changes.items() if value is not None})
+    vit = preset(name, **{key: getattr(arguments, key) for key in ("depth", "patch_size", "width")})
     train = replace(
         METHODS[REFERENCE][1], epochs=arguments.epochs, batch_size=arguments.batch_size, lr=arguments.lr,
         seed=arguments.seed, samples=arguments.samples, device=arguments.device,
@@ -291,10 +290,7 @@ def peers(arguments: PeersArguments) -> None:
     """Compare with other libraries on the same network and split."""
     from pyro_isingvit.checkpoint import write_json  # here: it imports torch, which a mistyped flag need not wait for
 
-    config, path = make_config(arguments), arguments.out / RESULTS
-    if path.exists() and not arguments.overwrite:
-        raise UserError(f"{path} exists; choose another --out, or replace it with --overwrite.")
-    need(not arguments.out.exists() or arguments.out.is_dir(), f"{arguments.out} is a file; --out takes a folder.")
+    config, path = make_config(arguments), results_file(arguments.out, RESULTS, arguments.overwrite)
     check(config)
     rows = run_methods([*OURS, *arguments.peers], config)
     write_json(path, rows)

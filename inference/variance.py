@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from inference.cli import run_script
+from inference.cli import results_file, run_script
 from pyro_isingvit.config import METHODS, DataConfig, RunConfig, default_preset, preset
 from pyro_isingvit.errors import need
 from pyro_isingvit.version import __version__
@@ -54,9 +54,7 @@ class VarianceArguments:
 
 def compare_ways(arguments: VarianceArguments) -> None:
     """Compare ways to draw the posterior in training."""
-    path = arguments.out / RESULTS
-    need(not arguments.out.exists() or arguments.out.is_dir(), f"{arguments.out} is a file; --out takes a folder.")
-    need(not path.exists() or arguments.overwrite, f"{path} exists; choose another --out, or add --overwrite.")
+    path = results_file(arguments.out, RESULTS, arguments.overwrite)
     need(arguments.gradients >= 2, f"gradients must be at least 2, not {arguments.gradients}.")
     from pyro_isingvit.checkpoint import write_json
 
@@ -72,8 +70,7 @@ def measure(arguments: VarianceArguments) -> list[dict[str, Any]]:
     from pyro_isingvit.training import Trainer
 
     name = arguments.preset or default_preset(arguments.data.dataset)
-    vit = preset(name)
-    vit = vit if arguments.depth is None else replace(vit, depth=arguments.depth)
+    vit = preset(name, depth=arguments.depth)
     ising, settings = METHODS["ising"]
     settings = replace(
         settings, epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed,

@@ -314,12 +314,13 @@ def default_preset(dataset: str) -> str:
     return {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar"}.get(dataset, "small")
 
 
-def preset(name: str) -> ViTConfig:
-    """The network shape called ``name``.
+def preset(name: str, **changes: int | None) -> ViTConfig:
+    """The network shape called ``name``, with those fields changed that are not None.
 
     Raises:
         UserError: unknown name.
     """
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}.")
-    return PRESETS[name]
+    given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
+    return replace(PRESETS[name], **given)

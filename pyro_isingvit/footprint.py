@@ -6,12 +6,14 @@ medians are what to compare, the milliseconds hold for one machine and its load.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
 
 from pyro_isingvit.config import TrainConfig
 from pyro_isingvit.errors import need
@@ -59,21 +61,44 @@ def latency(
     """
     need(repeats >= 1, f"repeats must be at least 1, not {repeats}.")
     x = torch.randn(batch, *image_shape)
-    times: list[list[float]] = [[] for _ in networks]
-    for network in networks:
-        network(x)
-    start = time.perf_counter()
-    for network in networks:
-        network(x)
-    affordable = int(LIMIT_S / max(time.perf_counter() - start, 1e-9))
-    turns = repeats * SINGLE if batch == 1 else repeats
-    for turn in range(min(turns, max(LEAST, affordable))):
-        for i in range(len(networks)):
-            number = (turn + i) % len(networks)  # no network always follows the same one
-            start = time.perf_counter()
-            networks[number](x)
-            times[number].append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
+    cases = {number: partial(network, x) for number, network in enumerate(networks)}
+    taken = interleaved(cases, repeats * SINGLE if batch == 1 else repeats, LIMIT_S)
+    return [statistics.median(seconds) for seconds in taken.values()]
+
+
+def interleaved[K](
+    cases: Mapping[K, Callable[[], object]], repeats: int, limit_s: float = 60.0, label: str = ""
+) -> dict[K, list[float]]:
+    """Seconds of every call, repeats taking turns so that a machine that slows down slows all cases.
+
+    Args:
+        cases: each is called twice to warm up.
+        repeats: of each case; fewer, but 3 at least, where all together would take longer than ``limit_s``.
+        limit_s: seconds for all repeats of all cases.
+        label: of the progress bar; "": none is shown.
+
+    Returns:
+        name -> seconds, repeat r of every case from the same turn.
+    """
+    finish = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+
+    def seconds(function: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        function()
+        finish()
+        return time.perf_counter() - start
+
+    functions = list(cases.values())
+    for function in functions:
+        function()  # warm-up; torch.compile works here
+    affordable = int(limit_s / max(sum(map(seconds, functions)), 1e-9))
+    taken: list[list[float]] = [[] for _ in functions]
+    turns = range(min(repeats, max(LEAST, affordable)))
+    for turn in tqdm(turns, desc=label, disable=not label, dynamic_ncols=True, leave=False):
+        for i in range(len(functions)):
+            number = (turn + i) % len(functions)  # no case always follows the same one
+            taken[number].append(seconds(functions[number]))
+    return dict(zip(cases, taken, strict=True))
 
 
 def parameters(network: nn.Module) -> tuple[int, int]:

@@ -64,6 +64,12 @@ class PlainViT(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, vit.classes)
 
+    @classmethod
+    def fresh(cls, config: ViTConfig, channels: int, height: int, width: int, classes: int) -> "PlainViT":
+        """A network with initial weights; the arguments are those of ``ViT``."""
+        start = ViT(config, channels, height, width, classes)
+        return cls(start).copy_from(start, start.initial_weights())
+
     def linears(self) -> dict[str, list[nn.Linear]]:
         """Every linear layer, by the names that ``ViT`` has for them."""
         blocks: list[Any] = list(self.blocks)

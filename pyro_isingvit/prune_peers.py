@@ -21,7 +21,6 @@ from pyro_isingvit.footprint import latency, macs
 from pyro_isingvit.metrics import classification_metrics
 from pyro_isingvit.plain_vit import PlainViT
 from pyro_isingvit.run import Run
-from pyro_isingvit.vit import ViT
 
 STEPS = 50  # pruning ratios that are tried
 FINETUNE = 5  # epochs, at least
@@ -117,8 +116,7 @@ def compare_peers(run: Run, data: ImageData, model: CompactViT, epochs: int, rep
 
     torch.manual_seed(run.config.train.seed)
     shape, settings = run.model.vit.image_shape, run.config.train
-    start = ViT(run.config.vit, *shape, run.info.num_classes)
-    dense = PlainViT(start).copy_from(start, start.initial_weights())
+    dense = PlainViT.fresh(run.config.vit, *shape, run.info.num_classes)
     train_plainly(dense, run, data.train, settings.epochs, settings.lr)
     wanted = macs(model, shape)
     networks: dict[str, nn.Module] = {"plain, dense": dense}
