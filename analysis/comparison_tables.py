@@ -133,14 +133,9 @@ def _order(methods: Any) -> list[str]:
 def _row(cell: pd.DataFrame, method: str) -> list[str]:
     texts = []
     for metric, (_, decimals, sign) in SHOWN.items():
-        mean, deviation = cell.loc[method, (metric, "mean")], cell.loc[method, (metric, "std")]
-        if pd.isna(mean):
-            texts.append("")
-            continue
-        text = f"{mean:.{decimals}f}" + ("" if pd.isna(deviation) else f" ± {deviation:.{decimals}f}")
-        best = (sign * cell[(metric, "mean")]).max()
-        bold = metric not in ("pruned_fraction", "train_seconds") and sign * mean == best
-        texts.append(f"**{text}**" if bold else text)
+        missing = pd.isna(cell.loc[method, (metric, "mean")])
+        text = "" if missing else _bold(cell[metric], method, decimals, sign)
+        texts.append(text.strip("*") if metric in ("pruned_fraction", "train_seconds") else text)
     return texts
 
 
@@ -153,33 +148,63 @@ def to_markdown(table: pd.DataFrame, decimals: int = 4) -> str:
     return "\n".join(lines) + "\n"
 
 
-def readme_table(frame: pd.DataFrame) -> str:
-    """The short table: accuracy / NLL / ECE of every method in every cell, best mean in bold."""
-    summary = summarise(frame)
-    cells = list(summary.groupby(level=["dataset", "train_size"]).groups)
-    methods = _order(summary.index.get_level_values("method").unique())
-    lines = [
-        "| method | " + " | ".join(f"{dataset} n = {size:,}" for dataset, size in cells) + " | pruned |",
-        "| --- |" + " --- |" * (len(cells) + 1),
-    ]
-    metrics = {"accuracy": 3, "nll": 3, "ece": 3}
-    for method in methods:
-        row = []
-        for cell in cells:
-            table = summary.loc[cell]
-            if method not in table.index:
-                row.append("")
-                continue
-            parts = []
-            for metric, decimals in metrics.items():
-                mean, sign = table.loc[method, (metric, "mean")], SHOWN[metric][2]
-                best = (sign * table[(metric, "mean")]).max()
-                text = f"{mean:.{decimals}f}"
-                parts.append(f"**{text}**" if sign * mean == best else text)
-            row.append(" / ".join(parts))
-        pruned = summary.xs(method, level="method")[("pruned_fraction", "mean")].mean()
-        lines.append(f"| {method} | " + " | ".join(row) + f" | {100 * pruned:.0f}% |")
-    return "\n".join(lines)
+def readme_table(frame: pd.DataFrame, ours: str = OURS) -> str:
+    """The short tables: accuracy and NLL of every method in every cell, and what lies between ours and the best."""
+    pruned = summarise(frame)[("pruned_fraction", "mean")].groupby("method").mean()
+    parts = [f"Accuracy, mean ± standard deviation of {frame.seed.nunique()} seeds, best mean in bold:"]
+    parts += [_by_cell(frame, "accuracy", pruned), "NLL, nats per image:", _by_cell(frame, "nll")]
+    best, ensemble = against_best(frame, ours), against_ensemble(frame, ours)
+    if len(best):
+        parts += [f"`{ours}` against the best other single network:", _verdicts(best, ensemble)]
+    return "\n\n".join(parts)
+
+
+def _cell_name(dataset: str, size: int) -> str:
+    return f"{dataset} {size:,}"
+
+
+def _by_cell(frame: pd.DataFrame, metric: str, last: "pd.Series[float] | None" = None) -> str:
+    """One metric, a row per method, a column per data set and size; ``last``: a share to add as a column."""
+    summary = summarise(frame)[metric]
+    cells = dict(list(summary.groupby(level=["dataset", "train_size"])))
+    heads = [_cell_name(dataset, size) for dataset, size in cells]
+    rows = []
+    for method in _order(summary.index.get_level_values("method").unique()):
+        row = [method]
+        for dataset, size in cells:
+            here = cells[dataset, size].loc[dataset, size]
+            row.append(_bold(here, method, 3, SHOWN[metric][2]) if method in here.index else "")
+        rows.append([*row, *([f"{100 * last[method]:.0f}%"] if last is not None else [])])
+    return _table([["method", *heads, *(["pruned"] if last is not None else [])], *rows])
+
+
+def _bold(cell: pd.DataFrame, method: str, decimals: int, sign: int) -> str:
+    """Mean and deviation of a method, in bold where no other mean is better."""
+    mean, deviation = cell.loc[method, "mean"], cell.loc[method, "std"]
+    text = f"{mean:.{decimals}f}" + ("" if pd.isna(deviation) else f" ± {deviation:.{decimals}f}")
+    return f"**{text}**" if sign * mean == (sign * cell["mean"]).max() else text
+
+
+def _verdicts(best: pd.DataFrame, ensemble: pd.DataFrame) -> str:
+    """A row per data set and size: difference ± standard error and the other's name; NLL over the ensemble's."""
+    names = [SHOWN[metric][0] for metric in TARGET]
+    rows = [["", *names, *(f"NLL / that of {method}" for method in dict.fromkeys(ensemble.get("against", [])))]]
+    for (dataset, size), part in best.groupby(["dataset", "train_size"]):
+        row = [_cell_name(dataset, size)]
+        for _, one in part.set_index("metric").loc[names].iterrows():
+            error = "" if pd.isna(one["standard error"]) else f" ± {one['standard error']:.3f}"
+            row.append(f"{one['difference']:+.3f}{error} ({one['best other']})")
+        if len(ensemble):
+            here = ensemble[(ensemble.dataset == dataset) & (ensemble.train_size == size)]
+            row += [f"{ratio:.2f}" for ratio in here["NLL ratio"]]
+        rows.append(row)
+    return _table(rows)
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Markdown of a table, the first row its heading."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "| --- |" + " --- |" * (len(rows[0]) - 1), *lines[1:]])
 
 
 def write_readme(path: Path, table: str) -> None:
@@ -192,5 +217,5 @@ def write_readme(path: Path, table: str) -> None:
     start, end = (re.escape(marker) for marker in MARKERS)
     if not re.search(f"{start}.*{end}", text, re.S):
         raise UserError(f"{path} lacks the lines {MARKERS[0]} and {MARKERS[1]}, between which the table goes.")
-    block = f"{MARKERS[0]}\n{table}\n{MARKERS[1]}"
+    block = f"{MARKERS[0]}\n\n{table}\n\n{MARKERS[1]}"
     write_text(path, re.sub(f"{start}.*{end}", lambda _: block, text, flags=re.S))

@@ -86,8 +86,8 @@ class Baseline(Objective):
             {"params": noise, "weight_decay": 0.0, "lr": settings.lr * settings.scale_lr_factor},
         ]
 
-    def draw_networks(self, count: int) -> Networks:
-        """Draws ``count`` networks for prediction."""
+    def draw_networks(self, count: int, first: int = 0) -> Networks:
+        """Draws ``count`` networks for prediction, after ``first`` others where there is a fixed set."""
         weights = stack([self.draw_weights() for _ in range(count)])
         return lambda x: self.vit(weights, x).float().view(count, len(x), -1)
 

@@ -32,7 +32,7 @@ class Dropout(Baseline):
         y = linear(F.dropout(x, rate) if kind == "fc2" else x, weight, bias)
         return F.dropout(y, rate) if kind in ("patch", "attn_out", "fc2") else y
 
-    def draw_networks(self, count: int) -> Networks:
+    def draw_networks(self, count: int, first: int = 0) -> Networks:
         """Every image has noise of its own, as in training."""
         return self.noisy_networks(count, self.layer_rule)
 
@@ -85,7 +85,7 @@ class ConcreteDropout(Baseline):
             total = total - self.loc[kind].shape[2] * entropy.sum()
         return total
 
-    def draw_networks(self, count: int) -> Networks:
+    def draw_networks(self, count: int, first: int = 0) -> Networks:
         """Hard masks with the learned rates, an image's own."""
         rates = {kind: logit.sigmoid().tolist() for kind, logit in self.drop_logit.items()}
 
@@ -264,9 +264,9 @@ class Ensemble(Objective):
         """Each member alone."""
         return list(self.members)
 
-    def draw_networks(self, count: int) -> Networks:
+    def draw_networks(self, count: int, first: int = 0) -> Networks:
         """The members, in order, over and over."""
-        chosen = [self.networks[i % len(self.networks)] for i in range(count)]
+        chosen = [self.networks[i % len(self.networks)] for i in range(first, first + count)]
         return lambda x: torch.cat([member.draw_networks(1)(x) for member in chosen])
 
     def kept(self) -> Weights:
@@ -321,9 +321,9 @@ class LastLayerLaplace(Baseline):
             posterior.optimize_prior_precision(method="marglik")
         self.heads.copy_(posterior.sample(len(self.heads)))
 
-    def draw_networks(self, count: int) -> Networks:
-        """Features once, then ``count`` last layers drawn without replacement."""
-        chosen = self.heads[torch.randperm(len(self.heads), device=self.heads.device)[:count]]
+    def draw_networks(self, count: int, first: int = 0) -> Networks:
+        """Features once, then ``count`` of the last layers that were drawn, in order, over and over."""
+        chosen = self.heads[torch.arange(first, first + count, device=self.heads.device) % len(self.heads)]
         classes, width = self.loc["head"].shape[1:]
         weight, bias = chosen[:, : classes * width].view(-1, classes, width), chosen[:, classes * width :]
         return lambda x: torch.einsum("bd,scd->sbc", self._features(x).float(), weight) + bias.unsqueeze(1)

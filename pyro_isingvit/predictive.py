@@ -117,7 +117,7 @@ def draw_predictive(
         unit = "draw" if group == 1 else f"x{group}"
         for first in tqdm(firsts, desc="draw", unit=unit, disable=not progress, dynamic_ncols=True):
             size = min(group, num_samples - first)
-            networks = run.draw_networks(size)
+            networks = run.draw_networks(size, first)
             for start in range(0, len(images), chunk):
                 if (x := ready) is None:
                     x = run.info.normalise(images[start : start + chunk].to(run.device))

@@ -114,14 +114,18 @@ class Run:
         return None if isinstance(self.network, IsingViT) else self.network.max_draws
 
     @torch.no_grad()
-    def draw_networks(self, count: int) -> Callable[[Tensor], Tensor]:
+    def draw_networks(self, count: int, first: int = 0) -> Callable[[Tensor], Tensor]:
         """Draws ``count`` networks.
+
+        Args:
+            count: how many.
+            first: how many were drawn before: a method with a fixed set of networks goes on from there.
 
         Returns:
             a function from normalised images (B, channels, height, width) to logits (count, B, C) at T = 1.
         """
         if not isinstance(self.network, IsingViT):
-            return self.network.draw_networks(count)
+            return self.network.draw_networks(count, first)
         guide, vit = self.guide, self.network.vit
         weights = stack([guide.draw() for _ in range(count)])
         return lambda x: vit(weights, x).float().view(count, len(x), -1)

@@ -12,7 +12,7 @@ from conftest import INFO, TINY
 from scipy import integrate, stats
 
 from pyro_isingvit.baseline import Baseline, check_baseline
-from pyro_isingvit.baselines import BASELINES, L0, ConcreteDropout, Ensemble, SparseVD, sparse_vd_kl
+from pyro_isingvit.baselines import BASELINES, L0, ConcreteDropout, Ensemble, LastLayerLaplace, SparseVD, sparse_vd_kl
 from pyro_isingvit.config import ISING_METHODS, METHODS, BaselineConfig, RunConfig, TrainConfig
 from pyro_isingvit.data import ImageData
 from pyro_isingvit.errors import UserError
@@ -208,6 +208,33 @@ def test_members_of_an_ensemble_train_as_they_would_alone(data: ImageData) -> No
     alone.fit()
     for name, value in alone.run.network.state_dict().items():
         torch.testing.assert_close(ensemble.networks[1].state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10_000])
+def test_each_draw_of_an_ensemble_is_another_member(data: ImageData, chunk: int) -> None:
+    """Whatever the chunk; and there are as many draws as members."""
+    run = Trainer(config("ensemble", members=3), data, None, progress=False).fit()
+    assert isinstance(run.network, Ensemble)
+    probs = draw_predictive(run, data.test.images, num_samples=10, chunk=chunk).probs
+    assert len(probs) == 3
+    x = run.info.normalise(data.test.images)
+    for member, drawn in zip(run.network.networks, probs, strict=True):
+        logits = member.vit(dict(member.loc.items()), x) / run.network.temperature
+        torch.testing.assert_close(drawn, logits.softmax(-1).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 10_000])
+def test_no_last_layer_of_laplace_is_drawn_twice(data: ImageData, chunk: int) -> None:
+    pytest.importorskip("laplace")
+    run = Trainer(config("laplace"), data, None, progress=False).fit()
+    probs = draw_predictive(run, data.test.images, num_samples=20, chunk=chunk).probs
+    assert len(probs.unique(dim=0)) == 20
+    x, network = run.info.normalise(data.test.images), run.network
+    assert isinstance(network, LastLayerLaplace)
+    classes, width = network.loc["head"].shape[1:]
+    last = network.heads[19]
+    logits = network._features(x) @ last[: classes * width].view(classes, width).T + last[classes * width :]
+    torch.testing.assert_close(probs[19], (logits / network.temperature).softmax(-1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["temperature", "laplace"])

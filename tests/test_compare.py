@@ -180,11 +180,14 @@ def test_tables_put_the_best_in_bold_and_fill_the_readme(tmp_path: Path) -> None
     line = next(line for line in text.splitlines() if line.startswith("| ensemble:5"))
     assert "**0.8500" in line and text.index("| ising |") < text.index("| deterministic") < text.index("| ensemble")
     path = tmp_path / "README.md"
-    path.write_text(f"before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n")
+    path.write_text(f"before\n{MARKERS[0]}\nstale\n{MARKERS[1]}\nafter\n")
     write_readme(path, readme_table(table()))
     written = path.read_text()
-    assert written.startswith("before\n") and written.endswith("after\n") and "old" not in written
-    assert "| ising | 0.833 / " in written
+    assert written.startswith("before\n") and written.endswith("after\n") and "stale" not in written
+    assert "| ising | 0.833 ± 0.000 | 50% |" in written and "| ensemble:5 | **0.850 ± 0.000** | 50% |" in written
+    row = against_best(table()).set_index("metric").loc["NLL"]
+    assert f"| {row['difference']:+.3f} ± {row['standard error']:.3f} (dropout:0.1) |" in written
+    assert f"| {against_ensemble(table())['NLL ratio'].item():.2f} |" in written
     path.write_text("no markers")
     with pytest.raises(UserError, match="lacks the lines"):
         write_readme(path, "x")
@@ -193,4 +196,4 @@ def test_tables_put_the_best_in_bold_and_fill_the_readme(tmp_path: Path) -> None
 @pytest.mark.skipif(not (ROOT / "analysis" / "results" / "results.json").is_file(), reason="no published grid")
 def test_the_readme_shows_the_published_grid() -> None:
     frame = load_results(ROOT / "analysis" / "results" / "results.json")
-    assert f"{MARKERS[0]}\n{readme_table(frame)}\n{MARKERS[1]}" in (ROOT / "README.md").read_text()
+    assert f"{MARKERS[0]}\n\n{readme_table(frame)}\n\n{MARKERS[1]}" in (ROOT / "README.md").read_text()
