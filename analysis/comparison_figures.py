@@ -70,6 +70,8 @@ def curves(frame: pd.DataFrame, ours: str) -> Figure:
                 percent(ax.yaxis)
             else:
                 ax.set_yscale("log")
+                ax.yaxis.set_major_formatter("{x:g}")
+                ax.yaxis.set_minor_formatter("{x:.2g}")
     _legend_of_all(figure)
     return figure
 
