@@ -195,5 +195,10 @@ def test_tables_put_the_best_in_bold_and_fill_the_readme(tmp_path: Path) -> None
 
 @pytest.mark.skipif(not (ROOT / "analysis" / "results" / "results.json").is_file(), reason="no published grid")
 def test_the_readme_shows_the_published_grid() -> None:
-    frame = load_results(ROOT / "analysis" / "results" / "results.json")
+    folder = ROOT / "analysis" / "results"
+    frame = load_results(folder / "results.json")
+    assert (frame.groupby(["dataset", "train_size", "method"]).seed.nunique() >= 3).all()
+    assert frame.groupby(["dataset", "train_size"]).method.nunique().eq(frame.method.nunique()).all()  # none left out
+    assert all(cell["status"] == "done" for cell in json.loads((folder / "results.json").read_text()))
+    assert markdown(frame) in (folder / "table.md").read_text()
     assert f"{MARKERS[0]}\n\n{readme_table(frame)}\n\n{MARKERS[1]}" in (ROOT / "README.md").read_text()
