@@ -137,10 +137,11 @@ def load_checkpoint(path: Path, repair: bool = False) -> dict[str, Any]:
 
     Args:
         path: the checkpoint.
-        repair: put the one before it in its place, so that the next save does not put the damaged one in its.
+        repair: put a copy of the one before it in its place, so that two good ones are there again.
 
     Raises:
-        UserError: missing, cut short, damaged, or holding anything but plain data, and so is the one before it.
+        UserError: missing, cut short, damaged, or holding anything but plain data, and so is the one before it; or
+            the repair cannot be written.
     """
     previous = previous_of(path)
     try:
@@ -157,7 +158,7 @@ def load_checkpoint(path: Path, repair: bool = False) -> dict[str, Any]:
         raise UserError(f"{trouble} The one before it is no better: {error} Train the run again.") from error
     log.warning("%s; %s is used, written after epoch %s", trouble.rstrip("."), previous.name, state.get("epoch", "?"))
     if repair:
-        previous.replace(path)
+        write_atomically(path, lambda temporary: temporary.write_bytes(previous.read_bytes()))
     return state
 
 

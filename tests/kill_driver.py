@@ -127,7 +127,7 @@ def differences(folder: Path, whole: Path) -> list[str]:
     texts = [(path / "metrics.jsonl").read_text() for path in (folder, whole)]
     names = [sorted(entry.name for entry in path.iterdir()) for path in (folder, whole)]
     pairs = {"metrics.json": metrics, "metrics.jsonl": texts, "files": names}
-    return wrong + [what for what, (a, b) in pairs.items() if a != b]
+    return wrong + [f"{what}: {a} {b}" if what == "files" else what for what, (a, b) in pairs.items() if a != b]
 
 
 def killed_chains(root: Path) -> dict[str, Any]:

@@ -147,6 +147,16 @@ def test_either_checkpoint_of_a_finished_run_holds_the_end(tmp_path, whole) -> N
     assert final(whole)["finished"] and same(final(copy), final(whole))
 
 
+def test_a_run_killed_between_the_last_two_renames_has_both_checkpoints_again(data, tmp_path, whole) -> None:
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    (copy / "checkpoint.pt").unlink()
+    again = trainer(data, copy)
+    again.restore()
+    again.fit()
+    for path in (copy / "checkpoint.pt", copy / "checkpoint.previous.pt"):
+        assert same({**load_checkpoint(path), "seconds": 0}, {**final(whole), "seconds": 0})
+
+
 def test_a_finished_run_is_not_finished_twice(data, tmp_path) -> None:
     """What comes after the last epoch draws random numbers in some methods (laplace): again would be otherwise."""
     pytest.importorskip("laplace")
