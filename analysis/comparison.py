@@ -46,9 +46,12 @@ def comparison(arguments: Arguments) -> None:
     )
     from pyro_isingvit.checkpoint import write_text
     from pyro_isingvit.data_checks import csv_text
+    from pyro_isingvit.errors import UserError
 
     folder = arguments.results
     frame = load_results(folder / "results.json")
+    if arguments.ours not in {OURS, *frame.method}:
+        raise UserError(f"no cell of {arguments.ours} is done; those that are: {', '.join(sorted({*frame.method}))}.")
     best, ensemble = against_best(frame, arguments.ours), against_ensemble(frame, arguments.ours)
     text = "# Comparison\n\n" + markdown(frame)
     if len(best):
@@ -64,7 +67,7 @@ def comparison(arguments: Arguments) -> None:
     write_text(folder / "table.csv", table.to_csv(index=False))
     made = figures.write_figures(frame, folder, arguments.ours)
     if arguments.readme is not None:
-        write_readme(arguments.readme, readme_table(frame))
+        write_readme(arguments.readme, readme_table(frame, arguments.ours))
     Console(width=160).print(Markdown(text))
     print(f"tables: {folder / 'table.md'}, {folder / 'table.csv'}\nfigures: {', '.join(map(str, made))}")
 

@@ -18,10 +18,10 @@ from pyro_isingvit.data_checks import plain
 from pyro_isingvit.errors import UserError
 
 SEVERAL = ("ensemble",)  # methods that need several networks
-SHOWN = {  # metrics.json -> heading, decimals, +1: more is better
+SHOWN = {  # metrics.json -> heading, decimals, +1: more is better, -1: less, 0: neither
     "accuracy": ("accuracy", 4, 1), "nll": ("NLL", 4, -1), "brier": ("Brier", 4, -1), "ece": ("ECE", 4, -1),
-    "nll_calibrated": ("NLL, T fitted", 4, -1), "aurc": ("AURC", 4, -1), "pruned_fraction": ("pruned", 2, 1),
-    "train_seconds": ("train s", 0, -1),
+    "nll_calibrated": ("NLL, T fitted", 4, -1), "aurc": ("AURC", 4, -1), "pruned_fraction": ("pruned", 2, 0),
+    "train_seconds": ("train s", 0, 0),
 }  # fmt: skip
 TARGET = ("accuracy", "nll", "brier")
 SINGLE_FIELDS = ("dataset", "train_size", "method", "seed", "epochs", "run")
@@ -117,11 +117,11 @@ def markdown(frame: pd.DataFrame) -> str:
         lines += [
             f"### {dataset}, {size:,} training images", "",
             f"{seeds} seeds, {', '.join(map(str, epochs))} epochs; mean ± standard deviation, best mean in bold.", "",
-            "| method | " + " | ".join(heading for heading, _, _ in SHOWN.values()) + " |",
-            "| --- |" + " --- |" * len(SHOWN),
+            _table([
+                ["method", *(heading for heading, _, _ in SHOWN.values())],
+                *([method, *_row(cell, method)] for method in _order(cell.index)),
+            ]), "",
         ]  # fmt: skip
-        lines += [f"| {method} | " + " | ".join(_row(cell, str(method))) + " |" for method in _order(cell.index)]
-        lines.append("")
     return "\n".join(lines)
 
 
@@ -134,18 +134,19 @@ def _row(cell: pd.DataFrame, method: str) -> list[str]:
     texts = []
     for metric, (_, decimals, sign) in SHOWN.items():
         missing = pd.isna(cell.loc[method, (metric, "mean")])
-        text = "" if missing else _bold(cell[metric], method, decimals, sign)
-        texts.append(text.strip("*") if metric in ("pruned_fraction", "train_seconds") else text)
+        texts.append("" if missing else _mean(cell[metric], method, decimals, sign))
     return texts
 
 
 def to_markdown(table: pd.DataFrame, decimals: int = 4) -> str:
     """A data frame as a Markdown table."""
-    lines = ["| " + " | ".join(table.columns) + " |", "| " + " | ".join("---" for _ in table.columns) + " |"]
-    for _, row in table.iterrows():
-        words = [{True: "yes", False: "no"}.get(v, str(v)) if isinstance(v, bool) else v for v in row]
-        lines.append("| " + " | ".join(f"{v:.{decimals}f}" if isinstance(v, float) else str(v) for v in words) + " |")
-    return "\n".join(lines) + "\n"
+
+    def word(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
+
+    return _table([list(table.columns), *([word(value) for value in row] for _, row in table.iterrows())]) + "\n"
 
 
 def readme_table(frame: pd.DataFrame, ours: str = OURS) -> str:
@@ -173,16 +174,16 @@ def _by_cell(frame: pd.DataFrame, metric: str, last: "pd.Series[float] | None" =
         row = [method]
         for dataset, size in cells:
             here = cells[dataset, size].loc[dataset, size]
-            row.append(_bold(here, method, 3, SHOWN[metric][2]) if method in here.index else "")
+            row.append(_mean(here, method, 3, SHOWN[metric][2]) if method in here.index else "")
         rows.append([*row, *([f"{100 * last[method]:.0f}%"] if last is not None else [])])
     return _table([["method", *heads, *(["pruned"] if last is not None else [])], *rows])
 
 
-def _bold(cell: pd.DataFrame, method: str, decimals: int, sign: int) -> str:
+def _mean(cell: pd.DataFrame, method: str, decimals: int, sign: int) -> str:
     """Mean and deviation of a method, in bold where no other mean is better."""
     mean, deviation = cell.loc[method, "mean"], cell.loc[method, "std"]
     text = f"{mean:.{decimals}f}" + ("" if pd.isna(deviation) else f" ± {deviation:.{decimals}f}")
-    return f"**{text}**" if sign * mean == (sign * cell["mean"]).max() else text
+    return f"**{text}**" if sign and sign * mean == (sign * cell["mean"]).max() else text
 
 
 def _verdicts(best: pd.DataFrame, ensemble: pd.DataFrame) -> str:

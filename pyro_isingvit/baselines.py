@@ -322,7 +322,7 @@ class LastLayerLaplace(Baseline):
         self.heads.copy_(posterior.sample(len(self.heads)))
 
     def draw_networks(self, count: int, first: int = 0) -> Networks:
-        """Features once, then ``count`` of the last layers that were drawn, in order, over and over."""
+        """``count`` of the last layers that were drawn, in order, over and over, on features they share."""
         chosen = self.heads[torch.arange(first, first + count, device=self.heads.device) % len(self.heads)]
         classes, width = self.loc["head"].shape[1:]
         weight, bias = chosen[:, : classes * width].view(-1, classes, width), chosen[:, classes * width :]

@@ -15,6 +15,7 @@ from test_scripts import ROOT, refused, script
 
 from analysis.comparison_tables import (
     MARKERS,
+    SHOWN,
     against_best,
     against_ensemble,
     load_results,
@@ -144,6 +145,9 @@ def test_bad_arguments_of_the_scripts(tmp_path: Path) -> None:
     refused(script("analysis.comparison", "--results", tmp_path), "results.json", "inference.compare")
     (tmp_path / "results.json").write_text("[{")
     refused(script("analysis.comparison", "--results", tmp_path), "damaged")
+    cell = {"dataset": "d", "train_size": 10, "method": "dropout:0.1", "seed": 0, "status": "done", "epochs": 3}
+    (tmp_path / "results.json").write_text(json.dumps([{**cell, "run": "r", "metrics": dict.fromkeys(SHOWN, 0.5)}]))
+    refused(script("analysis.comparison", "--results", tmp_path, "--ours", "nope"), "nope", "dropout:0.1")
 
 
 def table() -> pd.DataFrame:
