@@ -53,7 +53,14 @@ def training_curves(history: Sequence[Mapping[str, Any]], narrow: bool = False) 
     panels: list[tuple[str, list[tuple[str, str, str]]]] = [
         ("NLL (nats per image)", [("nll", "training", BLUE), ("val_nll", "validation", RED)]),
         ("KL to the prior (nats)", [("weight_kl", "weights", BLUE), ("mask_kl", "masks", ORANGE)]),
-        ("share of weights", [("retention", "mean retention", BLUE), ("pruned_fraction", "pruned", ORANGE)]),
+        (
+            "share of weights",
+            [
+                ("retention", "mean retention", BLUE),
+                ("pruned_fraction", "pruned", ORANGE),
+                ("max_keep", "highest retention", GREEN),
+            ],
+        ),
         ("validation accuracy", [("val_accuracy", "accuracy", RED)]),
     ]
     epochs = np.array([record.get("epoch", i + 1) for i, record in enumerate(history)])

@@ -69,9 +69,10 @@ class IsingConfig:
     """Coupling graph; the names are in pyro_isingvit.coupling.COUPLINGS."""
     kappa_mask: Tempering | Literal["auto"] = "auto"
     """Weight of the likelihood in the mask field: a number, exact (1), data_emphasis (P/N), or auto: solved at each
-    update so that the mean retention meets target_retention."""
-    target_retention: float = 0.4
-    """Mean retention that kappa_mask "auto" aims at; ignored for a fixed kappa_mask."""
+    update so that the mean retention meets target_retention times max_keep."""
+    target_retention: float = 0.5
+    """Mean retention that kappa_mask "auto" aims at, as a share of max_keep: about the share of weights that stay;
+    ignored for a fixed kappa_mask."""
     kappa_weights: Tempering = "data_emphasis"
     """Weight of the likelihood in the objective: a number, exact (1) or data_emphasis (P/N)."""
     delta: float = 0.99
@@ -90,8 +91,9 @@ class IsingConfig:
     """Freeze one shared posterior scale (as the paper does), or learn one per weight."""
     init_scale: float = 0.01
     """Posterior scale at the start; the constant when shared."""
-    max_keep: float = 0.9
-    """Retention is clipped to this, so that every weight is dropped now and then."""
+    max_keep: float | Literal["auto"] = "auto"
+    """Retention is clipped to this, so that every weight is dropped now and then; auto: fitted on the validation part
+    during training, so that the predictions need no temperature (0.9 where there is none)."""
     temperature: float = 0.5
     """Temperature of the relaxed-Bernoulli straight-through masks when the Ising phase starts."""
     final_temperature: float = 0.2
@@ -132,7 +134,7 @@ class TrainConfig:
 
     epochs: int = 30
     """Passes over the training images, pilot phase included, fine-tuning not."""
-    pilot_fraction: float = 0.2
+    pilot_fraction: float = 0.4
     """Share of the epochs trained with every mask at one, before the Ising phase."""
     finetune_epochs: int = 0
     """Epochs after the Ising phase with the masks frozen at retention > 0.5."""

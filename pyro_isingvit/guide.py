@@ -10,7 +10,7 @@ parameter instead, trained by relaxed-Bernoulli gradients with the Ising field J
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -22,6 +22,7 @@ from pyro_isingvit.coupling import COUPLINGS, Network
 from pyro_isingvit.distributions import SelectionMask, SpikeAndSlabPosterior, bernoulli_kl, slab_kl
 from pyro_isingvit.errors import UserError, need
 from pyro_isingvit.granularity import WEIGHT, Spread
+from pyro_isingvit.mask_noise import UNFITTED_KEEP, fitted_keep
 from pyro_isingvit.model import CERTAIN, IsingViT
 from pyro_isingvit.processes import averaged, follow_first, own_rows, world
 from pyro_isingvit.saliency import SALIENCY, second_order_gain
@@ -95,6 +96,7 @@ class IsingGuide(nn.Module):
             {name: nn.Parameter(torch.zeros(site.shape)) for name, site in self.layout.sites.items() if learns}
         )
         self.phase: Phase = "pilot"
+        self.max_keep = UNFITTED_KEEP if self.config.max_keep == "auto" else self.config.max_keep
         self._scales: dict[str, tuple[tuple, Tensor]] = {}  # of each frozen kind, and what it was computed from
         self._sampled: dict[str, tuple[Tensor, Tensor]] = {}  # what _sampled_masks found
         self.temperature: Tensor
@@ -120,13 +122,13 @@ class IsingGuide(nn.Module):
         bounded = logits.clamp(-LOGIT_BOUND, self._highest)
         return logits + (bounded - logits).detach()  # the gradient goes through the bounds, so that masks come back
 
-    def get_extra_state(self) -> dict[str, str]:
-        """The phase, which is no tensor, for ``state_dict``."""
-        return {"phase": self.phase}
+    def get_extra_state(self) -> dict[str, Any]:
+        """The phase and max_keep, which are no tensors, for ``state_dict``."""
+        return {"phase": self.phase, "max_keep": self.max_keep}
 
-    def set_extra_state(self, state: dict[str, Phase]) -> None:
-        """The phase, from ``state_dict``."""
-        self.phase = state["phase"]
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """The phase and max_keep, from ``state_dict``; before version 0.3 max_keep was as set."""
+        self.phase, self.max_keep = state["phase"], state.get("max_keep", self.max_keep)
 
     def retention(self, site: str) -> Tensor:
         """pi = q(xi = 1) of a mask site, of the site's shape."""
@@ -230,9 +232,23 @@ class IsingGuide(nn.Module):
         for name in self.layout.sites:
             self.field(name).fill_(self._highest)
 
+    def fit_mask_noise(self, temperature: float, share: float) -> None:
+        """With max_keep "auto", moves it by the temperature that held-out predictions want (mask_noise.py).
+
+        Args:
+            temperature: T that fits their labels best (calibration.fit_temperature).
+            share: of the Ising phase that has passed since the last call, in [0, 1]; any in the pilot phase.
+
+        Raises:
+            UserError: T is not positive.
+        """
+        if self.config.max_keep == "auto" and self.phase != "frozen":
+            keep = None if self.phase == "pilot" else self.max_keep
+            self.max_keep = fitted_keep(keep, temperature, share)
+
     @property
     def _highest(self) -> float:
-        keep = self.config.max_keep
+        keep = self.max_keep
         return min(LOGIT_BOUND, math.log(keep / (1.0 - keep))) if keep < 1 else LOGIT_BOUND
 
     @property
@@ -288,9 +304,8 @@ class IsingGuide(nn.Module):
         Uses the coupling of the last sweep; retention grows with kappa_mask wherever the likelihood speaks at all.
         """
         config, layout = self.config, self.layout
-        start = min(config.max_keep, 1.0)
         left = (1.0 - min(1.0, 2.0 * progress)) ** 3  # gradual pruning: fast first, slow towards the target
-        target = config.target_retention + (start - config.target_retention) * left
+        target = self.max_keep * (config.target_retention + (1.0 - config.target_retention) * left)
         flat: dict[str, list[Tensor]] = {"gain": [], "base": [], "size": []}
         for name, (few, sizes) in self._sampled_masks().items():
             site = layout.sites[name]
@@ -367,14 +382,13 @@ def check_ising(config: IsingConfig) -> None:
     for name in ("delta", "curvature_decay"):
         if not 0 < getattr(config, name) < 1:
             raise UserError(f"{name} must lie strictly between 0 and 1, not {getattr(config, name)}.")
-    for name in ("max_keep", "mask_damping"):
-        if not 0 < getattr(config, name) <= 1:
-            raise UserError(f"{name} must lie in (0, 1], not {getattr(config, name)}.")
+    for name in ("max_keep", "mask_damping", "target_retention"):
+        value = getattr(config, name)
+        if value != "auto" and not 0 < value <= 1:
+            raise UserError(f"{name} must lie in (0, 1], not {value}.")
     for name in ("temperature", "final_temperature", "tau_0", "tau_1", "init_scale"):
         if not getattr(config, name) > 0:
             raise UserError(f"{name} must be positive, not {getattr(config, name)}.")
-    if not 0 < config.target_retention <= config.max_keep:
-        raise UserError(f"target_retention must lie in (0, max_keep], not {config.target_retention}.")
     if config.tau_0 >= config.tau_1:
         raise UserError(f"the spike tau_0 ({config.tau_0}) must be narrower than the slab tau_1 ({config.tau_1}).")
     need(0 <= config.decay <= 1, f"decay must lie in [0, 1], not {config.decay}.")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_isingvit.calibration import fit_temperature
 from pyro_isingvit.config import TrainConfig
 from pyro_isingvit.elbo import ClosedFormELBO
 from pyro_isingvit.errors import UserError, need
@@ -39,6 +40,13 @@ class Objective(nn.Module):
 
     def before_step(self, x: Tensor, y: Tensor, phase: str, step: int, progress: float) -> None:
         """Called before each optimiser step with the whole batch; ``progress``: share of the phase behind, 0 to 1."""
+
+    def validated(self, probs: Tensor, labels: Tensor, epochs: int, left: int) -> dict[str, float]:
+        """Called after each epoch with probabilities (S, B, C) of the validation images and their labels (B,).
+
+        The phase has ``epochs``, of which ``left`` are to come. Returns what to add to the history.
+        """
+        return {}
 
     def terms(self, loss: float) -> dict[str, float]:
         """What the last loss was made of: nll (nats per image), and penalties in nats over all images."""
@@ -134,6 +142,15 @@ class IsingObjective(Objective):
         self.guide.observe(self.model, x, y)
         if phase == "ising":
             self.guide.update(self.model, progress)
+
+    def validated(self, probs: Tensor, labels: Tensor, epochs: int, left: int) -> dict[str, float]:
+        """With max_keep "auto", fits the masks' noise to the temperature that the predictions want."""
+        if self.guide.config.max_keep != "auto":
+            return {}
+        temperature = fit_temperature(probs, labels)
+        if left or self.guide.phase == "pilot":  # after the last update max_keep says where the masks are clipped
+            self.guide.fit_mask_noise(temperature, 1.0 / epochs)
+        return {"val_temperature": temperature, "max_keep": self.guide.max_keep}
 
     @torch.no_grad()
     def terms(self, loss: float) -> dict[str, float]:

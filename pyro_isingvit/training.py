@@ -245,7 +245,9 @@ class Trainer:
         draws = draw_predictive(self.run, val.images, self.settings.val_samples, seed=epoch)
         self._check_finite(float(draws.probs.sum()), {}, epoch)
         scores = classification_metrics(draws.mean, val.labels)
-        return {f"val_{name}": scores[name] for name in ("accuracy", "nll", "brier", "ece")}
+        _, first, last = self.phase(epoch)
+        noise = self.objective.validated(draws.probs, val.labels, last - first, last - epoch - 1)
+        return {**{f"val_{name}": scores[name] for name in ("accuracy", "nll", "brier", "ece")}, **noise}
 
     def _show(self, epoch: int, phase: str, terms: dict[str, float]) -> None:
         if not self.progress:

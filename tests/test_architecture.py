@@ -11,10 +11,11 @@ ROOT = Path(__file__).parents[1]
 # Each module may import only from those before it.
 ORDER = [
     "version", "errors", "launcher", "processes", "config", "data_checks", "checkpoint", "compact_vit", "history",
-    "metrics", "calibration", "image_files", "data", "distributions", "ising", "elbo", "barrier", "vit", "plain_vit",
-    "assembly", "granularity", "model", "saliency", "coupling", "guide", "fused", "objective", "baseline", "baselines",
-    "run", "predictive", "detection", "datatree", "from_pyro", "posterior", "pruning", "footprint", "export",
-    "frontier", "prune_peers", "evaluation", "blame", "augment", "steps", "training", "experiment",
+    "metrics", "calibration", "image_files", "data", "distributions", "ising", "elbo", "barrier", "vit",
+    "plain_vit", "assembly", "granularity", "model", "saliency", "coupling", "mask_noise", "guide", "fused",
+    "objective", "baseline", "baselines", "run", "predictive", "detection", "datatree", "from_pyro", "posterior",
+    "pruning", "footprint", "export", "frontier", "prune_peers", "evaluation", "blame", "augment", "steps",
+    "training", "experiment",
 ]  # fmt: skip
 LIBRARY = sorted(path for path in (ROOT / "pyro_isingvit").glob("*.py") if path.stem != "__init__")
 SOURCES = [*LIBRARY, *sorted((ROOT / "inference").glob("*.py")), *sorted((ROOT / "analysis").glob("*.py"))]
