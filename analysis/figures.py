@@ -58,7 +58,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], narrow: bool = False) 
             [
                 ("retention", "mean retention", BLUE),
                 ("pruned_fraction", "pruned", ORANGE),
-                ("max_keep", "highest retention", GREEN),
+                ("max_keep", "max_keep, the clip", GREEN),
             ],
         ),
         ("validation accuracy", [("val_accuracy", "accuracy", RED)]),
