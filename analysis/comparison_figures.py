@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from analysis.figures import entropy_of, reliability_bins
 from analysis.style import BLUE, GREY, ORANGE, RED, SKY, WIDE, percent, save_png, styled
@@ -70,8 +71,9 @@ def curves(frame: pd.DataFrame, ours: str) -> Figure:
                 percent(ax.yaxis)
             else:
                 ax.set_yscale("log")
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))  # all nine would overlap
+                ax.yaxis.set_minor_locator(NullLocator())
                 ax.yaxis.set_major_formatter("{x:g}")
-                ax.yaxis.set_minor_formatter("{x:.2g}")
     _legend_of_all(figure)
     return figure
 
