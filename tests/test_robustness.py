@@ -29,6 +29,14 @@ from pyro_isingvit.errors import UserError
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def interruptible() -> Iterator[None]:
+    """What a shell starts in the background ignores Ctrl-C, and so does what it starts itself."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> dict:
     result = subprocess.run(
