@@ -128,7 +128,9 @@ class IsingGuide(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """The phase and max_keep, from ``state_dict``; before version 0.3 max_keep was as set."""
-        self.phase, self.max_keep = state["phase"], state.get("max_keep", self.max_keep)
+        keep = float(state.get("max_keep", self.max_keep))
+        need(0 < keep <= 1, f"max_keep is {keep}")
+        self.phase, self.max_keep = state["phase"], keep
 
     def retention(self, site: str) -> Tensor:
         """pi = q(xi = 1) of a mask site, of the site's shape."""

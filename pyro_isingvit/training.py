@@ -355,7 +355,7 @@ class Trainer:
             # Another number of processes may have cut the last batch of the epochs differently.
             self.step = self.scheduler.last_epoch = self.epoch * self.steps_per_epoch
             self.finished = state.get("finished", False)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{folder / CHECKPOINT} does not fit its {CONFIG}: {error}") from error
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.fabric.device.type == "cuda":
