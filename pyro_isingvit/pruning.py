@@ -77,8 +77,10 @@ def _highest(guide: IsingGuide, retention: Kept, keep: float) -> Kept:
     sites = guide.layout.sites
     sizes = {name: guide.layout.reduce(site, ones) for name, site in sites.items()}
     worth = {name: guide.layout.reduce(site, gain) / sizes[name] for name, site in sites.items()}
+    # Damped masks are on their way to a clip that moves: those within 1% of it are equals.
+    clipped = {name: pi.clamp(max=0.99 * guide.max_keep) for name, pi in retention.items()}
     flat = [torch.cat([part[name].flatten() for name in sites]).double().cpu().numpy()
-            for part in (retention, worth, sizes)]  # fmt: skip
+            for part in (clipped, worth, sizes)]  # fmt: skip
     order = np.lexsort((flat[1], flat[0]))[::-1]  # by pi, then by worth, the highest first
     total = np.cumsum(flat[2][order])
     on = np.zeros(len(order), bool)
