@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from test_scripts import ROOT, refused, script
+from test_scripts import ROOT, here, refused, script
 
 from analysis.comparison_tables import (
     MARKERS,
@@ -141,13 +141,13 @@ def test_bad_grids_are_refused(bad: dict[str, object]) -> None:
 
 
 def test_bad_arguments_of_the_scripts(tmp_path: Path) -> None:
-    refused(script("inference.compare", "--methods", "nope", "--out", tmp_path), "unknown method 'nope'", "ising")
-    refused(script("analysis.comparison", "--results", tmp_path), "results.json", "inference.compare")
+    refused(here("inference.compare", "--methods", "nope", "--out", tmp_path), "unknown method 'nope'", "ising")
+    refused(here("analysis.comparison", "--results", tmp_path), "results.json", "inference.compare")
     (tmp_path / "results.json").write_text("[{")
-    refused(script("analysis.comparison", "--results", tmp_path), "damaged")
+    refused(here("analysis.comparison", "--results", tmp_path), "damaged")
     cell = {"dataset": "d", "train_size": 10, "method": "dropout:0.1", "seed": 0, "status": "done", "epochs": 3}
     (tmp_path / "results.json").write_text(json.dumps([{**cell, "run": "r", "metrics": dict.fromkeys(SHOWN, 0.5)}]))
-    refused(script("analysis.comparison", "--results", tmp_path, "--ours", "nope"), "nope", "dropout:0.1")
+    refused(here("analysis.comparison", "--results", tmp_path, "--ours", "nope"), "nope", "dropout:0.1")
 
 
 def table() -> pd.DataFrame:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_scripts import QUICK, refused, script
+from test_scripts import QUICK, here, refused, script
 
 from pyro_isingvit.compact_vit import CompactViT
 from pyro_isingvit.data import load_data
@@ -69,8 +69,8 @@ def test_max_accuracy_drop(run: Path, tmp_path: Path) -> None:
 
 def test_what_is_there_stays_unless_asked(run: Path, small: Path) -> None:
     before = (small / "compact.safetensors").read_bytes()
-    refused(script("inference.prune", "--run", run, "--out", small), "already holds", "--overwrite")
-    refused(script("inference.prune", "--run", run, "--out", run), "own folder")
+    refused(here("inference.prune", "--run", run, "--out", small), "already holds", "--overwrite")
+    refused(here("inference.prune", "--run", run, "--out", run), "own folder")
     assert (small / "compact.safetensors").read_bytes() == before
 
 
@@ -89,13 +89,13 @@ def test_what_is_there_stays_unless_asked(run: Path, small: Path) -> None:
     ],
 )
 def test_bad_input(run: Path, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
-    refused(script("inference.prune", "--run", run, "--out", tmp_path / "o", *arguments), *words)
+    refused(here("inference.prune", "--run", run, "--out", tmp_path / "o", *arguments), *words)
     assert not (tmp_path / "o").exists()
 
 
 def test_folders_without_masks(tmp_path: Path) -> None:
-    refused(script("inference.prune", "--run", tmp_path / "none", "--out", tmp_path / "o"), "no run folder")
+    refused(here("inference.prune", "--run", tmp_path / "none", "--out", tmp_path / "o"), "no run folder")
     plain = tmp_path / "plain"
     result = script("inference.train", "--dataset", "digits", *QUICK, "--method", "deterministic", "--out", plain)
     assert result.returncode == 0, result.stderr
-    refused(script("inference.prune", "--run", plain, "--out", tmp_path / "o"), "no masks")
+    refused(here("inference.prune", "--run", plain, "--out", tmp_path / "o"), "no masks")

@@ -1,11 +1,15 @@
 """Every script as a user runs it: a small real run from end to end, and what bad input gets."""
 
 import csv
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -26,6 +30,17 @@ def script(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", module, *map(str, arguments)],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
+
+
+def here(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same in this process, for input that is refused: the imports of a new one take ten seconds."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err), patch.dict(os.environ, COLUMNS="200"):
+        try:
+            importlib.import_module(module).main([*map(str, arguments)])
+        except SystemExit as leave:
+            code = int(leave.code or 0)
+    return subprocess.CompletedProcess(module, code, out.getvalue(), err.getvalue())
 
 
 def refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -128,13 +143,13 @@ def test_bad_predictions_are_refused(run: Path, tmp_path: Path) -> None:
     out = ["--out", tmp_path / "p.nc", "--device", "cpu"]
     np.savez(tmp_path / "rgb.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
     np.savez(tmp_path / "nan.npz", images=np.full((2, 8, 8), np.nan))
-    refused(script("inference.predict", "--run", tmp_path / "none", "--input", "digits", *out), "no run folder")
-    refused(script("inference.predict", "--run", tmp_path / "empty", "--input", "digits", *out), "holds no run")
-    refused(script("inference.predict", "--run", run, "--input", tmp_path / "empty", *out), "empty")
-    refused(script("inference.predict", "--run", run, "--input", tmp_path / "rgb.npz", *out), "rgb.npz")
-    refused(script("inference.predict", "--run", run, "--input", tmp_path / "nan.npz", *out), "NaN")
-    refused(script("inference.predict", "--run", run, "--input", "digits", *out, "--samples", 0), "at least 1")
-    refused(script("inference.predict", "--run", run, "--input", "digits", "--out", tmp_path / "p.csv"), ".nc")
+    refused(here("inference.predict", "--run", tmp_path / "none", "--input", "digits", *out), "no run folder")
+    refused(here("inference.predict", "--run", tmp_path / "empty", "--input", "digits", *out), "holds no run")
+    refused(here("inference.predict", "--run", run, "--input", tmp_path / "empty", *out), "empty")
+    refused(here("inference.predict", "--run", run, "--input", tmp_path / "rgb.npz", *out), "rgb.npz")
+    refused(here("inference.predict", "--run", run, "--input", tmp_path / "nan.npz", *out), "NaN")
+    refused(here("inference.predict", "--run", run, "--input", "digits", *out, "--samples", 0), "at least 1")
+    refused(here("inference.predict", "--run", run, "--input", "digits", "--out", tmp_path / "p.csv"), ".nc")
     assert not (tmp_path / "p.nc").exists()
 
 
@@ -148,22 +163,22 @@ def test_a_run_cut_short_or_of_another_version_is_refused(run: Path, tmp_path: P
     cut = broken("cut")
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         (cut / name).unlink()
-    refused(script("inference.predict", "--run", cut, *predict), "checkpoint.pt", "missing")
-    refused(script("inference.train", "--resume", cut), "checkpoint.pt", "missing")
+    refused(here("inference.predict", "--run", cut, *predict), "checkpoint.pt", "missing")
+    refused(here("inference.train", "--resume", cut), "checkpoint.pt", "missing")
     half = broken("half")
     content = (half / "checkpoint.pt").read_bytes()
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         (half / name).write_bytes(content[: len(content) // 2])
-    refused(script("inference.predict", "--run", half, *predict), "checkpoint.pt", "no better")
+    refused(here("inference.predict", "--run", half, *predict), "checkpoint.pt", "no better")
     old = broken("old")
     (old / "config.json").write_text((run / "config.json").read_text().replace('"format": 1', '"format": 0'))
-    refused(script("inference.predict", "--run", old, *predict), "format 0")
+    refused(here("inference.predict", "--run", old, *predict), "format 0")
     other = broken("other")
     (other / "config.json").write_text((run / "config.json").read_text().replace('"width": 16', '"width": 32'))
-    refused(script("inference.predict", "--run", other, *predict), "does not fit")
+    refused(here("inference.predict", "--run", other, *predict), "does not fit")
     no_posterior = broken("no_posterior")
     (no_posterior / "posterior.nc").unlink()
-    refused(script("analysis.report", "--run", no_posterior), "posterior.nc")
+    refused(here("analysis.report", "--run", no_posterior), "posterior.nc")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +200,7 @@ def test_a_run_cut_short_or_of_another_version_is_refused(run: Path, tmp_path: P
     ],
 )
 def test_bad_training_arguments_are_refused(arguments: list[str], words: list[str], tmp_path: Path) -> None:
-    refused(script("inference.train", *arguments, "--device", "cpu", "--out", tmp_path / "r"), *words)
+    refused(here("inference.train", *arguments, "--device", "cpu", "--out", tmp_path / "r"), *words)
     assert not (tmp_path / "r").exists()
 
 
