@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from test_scripts import here
 
 from analysis.corruptions import main
 from analysis.spoil import CORRUPTIONS, METRICS, corrupt
@@ -67,7 +68,7 @@ def test_the_clean_value_is_that_of_the_evaluation_and_runs_repeat(run: Path) ->
     assert clean == {name: pytest.approx(metrics[name], abs=1e-6) for name in METRICS}
 
 
-def test_bad_input_is_refused(run: Path, tmp_path: Path, capsys) -> None:
+def test_bad_input_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, word in [
         (["--run", tmp_path / "gone"], "no run folder"),
@@ -77,10 +78,9 @@ def test_bad_input_is_refused(run: Path, tmp_path: Path, capsys) -> None:
         (["--run", run, "--nope"], "nope"),
         ([], "--run"),
     ]:
-        with pytest.raises(SystemExit) as left:
-            main([*map(str, arguments), "--out", str(tmp_path / "o")])
-        error = "".join(capsys.readouterr())
-        assert left.value.code == 2 and word in error and "Traceback" not in error
+        result = here("analysis.corruptions", *arguments, "--out", tmp_path / "o")
+        error = result.stdout + result.stderr
+        assert result.returncode == 2 and word in error and "Traceback" not in error
     assert not (tmp_path / "o").exists()
 
 

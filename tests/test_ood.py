@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_scripts import here
 
 from analysis.ood import main
 from analysis.shift import choose, fit_images, load_runs, own_test_part
@@ -44,13 +45,11 @@ def tiny_run(folder: Path, *arguments: str) -> Path:
     return folder
 
 
-def refused(arguments: list[object], *words: str, capsys) -> None:
-    with pytest.raises(SystemExit) as left:
-        main([str(argument) for argument in arguments])
-    error = capsys.readouterr().err
-    assert left.value.code == 2 and "Traceback" not in error
+def refused(arguments: list[object], *words: str) -> None:
+    result = here("analysis.ood", *arguments)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
     for word in words:
-        assert word in error, error
+        assert word in result.stderr, result.stderr
 
 
 def test_two_runs_and_several_kinds(run: Path, other: Path, tmp_path: Path, capsys) -> None:
@@ -101,7 +100,7 @@ def test_a_data_set_against_itself_says_nothing(run: Path) -> None:
     assert {each["auroc"] for each in found.values()} == {0.5}
 
 
-def test_bad_input_is_refused(run: Path, tmp_path: Path, capsys) -> None:
+def test_bad_input_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "float.npz", images=np.zeros((2, 8, 8)))
     np.savez(tmp_path / "none.npz", other=np.zeros(3))
@@ -124,7 +123,7 @@ def test_bad_input_is_refused(run: Path, tmp_path: Path, capsys) -> None:
         ([*good, "noise", "--samples", 0], ["at least 1"]),
         ([*good, "noise", "--max-images", 0], ["max-images"]),
     ]:
-        refused([*arguments, "--out", tmp_path / "o", "--device", "cpu"], *words, capsys=capsys)
+        refused([*arguments, "--out", tmp_path / "o", "--device", "cpu"], *words)
     assert not (tmp_path / "o").exists()
 
 

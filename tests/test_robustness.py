@@ -16,11 +16,10 @@ import pytest
 import torch
 from conftest import INFO, make_split
 from kill_driver import KILLS, same
-from test_scripts import ROOT
+from test_scripts import ROOT, here
 from test_training import CONFIG, trainer
 
 from inference.cli import run_script, with_clear_errors
-from inference.train import main as train_script
 from pyro_isingvit.checkpoint import load_checkpoint
 from pyro_isingvit.config import DataConfig
 from pyro_isingvit.data import ImageData
@@ -215,12 +214,10 @@ SCRIPT = ["--dataset", "digits", "--depth", "1", "--width", "16", "--samples", "
           "3", "--device", "cpu"]  # fmt: skip
 
 
-def script_refuses(arguments: list[str], capsys, *words: str) -> None:
-    with pytest.raises(SystemExit) as leave:
-        train_script(arguments)
-    error = capsys.readouterr().err
-    assert leave.value.code == 2 and "Traceback" not in error
-    assert all(word in error for word in words), error
+def script_refuses(arguments: list[str], *words: str) -> None:
+    result = here("inference.train", *arguments)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
 
 
 @pytest.fixture
@@ -237,24 +234,24 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_disk_that_is_really_full_and_really_read_only(small_disk: Path, capsys) -> None:
+def test_a_disk_that_is_really_full_and_really_read_only(small_disk: Path) -> None:
     run = small_disk / "r"
-    script_refuses([*SCRIPT, "--out", str(run)], capsys, "cannot write", "No space left on device")
+    script_refuses([*SCRIPT, "--out", str(run)], "cannot write", "No space left on device")
     kept = load_checkpoint(run / "checkpoint.pt")["epoch"]
     assert kept >= 1 and not [path for path in run.glob(".*")]
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     for arguments in (["--resume", str(run)], [*SCRIPT, "--out", str(run), "--overwrite"],
                       [*SCRIPT, "--out", str(small_disk / "new")]):  # fmt: skip
-        script_refuses(arguments, capsys, "cannot write", "Read-only file system")
+        script_refuses(arguments, "cannot write", "Read-only file system")
     assert load_checkpoint(run / "checkpoint.pt")["epoch"] == kept
 
 
-def test_a_read_only_folder_is_named_before_training(tmp_path, capsys, monkeypatch) -> None:
+def test_a_read_only_folder_is_named_before_training(tmp_path, monkeypatch) -> None:
     def fail(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("tempfile.mkstemp", fail)
-    script_refuses([*SCRIPT, "--out", str(tmp_path / "r")], capsys, "cannot write", "config.json", "Read-only")
+    script_refuses([*SCRIPT, "--out", str(tmp_path / "r")], "cannot write", "config.json", "Read-only")
 
 
 # Workers --------------------------------------------------------------------------------------------------------
