@@ -9,7 +9,6 @@ import torch
 from golden import FILE, NAMES, kept_keys, outcome, probe, write_images
 
 from pyro_isingvit import CompactViT, load_run
-from pyro_isingvit.experiment import train_run
 from pyro_isingvit.predictive import draw_predictive
 from pyro_isingvit.run import read_config
 
