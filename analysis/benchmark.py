@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.cli import run_script
-from pyro_isingvit.errors import UserError, need
+from pyro_isingvit.core.errors import UserError, need
 
 RESULTS, TABLE = "benchmark.json", "benchmark.md"
 KEYS = ("step_ratio_eager", "step_ratio_pyro_engine", "predictive_ratio", "mask_update_share", "repeats_s", "settings",
@@ -114,7 +114,7 @@ def table(result: dict[str, Any]) -> str:
 def make(arguments: BenchmarkFigures) -> None:
     """Draw what a benchmark measured, and write it as a table."""
     from analysis.style import save_png
-    from pyro_isingvit.checkpoint import write_text
+    from pyro_isingvit.core.checkpoint import write_text
 
     result = read(arguments.results)
     for name, figure in figures(result).items():

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inference.cli import run_script
-
-OURS = "ising"
+from pyro_isingvit.methods.registry import OURS
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ def comparison(arguments: Arguments) -> None:
         to_markdown,
         write_readme,
     )
-    from pyro_isingvit.checkpoint import write_text
-    from pyro_isingvit.data_checks import csv_text
-    from pyro_isingvit.errors import UserError
+    from pyro_isingvit.core.checkpoint import write_text
+    from pyro_isingvit.core.errors import UserError
+    from pyro_isingvit.core.untrusted import csv_text
 
     folder = arguments.results
     frame = load_results(folder / "results.json")

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.comparison import OURS
-from pyro_isingvit.checkpoint import write_text
-from pyro_isingvit.data_checks import plain
-from pyro_isingvit.errors import UserError
+from pyro_isingvit.core.checkpoint import write_text
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.untrusted import plain
+from pyro_isingvit.methods.registry import OURS
 
 SEVERAL = ("ensemble",)  # methods that need several networks
 SHOWN = {  # metrics.json -> heading, decimals, +1: more is better, -1: less, 0: neither

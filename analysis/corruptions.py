@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from analysis.shift_arguments import ShiftArguments
 from inference.cli import run_script
-from pyro_isingvit.errors import need
+from pyro_isingvit.core.errors import need
 
 RESULTS, CURVES, EXAMPLES = "results.json", "corruptions.png", "examples.png"
 
@@ -32,7 +32,7 @@ def corruptions(arguments: Arguments) -> None:
     from analysis import shift_figures, style
     from analysis.shift import load_runs, own_test_part, print_columns
     from analysis.spoil import CORRUPTIONS, corrupt, judge, summary_rows
-    from pyro_isingvit.checkpoint import write_json
+    from pyro_isingvit.core.checkpoint import write_json
 
     need(arguments.samples >= 1, f"--samples must be at least 1, got {arguments.samples}.")
     runs = load_runs(arguments.run, arguments.device)

@@ -30,7 +30,7 @@ from analysis.style import (
     percent,
     styled,
 )
-from pyro_isingvit.metrics import ECE_BINS
+from pyro_isingvit.predictive.metrics import ECE_BINS
 
 PHASES = {  # name -> title, background
     "pilot": ("pilot phase", "#E8EDF2"),

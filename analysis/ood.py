@@ -10,7 +10,7 @@ from typing import Any
 
 from analysis.shift_arguments import ShiftArguments
 from inference.cli import run_script
-from pyro_isingvit.errors import need
+from pyro_isingvit.core.errors import need
 
 RESULTS = "results.json"
 
@@ -35,9 +35,9 @@ def ood(arguments: Arguments) -> None:
     from analysis import shift_figures, style
     from analysis.shift import load_runs, own_test_part, print_columns
     from analysis.strange import KNOWN, file_names, strange_images
-    from pyro_isingvit.checkpoint import write_json
-    from pyro_isingvit.detection import ood_metrics, uncertainty_scores
-    from pyro_isingvit.predictive import draw_predictive
+    from pyro_isingvit.core.checkpoint import write_json
+    from pyro_isingvit.predictive.detection import ood_metrics, uncertainty_scores
+    from pyro_isingvit.runs.predict import draw_predictive
 
     need(arguments.ood, f"--ood needs one of: {KNOWN}.")
     need(len(set(arguments.ood)) == len(arguments.ood), "--ood names the same images twice.")

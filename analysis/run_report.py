@@ -16,13 +16,12 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
 from analysis import attention_figures, figures, mask_figures, pruning_figures, style
-from pyro_isingvit.assembly import structure
-from pyro_isingvit.checkpoint import write_text
-from pyro_isingvit.config import RunConfig
-from pyro_isingvit.datatree import load_datatree
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.history import read_history
-from pyro_isingvit.run import HISTORY, METRICS, POSTERIOR, read_config
+from pyro_isingvit.core.checkpoint import write_text
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.predictive.datatree import load_datatree
+from pyro_isingvit.pruning.assembly import structure
+from pyro_isingvit.runs.folder import HISTORY, METRICS, POSTERIOR, read_config, read_history
 
 PAGE = "index.html"
 THRESHOLD = 0.5  # retention below it: pruned

@@ -14,11 +14,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from pyro_isingvit.data import DataInfo, Split, load_data
-from pyro_isingvit.data_checks import printable
-from pyro_isingvit.datatree import load_datatree
-from pyro_isingvit.errors import UserError, need
-from pyro_isingvit.run import POSTERIOR, Run, load_run
+from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.untrusted import printable
+from pyro_isingvit.data.load import load_data
+from pyro_isingvit.data.split import DataInfo, Split
+from pyro_isingvit.predictive.datatree import load_datatree
+from pyro_isingvit.runs.folder import POSTERIOR
+from pyro_isingvit.runs.load import load_run
+from pyro_isingvit.runs.run import Run
 
 log = logging.getLogger(__name__)
 STORED = (("constant_data", "pixels"), ("observed_data", "y"))  # what posterior.nc keeps of the test part

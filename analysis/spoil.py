@@ -13,11 +13,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from pyro_isingvit.data import Split
-from pyro_isingvit.errors import need
-from pyro_isingvit.metrics import classification_metrics
-from pyro_isingvit.predictive import draw_predictive
-from pyro_isingvit.run import Run
+from pyro_isingvit.core.errors import need
+from pyro_isingvit.data.split import Split
+from pyro_isingvit.predictive.metrics import classification_metrics
+from pyro_isingvit.runs.predict import draw_predictive
+from pyro_isingvit.runs.run import Run
 
 METRICS = ("accuracy", "nll", "ece")
 Scores = dict[str, float]

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from analysis.shift import choose, fit_images
-from pyro_isingvit.data import DATASETS, DataInfo, load_data
-from pyro_isingvit.data_checks import check_archive
-from pyro_isingvit.errors import UserError, need, why
-from pyro_isingvit.image_files import decode_all, list_images
+from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.untrusted import check_archive
+from pyro_isingvit.data.files import decode_all, list_images
+from pyro_isingvit.data.load import load_data
+from pyro_isingvit.data.sources import DATASETS
+from pyro_isingvit.data.split import DataInfo
 
 KNOWN = ", ".join([*DATASETS, "noise", "shuffled", "imagefolder:PATH", "npz:PATH"])
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import FuncFormatter
 
-from pyro_isingvit.checkpoint import write_atomically
+from pyro_isingvit.core.checkpoint import write_atomically
 
 BLUE, ORANGE, GREEN, RED, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#595959"
 WIDE, HALF, NARROW = 11.0, 5.4, 4.0  # inches: the page, half of it, a phone

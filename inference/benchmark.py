@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from inference.cli import print_table, results_file, run_script
-from pyro_isingvit.config import IsingConfig, TrainConfig, ViTConfig, preset
-from pyro_isingvit.errors import UserError, need
+from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.settings import IsingConfig, TrainConfig, ViTConfig, preset
 from pyro_isingvit.version import __version__
 
 RESULTS, PROFILE = "benchmark.json", "profile.txt"
@@ -78,7 +78,7 @@ def benchmark(arguments: BenchmarkArguments) -> None:
         peer_config(arguments.device)  # complains where none is installed
     import torch
 
-    from pyro_isingvit.checkpoint import write_json, write_text
+    from pyro_isingvit.core.checkpoint import write_json, write_text
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is available here; use --device cpu.")
@@ -99,7 +99,7 @@ def measure(arguments: BenchmarkArguments) -> dict[str, Any]:
     """Everything that benchmark.json holds."""
     from inference.benchmark_cases import ising_draws, ising_step, plain_draws, plain_step, times
     from inference.benchmark_parts import curves, input_path, medians, memory, peers, variants
-    from pyro_isingvit.footprint import interleaved
+    from pyro_isingvit.pruning.cost import interleaved
 
     found, shape = machine(arguments.threads, arguments.device), shape_of(arguments)
     steps = IsingConfig().update_every

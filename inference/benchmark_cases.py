@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_isingvit.config import IsingConfig, RunConfig, TrainConfig, ViTConfig
-from pyro_isingvit.data import DataInfo
-from pyro_isingvit.objective import IsingObjective
-from pyro_isingvit.plain_vit import PlainViT
-from pyro_isingvit.predictive import CHUNK, draw_predictive
-from pyro_isingvit.run import Run, build_run
+from pyro_isingvit.core.settings import IsingConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.methods.ising import IsingObjective
+from pyro_isingvit.nets.plain import PlainViT
+from pyro_isingvit.runs.predict import CHUNK, draw_predictive
+from pyro_isingvit.runs.run import Run, build_run
 
 Case = Callable[[], object]
 

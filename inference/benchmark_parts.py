@@ -19,10 +19,10 @@ from inference.benchmark_cases import (
     plain_step,
     times,
 )
-from pyro_isingvit.config import IsingConfig, RunConfig
-from pyro_isingvit.data import Split
-from pyro_isingvit.errors import need
-from pyro_isingvit.steps import batches
+from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.settings import IsingConfig, RunConfig
+from pyro_isingvit.data.batches import batches
+from pyro_isingvit.data.split import Split
 
 Turns = Callable[[dict[str, Case], str], dict[str, list[float]]]
 UPDATE = "update"

@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 
 import tyro
 
-from pyro_isingvit.config import check_fields
-from pyro_isingvit.data_checks import printable
-from pyro_isingvit.errors import UserError, need
-from pyro_isingvit.launcher import by_torchrun
+from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.launcher import by_torchrun
+from pyro_isingvit.core.settings import check_fields
+from pyro_isingvit.core.untrusted import printable
 
 # torchrun starts a script several times; the first process on each machine speaks, the first of all reports.
 SPEAKS = not by_torchrun() or os.environ["LOCAL_RANK"] == "0"

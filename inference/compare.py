@@ -20,16 +20,9 @@ from typing import Any, Literal
 
 from inference.cli import run_script
 from inference.workers import workers
-from pyro_isingvit.config import (
-    METHODS,
-    BaselineConfig,
-    DataConfig,
-    RunConfig,
-    check_fields,
-    default_preset,
-    preset,
-)
-from pyro_isingvit.errors import UserError, need
+from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.settings import BaselineConfig, DataConfig, RunConfig, check_fields, default_preset, preset
+from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.version import __version__
 
 RESULTS = "results.json"
@@ -129,7 +122,7 @@ def make_cells(arguments: CompareArguments) -> list[Cell]:
     Raises:
         UserError: a size, seed, method or preset that cannot be.
     """
-    from pyro_isingvit.baseline import check_baseline
+    from pyro_isingvit.methods.plain import check_baseline
 
     for name in ("methods", "train_sizes", "seeds"):
         values = getattr(arguments, name)
@@ -164,14 +157,14 @@ def _folder(out: Path, label: str, size: int, spec: str, seed: int) -> Path:
 
 def _same_settings(cell: Cell) -> bool:
     """Whether the cell's folder holds a run of the cell's settings, whatever version wrote it."""
-    from pyro_isingvit.run import read_config
+    from pyro_isingvit.runs.folder import read_config
 
     return replace(read_config(cell.folder), version="") == replace(cell.config, version="")
 
 
 def finished(cell: Cell) -> dict[str, Any] | None:
     """The metrics of a cell that is done with the same settings, or None."""
-    from pyro_isingvit.run import METRICS
+    from pyro_isingvit.runs.folder import METRICS
 
     try:
         metrics = json.loads((cell.folder / METRICS).read_text())
@@ -186,7 +179,7 @@ def run_cell(cell: Cell, threads: int) -> dict[str, Any]:
     import torch
 
     from pyro_isingvit.experiment import train_run
-    from pyro_isingvit.run import CHECKPOINT, METRICS
+    from pyro_isingvit.runs.folder import CHECKPOINT, METRICS
 
     torch.set_num_threads(threads)
     trained = cell.folder.with_name(cell.folder.name.replace(f"-{cell.method}-", "-deterministic-"))
@@ -303,7 +296,7 @@ def _record(results: dict[tuple[Any, ...], dict[str, Any]], cell: Cell, outcome:
 
 
 def _write(out: Path, results: dict[tuple[Any, ...], dict[str, Any]]) -> None:
-    from pyro_isingvit.checkpoint import write_json  # here: it imports torch, which a mistyped flag need not wait for
+    from pyro_isingvit.core.checkpoint import write_json
 
     write_json(out / RESULTS, [results[key] for key in sorted(results)])
 

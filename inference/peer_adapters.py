@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inference.peer_network import Clock, Job, decayed, train
-from pyro_isingvit.config import METHODS as OWN
-from pyro_isingvit.predictive import draw_predictive
-from pyro_isingvit.training import Trainer
+from pyro_isingvit.methods.registry import METHODS as OWN
+from pyro_isingvit.runs.predict import draw_predictive
+from pyro_isingvit.runs.trainer import Trainer
 
 Predict = Callable[[Tensor], Tensor]  # images (B, ...) uint8 -> class probabilities (S, B, C)
 

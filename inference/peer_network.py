@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_isingvit.baseline import Baseline
-from pyro_isingvit.config import RunConfig
-from pyro_isingvit.data import ImageData
-from pyro_isingvit.plain_vit import PlainViT
-from pyro_isingvit.run import build_run
-from pyro_isingvit.steps import batches, learning_rate_factor
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.data.batches import batches
+from pyro_isingvit.data.split import ImageData
+from pyro_isingvit.methods.plain import Baseline
+from pyro_isingvit.nets.plain import PlainViT
+from pyro_isingvit.runs.run import build_run
+from pyro_isingvit.runs.steps import learning_rate_factor
 
 CHUNK = 500  # images that are predicted at a time
 

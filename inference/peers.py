@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from inference.cli import results_file, run_script
-from pyro_isingvit.config import METHODS, DataConfig, RunConfig, default_preset, preset
-from pyro_isingvit.errors import need, why
+from pyro_isingvit.core.errors import need, why
+from pyro_isingvit.core.settings import DataConfig, RunConfig, default_preset, preset
+from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.version import __version__
 
 RESULTS = "peers.json"
@@ -94,10 +95,10 @@ def make_config(arguments: PeersArguments) -> RunConfig:
 
 def check(config: RunConfig) -> None:
     """Raises UserError for data or settings that no method could use, before any process is started."""
-    from pyro_isingvit.data import load_data
-    from pyro_isingvit.plain_vit import PlainViT
-    from pyro_isingvit.training import check_training
-    from pyro_isingvit.vit import ViT
+    from pyro_isingvit.data.load import load_data
+    from pyro_isingvit.nets.plain import PlainViT
+    from pyro_isingvit.nets.vit import ViT
+    from pyro_isingvit.runs.trainer import check_training
 
     check_training(config.train)
     data = load_data(**asdict(config.data), seed=config.train.seed)
@@ -118,9 +119,9 @@ def fit_and_score(name: str, config: RunConfig, pause: Any = lambda: None) -> di
 
     from inference.peer_adapters import METHODS as KNOWN
     from inference.peer_network import Clock, Job
-    from pyro_isingvit.calibration import fit_temperature, temper
-    from pyro_isingvit.data import load_data
-    from pyro_isingvit.metrics import classification_metrics
+    from pyro_isingvit.data.load import load_data
+    from pyro_isingvit.predictive.calibration import fit_temperature, temper
+    from pyro_isingvit.predictive.metrics import classification_metrics
 
     method, clock = KNOWN[name], Clock(pause)
     data = load_data(**asdict(config.data), seed=config.train.seed)
@@ -288,7 +289,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 def peers(arguments: PeersArguments) -> None:
     """Compare with other libraries on the same network and split."""
-    from pyro_isingvit.checkpoint import write_json  # here: it imports torch, which a mistyped flag need not wait for
+    from pyro_isingvit.core.checkpoint import write_json
 
     config, path = make_config(arguments), results_file(arguments.out, RESULTS, arguments.overwrite)
     check(config)

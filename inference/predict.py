@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from inference.cli import print_table, run_script
-from pyro_isingvit.data_checks import csv_text
-from pyro_isingvit.errors import UserError
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.untrusted import csv_text
 
 if TYPE_CHECKING:
-    from pyro_isingvit.data import Split
-    from pyro_isingvit.predictive import PredictiveDraws
+    from pyro_isingvit.data.split import Split
+    from pyro_isingvit.predictive.draws import PredictiveDraws
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ def predict(arguments: PredictArguments) -> None:
     """Draw posterior predictive samples for images with a trained run."""
     import torch
 
-    from pyro_isingvit.checkpoint import write_text
-    from pyro_isingvit.data import load_inputs
-    from pyro_isingvit.datatree import save_datatree
-    from pyro_isingvit.metrics import classification_metrics
-    from pyro_isingvit.posterior import predictions_to_datatree
-    from pyro_isingvit.predictive import draw_predictive
-    from pyro_isingvit.run import load_run
+    from pyro_isingvit.core.checkpoint import write_text
+    from pyro_isingvit.data.load import load_inputs
+    from pyro_isingvit.predictive.datatree import save_datatree
+    from pyro_isingvit.predictive.metrics import classification_metrics
+    from pyro_isingvit.predictive.tree import predictions_to_datatree
+    from pyro_isingvit.runs.load import load_run
+    from pyro_isingvit.runs.predict import draw_predictive
 
     table = arguments.out.with_suffix(".csv")
     if arguments.out.suffix != ".nc":

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from inference.cli import print_table, run_script
-from pyro_isingvit.errors import need
+from pyro_isingvit.core.errors import need
 
 if TYPE_CHECKING:
-    from pyro_isingvit.compact_vit import CompactViT
-    from pyro_isingvit.data import ImageData, Split
-    from pyro_isingvit.frontier import Candidate, Point
-    from pyro_isingvit.pruning import Kept
-    from pyro_isingvit.run import Run
+    from pyro_isingvit.data.split import ImageData, Split
+    from pyro_isingvit.pruning.choose import Kept
+    from pyro_isingvit.pruning.frontier import Candidate, Point
+    from pyro_isingvit.pruning.network import CompactViT
+    from pyro_isingvit.runs.run import Run
 
 FRONTIER = "frontier.json"
 
@@ -57,19 +57,20 @@ class PruneArguments:
 
 def prune(arguments: PruneArguments) -> None:
     """Turn a run's masks into a smaller network; measure it against the dense one and the full posterior."""
-    from pyro_isingvit.checkpoint import write_json
-    from pyro_isingvit.export import need_extras
-    from pyro_isingvit.frontier import frontier, kept_share
-    from pyro_isingvit.metrics import classification_metrics
-    from pyro_isingvit.predictive import draw_predictive
-    from pyro_isingvit.pruning import SAMPLES, calibrated, choose_masks, finetune, from_masks, guide_of
-    from pyro_isingvit.run import METRICS, load_run
+    from pyro_isingvit.core.checkpoint import write_json
+    from pyro_isingvit.predictive.metrics import classification_metrics
+    from pyro_isingvit.pruning.choose import SAMPLES, calibrated, choose_masks, finetune, from_masks, guide_of
+    from pyro_isingvit.pruning.export import need_extras
+    from pyro_isingvit.pruning.frontier import frontier, kept_share
+    from pyro_isingvit.runs.folder import METRICS
+    from pyro_isingvit.runs.load import load_run
+    from pyro_isingvit.runs.predict import draw_predictive
 
     _check(arguments)
     if "onnx" in arguments.export:
         need_extras()
     if arguments.peers:
-        from pyro_isingvit.prune_peers import need_peers
+        from inference.prune_peers import need_peers
 
         need_peers()
     run = load_run(arguments.run)
@@ -109,7 +110,7 @@ def prune(arguments: PruneArguments) -> None:
         "val_size": len(data.val), "test_size": len(data.test), "seed": seed,
     }  # fmt: skip
     if arguments.peers:
-        from pyro_isingvit.prune_peers import compare_peers
+        from inference.prune_peers import compare_peers
 
         metrics["peers"] = compare_peers(run, data, model, arguments.finetune, arguments.repeats)
     write_json(arguments.out / METRICS, metrics)
@@ -136,7 +137,7 @@ def _check(arguments: PruneArguments) -> None:
 
 
 def _load(run: "Run", data_root: str | None) -> "ImageData":
-    from pyro_isingvit.data import load_data
+    from pyro_isingvit.data.load import load_data
 
     source = dataclasses.asdict(run.config.data) | ({} if data_root is None else {"data_root": data_root})
     data = load_data(**source, seed=run.config.train.seed)
@@ -150,8 +151,8 @@ def _search(
     arguments: PruneArguments, found: "list[Candidate]", reference: float, improved: Any, val: "Split"
 ) -> tuple[Any, "CompactViT"]:
     """Masks and network of the smallest candidate within the allowed drop, on the validation part."""
-    from pyro_isingvit.frontier import smallest_within
-    from pyro_isingvit.metrics import classification_metrics
+    from pyro_isingvit.predictive.metrics import classification_metrics
+    from pyro_isingvit.pruning.frontier import smallest_within
 
     def improve(candidate: "Candidate") -> float:
         improved(candidate.model)
@@ -164,9 +165,9 @@ def _search(
 
 def _quality(run: "Run", model: "CompactViT", bayes: "CompactViT", data: "ImageData") -> dict[str, Any]:
     """The one look at the test part: compact, sampled compact, dense, and the full posterior."""
-    from pyro_isingvit.metrics import classification_metrics
-    from pyro_isingvit.predictive import draw_predictive
-    from pyro_isingvit.pruning import dense_network
+    from pyro_isingvit.predictive.metrics import classification_metrics
+    from pyro_isingvit.pruning.choose import dense_network
+    from pyro_isingvit.runs.predict import draw_predictive
 
     test, samples, seed = data.test, run.config.train.samples, run.config.train.seed
     probs = {
@@ -191,7 +192,7 @@ def _quality(run: "Run", model: "CompactViT", bayes: "CompactViT", data: "ImageD
 
 def _evaluated(run: "Run") -> dict[str, float] | None:
     """The full posterior's metrics as the run's own evaluation left them; None where it did not."""
-    from pyro_isingvit.run import METRICS
+    from pyro_isingvit.runs.folder import METRICS
 
     assert run.folder is not None
     try:
@@ -206,9 +207,9 @@ def _cost(run: "Run", model: "CompactViT", arguments: PruneArguments, data: "Ima
     """Parameters, multiply-accumulates, times and bytes, compact beside dense."""
     import torch
 
-    from pyro_isingvit.export import ONNX, PROGRAM, export_onnx, export_program
-    from pyro_isingvit.footprint import BATCH, latency, macs, memory, parameters
-    from pyro_isingvit.pruning import dense_network
+    from pyro_isingvit.pruning.choose import dense_network
+    from pyro_isingvit.pruning.cost import BATCH, latency, macs, memory, parameters
+    from pyro_isingvit.pruning.export import ONNX, PROGRAM, export_onnx, export_program
 
     dense, shape = dense_network(run, None), model.config.image_shape
     weights = {kind: loc.detach() for kind, loc in run.guide.loc.items()}
@@ -239,8 +240,8 @@ def _frontier_file(
     run: "Run", masks: "Kept", found: "list[Candidate]", full: dict[str, float], metrics: dict[str, Any]
 ) -> dict[str, Any]:
     """What the figures read: the points, the one that was chosen, the dense network, and what is left of each layer."""
-    from pyro_isingvit.assembly import structure
-    from pyro_isingvit.pruning import masked_weights
+    from pyro_isingvit.pruning.assembly import structure
+    from pyro_isingvit.pruning.choose import masked_weights
 
     alive = {kind: weight != 0 for kind, weight in masked_weights(run, masks).items()}
     return {
@@ -274,7 +275,7 @@ def _print_frontier(points: "list[Point]", full: dict[str, float]) -> None:
 
 def _clear(out: Path) -> None:
     """Removes an earlier compact network's files, and those alone."""
-    from pyro_isingvit.export import ONNX, PROGRAM
+    from pyro_isingvit.pruning.export import ONNX, PROGRAM
 
     for name in ("compact.json", "compact.safetensors", ONNX, PROGRAM, "metrics.json", FRONTIER):
         (out / name).unlink(missing_ok=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from inference.cli import REPORTS, print_table, run_script, with_clear_errors
-from pyro_isingvit.config import (
-    METHODS,
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import (
     BaselineConfig,
     DataConfig,
     IsingConfig,
@@ -23,7 +23,7 @@ from pyro_isingvit.config import (
     default_preset,
     preset,
 )
-from pyro_isingvit.errors import UserError
+from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.version import __version__
 
 
@@ -77,7 +77,7 @@ def train(arguments: TrainArguments) -> None:
 
 def resume(arguments: ResumeArguments) -> None:
     """Continue an interrupted run; its folder holds the settings."""
-    from pyro_isingvit.run import read_config
+    from pyro_isingvit.runs.folder import read_config
 
     config = read_config(arguments.resume)
     _train_and_report(config, arguments.resume, resume=True, full=arguments.full_posterior)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from inference.cli import results_file, run_script
-from pyro_isingvit.config import METHODS, DataConfig, RunConfig, default_preset, preset
-from pyro_isingvit.errors import need
+from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.settings import DataConfig, RunConfig, default_preset, preset
+from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.version import __version__
 
 RESULTS = "variance.json"
@@ -56,7 +57,7 @@ def compare_ways(arguments: VarianceArguments) -> None:
     """Compare ways to draw the posterior in training."""
     path = results_file(arguments.out, RESULTS, arguments.overwrite)
     need(arguments.gradients >= 2, f"gradients must be at least 2, not {arguments.gradients}.")
-    from pyro_isingvit.checkpoint import write_json
+    from pyro_isingvit.core.checkpoint import write_json
 
     rows = measure(arguments)
     write_json(path, rows)
@@ -66,8 +67,8 @@ def compare_ways(arguments: VarianceArguments) -> None:
 
 def measure(arguments: VarianceArguments) -> list[dict[str, Any]]:
     """A row for each way: its history with seconds, and the variance of its gradient."""
-    from pyro_isingvit.data import load_data
-    from pyro_isingvit.training import Trainer
+    from pyro_isingvit.data.load import load_data
+    from pyro_isingvit.runs.trainer import Trainer
 
     name = arguments.preset or default_preset(arguments.data.dataset)
     vit = preset(name, depth=arguments.depth)
@@ -126,7 +127,7 @@ def gradient_variance(trainer: Any, change: dict[str, Any], count: int) -> dict[
     """
     import torch
 
-    from pyro_isingvit.fused import FusedELBO
+    from pyro_isingvit.ising.fused import FusedELBO
 
     run, settings = trainer.run, trainer.settings
     elbo = FusedELBO(run.model, run.guide, change.get("draws", 1), change.get("noise", "weights"))

@@ -4,17 +4,20 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_isingvit.calibration import CALIBRATION_SAMPLES, fit_temperature, temper
-from pyro_isingvit.checkpoint import write_json
-from pyro_isingvit.data import ImageData
-from pyro_isingvit.datatree import save_datatree
-from pyro_isingvit.detection import misclassification_metrics, uncertainty_metrics
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.metrics import classification_metrics
-from pyro_isingvit.posterior import run_to_datatree
-from pyro_isingvit.predictive import PredictiveDraws, draw_predictive
-from pyro_isingvit.processes import is_first, on_first
-from pyro_isingvit.run import METRICS, POSTERIOR, Run
+from pyro_isingvit.core.checkpoint import write_json
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.processes import is_first, on_first
+from pyro_isingvit.data.split import ImageData
+from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature, temper
+from pyro_isingvit.predictive.coverage import uncertainty_metrics
+from pyro_isingvit.predictive.datatree import save_datatree
+from pyro_isingvit.predictive.draws import PredictiveDraws
+from pyro_isingvit.predictive.metrics import classification_metrics
+from pyro_isingvit.predictive.rel_u import misclassification_metrics
+from pyro_isingvit.runs.folder import METRICS, POSTERIOR
+from pyro_isingvit.runs.predict import draw_predictive
+from pyro_isingvit.runs.run import Run
+from pyro_isingvit.runs.tree import run_to_datatree
 
 
 def evaluate(

@@ -2,17 +2,22 @@
 
 import dataclasses
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pyro_isingvit.checkpoint import previous_of, remove_leftovers
-from pyro_isingvit.config import RunConfig
-from pyro_isingvit.data import load_data
-from pyro_isingvit.errors import UserError
+from pyro_isingvit.core.checkpoint import previous_of, remove_leftovers
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.processes import launched, on_first
+from pyro_isingvit.core.settings import DataConfig, RunConfig, TrainConfig
+from pyro_isingvit.data.load import load_data
+from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.evaluation import evaluate
-from pyro_isingvit.processes import launched, on_first
-from pyro_isingvit.run import CHECKPOINT, CONFIG, HISTORY, METRICS, POSTERIOR
-from pyro_isingvit.training import Trainer
+from pyro_isingvit.ising.model import IsingViT
+from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, HISTORY, METRICS, POSTERIOR
+from pyro_isingvit.runs.run import Run
+from pyro_isingvit.runs.trainer import Trainer
+from pyro_isingvit.version import __version__
 
 PREVIOUS = previous_of(Path(CHECKPOINT)).name
 FILES = (CONFIG, CHECKPOINT, PREVIOUS, HISTORY, METRICS, POSTERIOR)  # first what makes the folder a run
@@ -88,3 +93,37 @@ def train_run(
             f"--resume {folder}",
         )
         raise
+
+
+def fit(
+    model: IsingViT,
+    data: ImageData,
+    *,
+    train: TrainConfig | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Run:
+    """Fits the likelihood-guided Ising posterior of a model in memory.
+
+    The model's own parameters are trained in place.
+
+    Args:
+        model: an ``IsingViT``.
+        data: what ``load_data`` returns.
+        train: training settings; None takes the defaults.
+        progress: show a progress bar.
+        **settings: single fields of ``TrainConfig``, such as ``epochs=60``.
+
+    Raises:
+        UserError: data that do not fit the model, or a setting out of its range.
+        TrainingDiverged: the loss was not finite.
+    """
+    try:
+        chosen = replace(train or TrainConfig(), **settings)
+    except TypeError as error:
+        raise UserError(f"{error}; the training settings are the fields of TrainConfig.") from error
+    config = RunConfig(
+        data=DataConfig(dataset=data.info.dataset), vit=model.vit.config, ising=model.ising, train=chosen,
+        version=__version__, preset="custom",
+    )  # fmt: skip
+    return Trainer(config, data, None, progress, model).fit()

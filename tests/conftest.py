@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pyro_isingvit.config import DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
-from pyro_isingvit.data import DataInfo, ImageData, Split
-from pyro_isingvit.guide import IsingGuide
-from pyro_isingvit.model import IsingViT
-from pyro_isingvit.run import build
+from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.data.split import DataInfo, ImageData, Split
+from pyro_isingvit.ising.guide import IsingGuide
+from pyro_isingvit.ising.model import IsingViT
+from pyro_isingvit.runs.run import build
 
 TINY = ViTConfig(patch_size=2, width=8, heads=2, depth=2, mlp_ratio=2)
 INFO = DataInfo("made", ("a", "b", "c"), 1, 4, 4, (0.5,), (0.25,))

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_isingvit.checkpoint import load_checkpoint
-from pyro_isingvit.config import METHODS, BaselineConfig, DataConfig, RunConfig, ViTConfig
+from pyro_isingvit.core.checkpoint import load_checkpoint
+from pyro_isingvit.core.settings import BaselineConfig, DataConfig, RunConfig, ViTConfig
 from pyro_isingvit.experiment import train_run
+from pyro_isingvit.methods.registry import METHODS
 
 FILE = Path(__file__).with_name("golden.json")
 SIZES = {"train": 40, "val": 12, "test": 12}

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from inference.train import main as train_script
-from pyro_isingvit.checkpoint import load_checkpoint
-from pyro_isingvit.config import DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.checkpoint import load_checkpoint
+from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
 from pyro_isingvit.experiment import holds_run, train_run
 
 KILLS = 20

@@ -81,7 +81,7 @@ def round_trip(folder: Path, seed: int) -> None:
     from inference.predict import main as predict
     from inference.prune import main as prune
     from inference.train import main as train
-    from pyro_isingvit.run import CHECKPOINT
+    from pyro_isingvit.runs.folder import CHECKPOINT
 
     run = folder / "run"
     argv = [*TRAIN, "--seed", str(seed), "--out", str(run)]

@@ -8,13 +8,14 @@ import torch
 from conftest import TINY
 
 from inference.train import main
-from pyro_isingvit.augment import GROUPS, Augmentation, random_crop, random_flip
-from pyro_isingvit.config import METHODS, IsingConfig, RunConfig, TrainConfig, ViTConfig
-from pyro_isingvit.data import DataInfo, ImageData
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.saliency import SALIENCY
-from pyro_isingvit.training import Trainer
-from pyro_isingvit.vit import ViT
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import IsingConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.data.augment import GROUPS, Augmentation, random_crop, random_flip
+from pyro_isingvit.data.split import DataInfo, ImageData
+from pyro_isingvit.ising.curvature import SALIENCY
+from pyro_isingvit.methods.registry import METHODS
+from pyro_isingvit.nets.vit import ViT
+from pyro_isingvit.runs.trainer import Trainer
 
 KINDS = ("crop", "crop-flip", "randaugment")
 MIXES = ("mixup", "cutmix")
@@ -93,8 +94,8 @@ def test_images_of_a_batch_get_different_draws(kind) -> None:
 
 
 def test_rand_augment_differs_from_group_to_group(monkeypatch) -> None:
-    monkeypatch.setattr("pyro_isingvit.augment.random_crop", lambda x: x)
-    monkeypatch.setattr("pyro_isingvit.augment.random_flip", lambda x: x)
+    monkeypatch.setattr("pyro_isingvit.data.augment.random_crop", lambda x: x)
+    monkeypatch.setattr("pyro_isingvit.data.augment.random_flip", lambda x: x)
     batch = images(1, 3, 32, 32).expand(64, -1, -1, -1)
     after = augmentation((3, 32, 32), augment="randaugment").images(batch)
     assert 3 < len(after.flatten(1).unique(dim=0)) <= GROUPS

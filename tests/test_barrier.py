@@ -16,15 +16,15 @@ from torch.autograd.functional import jacobian
 
 from inference.cli import FLAT
 from inference.train import TrainArguments
-from pyro_isingvit import posterior
-from pyro_isingvit.barrier import FLOOR, least_margins, log_barrier, log_margin, log_margins
-from pyro_isingvit.config import RunConfig, TrainConfig, ViTConfig
-from pyro_isingvit.elbo import ClosedFormELBO
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.posterior import run_to_datatree
-from pyro_isingvit.predictive import attention_margins, draw_predictive
-from pyro_isingvit.run import Run, build
-from pyro_isingvit.vit import ViT
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.ising.elbo import ClosedFormELBO
+from pyro_isingvit.nets.margins import FLOOR, least_margins, log_barrier, log_margin, log_margins
+from pyro_isingvit.nets.vit import ViT
+from pyro_isingvit.predictive.draws import tree as posterior
+from pyro_isingvit.runs.predict import attention_margins, draw_predictive
+from pyro_isingvit.runs.run import Run, build
+from pyro_isingvit.runs.tree import run_to_datatree
 
 X, Y = torch.randn(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 
@@ -206,7 +206,7 @@ def test_without_lambda_nothing_changes(monkeypatch) -> None:
     model.log_barrier = 0.1
     assert not torch.equal(loss(ClosedFormELBO, model, guide), plain)
     model.log_barrier = 0.0
-    monkeypatch.setattr("pyro_isingvit.model.log_barrier", None)  # calling it would fail
+    monkeypatch.setattr("pyro_isingvit.ising.model.log_barrier", None)  # calling it would fail
     assert torch.equal(loss(ClosedFormELBO, model, guide), plain)
     assert "log_barrier" not in poutine.trace(model).get_trace(X, Y).nodes
 

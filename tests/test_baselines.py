@@ -11,15 +11,20 @@ import torch
 from conftest import INFO, TINY
 from scipy import integrate, stats
 
-from pyro_isingvit.baseline import Baseline, check_baseline
-from pyro_isingvit.baselines import BASELINES, L0, ConcreteDropout, Ensemble, LastLayerLaplace, SparseVD, sparse_vd_kl
-from pyro_isingvit.config import ISING_METHODS, METHODS, BaselineConfig, RunConfig, TrainConfig
-from pyro_isingvit.data import ImageData
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.predictive import draw_predictive
-from pyro_isingvit.run import load_run
-from pyro_isingvit.training import Trainer
-from pyro_isingvit.vit import linear
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import BaselineConfig, RunConfig, TrainConfig
+from pyro_isingvit.data.split import ImageData
+from pyro_isingvit.methods.classes import BASELINES
+from pyro_isingvit.methods.dropout import ConcreteDropout
+from pyro_isingvit.methods.ensemble import Ensemble
+from pyro_isingvit.methods.laplace import LastLayerLaplace
+from pyro_isingvit.methods.plain import Baseline, check_baseline
+from pyro_isingvit.methods.registry import ISING_METHODS, METHODS
+from pyro_isingvit.methods.sparse import L0, SparseVD, sparse_vd_kl
+from pyro_isingvit.nets.vit import linear
+from pyro_isingvit.runs.load import load_run
+from pyro_isingvit.runs.predict import draw_predictive
+from pyro_isingvit.runs.trainer import Trainer
 
 QUICK = {"epochs": 4, "batch_size": 20, "lr": 1e-2, "device": "cpu", "samples": 4}
 

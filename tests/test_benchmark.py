@@ -13,8 +13,8 @@ from analysis.benchmark import read, table
 from inference.benchmark import main as benchmark
 from inference.benchmark_cases import Shape, ising_step, plain_network
 from inference.benchmark_parts import curves, in_fresh_process, peak_of_draws, variants
-from pyro_isingvit.config import IsingConfig
-from pyro_isingvit.footprint import interleaved
+from pyro_isingvit.core.settings import IsingConfig
+from pyro_isingvit.pruning.cost import interleaved
 
 SHAPE = Shape(TINY, batch=6, side=4, classes=3, num_data=60)
 SHORT = ["--preset", "digits", "--depth", "1", "--repeats", "3", "--batch-size", "4", "--draws", "2", "--images", "5",

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pyro_isingvit.calibration import fit_temperature, temper
-from pyro_isingvit.metrics import classification_metrics
+from pyro_isingvit.predictive.calibration import fit_temperature, temper
+from pyro_isingvit.predictive.metrics import classification_metrics
 
 
 def test_temper_is_softmax_of_scaled_logits() -> None:

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from pyro_isingvit.checkpoint import (
+from pyro_isingvit.core.checkpoint import (
     SEAL,
     load_checkpoint,
     remove_leftovers,
@@ -15,7 +15,7 @@ from pyro_isingvit.checkpoint import (
     write_atomically,
     write_text,
 )
-from pyro_isingvit.errors import UserError
+from pyro_isingvit.core.errors import UserError
 
 
 def test_round_trip_is_bit_identical(tmp_path) -> None:

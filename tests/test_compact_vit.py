@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 
-from pyro_isingvit.assembly import assemble
-from pyro_isingvit.compact_vit import CONFIG, WEIGHTS, CompactConfig, CompactViT
-from pyro_isingvit.config import PRESETS, ViTConfig
-from pyro_isingvit.data import DataInfo
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.granularity import GRANULARITIES, MaskLayout
-from pyro_isingvit.vit import ViT, Weights
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import PRESETS, ViTConfig
+from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.ising.layout import GRANULARITIES, MaskLayout
+from pyro_isingvit.nets.vit import ViT, Weights
+from pyro_isingvit.pruning.assembly import assemble
+from pyro_isingvit.pruning.network import CONFIG, WEIGHTS, CompactConfig, CompactViT
 
 SHAPES = {
     "tiny": TINY,

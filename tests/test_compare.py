@@ -24,8 +24,9 @@ from analysis.comparison_tables import (
     write_readme,
 )
 from inference.compare import CompareArguments, make_cells, method_config, run_grid
-from pyro_isingvit.config import METHODS, DataConfig, RunConfig
-from pyro_isingvit.errors import UserError
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import DataConfig, RunConfig
+from pyro_isingvit.methods.registry import METHODS
 
 GRID = ["--dataset", "digits", "--methods", "ising", "deterministic", "temperature", "ensemble:2", "--train-sizes", 60,
         "--seeds", 0, 1, "--epochs", 2, "--samples", 3, "--depth", 1, "--width", 16, "--device", "cpu"]  # fmt: skip

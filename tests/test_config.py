@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from pyro_isingvit.config import PRESETS, DataConfig, IsingConfig, RunConfig, TrainConfig, default_preset, preset
-from pyro_isingvit.errors import UserError
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import PRESETS, DataConfig, IsingConfig, RunConfig, TrainConfig, default_preset, preset
 
 CONFIG = RunConfig(
     preset="cifar",

@@ -13,7 +13,7 @@ from test_scripts import here
 from analysis.corruptions import main
 from analysis.spoil import CORRUPTIONS, METRICS, corrupt
 from inference.train import main as train
-from pyro_isingvit.errors import UserError
+from pyro_isingvit.core.errors import UserError
 
 SHAPES = [(1, 8, 8), (3, 32, 32), (1, 28, 20)]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_isingvit.coupling import COUPLINGS, Network
+from pyro_isingvit.ising.coupling import COUPLINGS, Network
 
 D, H, F, L, C, P, DECAY = 6, 2, 8, 3, 3, 5, 0.5
 HEAD_DIM = D // H

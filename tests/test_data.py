@@ -16,9 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pyro_isingvit import data, image_files
-from pyro_isingvit.data import DATASETS, PREFIXES, UNLABELLED, DataInfo, load_data, load_inputs
-from pyro_isingvit.errors import UserError
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.data.load import load_data, load_inputs
+from pyro_isingvit.data.sources import DATASETS, PREFIXES
+from pyro_isingvit.data.split import UNLABELLED, DataInfo
+from pyro_isingvit.data.split import files as image_files
+from pyro_isingvit.data.split import split as data
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 REAL = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}

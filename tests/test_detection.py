@@ -7,19 +7,12 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from pyro_isingvit.detection import (
-    SCORES,
-    credible_sets,
-    detection_metrics,
-    fit_relative_uncertainty,
-    misclassification_metrics,
-    ood_metrics,
-    uncertainty_metrics,
-    uncertainty_scores,
-)
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.metrics import classification_metrics
-from pyro_isingvit.predictive import PredictiveDraws
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.predictive.coverage import credible_sets, uncertainty_metrics
+from pyro_isingvit.predictive.detection import SCORES, detection_metrics, ood_metrics, uncertainty_scores
+from pyro_isingvit.predictive.draws import PredictiveDraws
+from pyro_isingvit.predictive.metrics import classification_metrics
+from pyro_isingvit.predictive.rel_u import fit_relative_uncertainty, misclassification_metrics
 
 
 def made(samples: int = 30, count: int = 150, classes: int = 4, spread: float = 0.5):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from kill_driver import same
 
-from pyro_isingvit.checkpoint import load_checkpoint
-from pyro_isingvit.config import METHODS, BaselineConfig, DataConfig, RunConfig, ViTConfig
-from pyro_isingvit.datatree import load_datatree
+from pyro_isingvit.core.checkpoint import load_checkpoint
+from pyro_isingvit.core.settings import BaselineConfig, DataConfig, RunConfig, ViTConfig
 from pyro_isingvit.experiment import train_run
+from pyro_isingvit.methods.registry import METHODS
+from pyro_isingvit.predictive.datatree import load_datatree
 
 SIZES = {"train": 40, "val": 12, "test": 12}
 

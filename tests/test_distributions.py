@@ -5,7 +5,13 @@ import pytest
 import torch
 from torch.distributions.kl import kl_divergence
 
-from pyro_isingvit.distributions import SelectionMask, SpikeAndSlab, SpikeAndSlabPosterior, bernoulli_kl, slab_kl
+from pyro_isingvit.ising.distributions import (
+    SelectionMask,
+    SpikeAndSlab,
+    SpikeAndSlabPosterior,
+    bernoulli_kl,
+    slab_kl,
+)
 
 LOGITS = torch.tensor([-6.0, -1.5, 0.0, 0.7, 4.0])
 

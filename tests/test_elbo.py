@@ -9,9 +9,9 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.nn import functional as F
 
-from pyro_isingvit.distributions import SelectionMask
-from pyro_isingvit.elbo import ClosedFormELBO
-from pyro_isingvit.granularity import GRANULARITIES
+from pyro_isingvit.ising.distributions import SelectionMask
+from pyro_isingvit.ising.elbo import ClosedFormELBO
+from pyro_isingvit.ising.layout import GRANULARITIES
 
 X, Y = torch.randn(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 

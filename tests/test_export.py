@@ -10,11 +10,11 @@ import torch
 from conftest import INFO, TINY
 from test_compact_vit import cut, network
 
-from pyro_isingvit.assembly import assemble
-from pyro_isingvit.compact_vit import CompactViT
-from pyro_isingvit.config import ViTConfig
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.export import export_onnx, export_program, run_onnx
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import ViTConfig
+from pyro_isingvit.pruning.assembly import assemble
+from pyro_isingvit.pruning.export import export_onnx, export_program, run_onnx
+from pyro_isingvit.pruning.network import CompactViT
 
 # Uniform heads, a lost branch, padded heads and dropped features among them.
 SHAPES = {"mean": TINY, "cls": replace(TINY, pool="cls", head="mlp", patch_size=3)}

@@ -136,7 +136,7 @@ BASELINE = ("--drop-rate", "--members", "--sparsity", "--l0-penalty", "--kl-weig
 )
 def test_training_refuses_what_is_out_of_range(flag: str, tmp_path: Path, capsys, monkeypatch) -> None:
     """-1 is out of the range of every number but the Ising coupling's; the run's folder is not made."""
-    from pyro_isingvit.training import Trainer
+    from pyro_isingvit.runs.trainer import Trainer
 
     def accepted(*_: object) -> None:
         raise AssertionError(f"{flag}=-1 was accepted")

@@ -8,10 +8,10 @@ from conftest import make_pair
 from test_training import CONFIG, trainer
 from torch import Tensor
 
-from pyro_isingvit.config import IsingConfig, TrainConfig, ViTConfig
-from pyro_isingvit.footprint import training_memory
-from pyro_isingvit.fused import FusedELBO
-from pyro_isingvit.granularity import GRANULARITIES
+from pyro_isingvit.core.settings import IsingConfig, TrainConfig, ViTConfig
+from pyro_isingvit.ising.fused import FusedELBO
+from pyro_isingvit.ising.layout import GRANULARITIES
+from pyro_isingvit.ising.memory import training_memory
 
 WIDE = ViTConfig(patch_size=2, width=64, heads=2, depth=2, mlp_ratio=2)
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import TINY, make_pair
 
-from pyro_isingvit.config import TrainConfig
-from pyro_isingvit.elbo import ClosedFormELBO
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.fused import FusedELBO, draw_masks, fusible
-from pyro_isingvit.granularity import GRANULARITIES
-from pyro_isingvit.model import CERTAIN
-from pyro_isingvit.objective import IsingObjective
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.ising.elbo import ClosedFormELBO
+from pyro_isingvit.ising.fused import FusedELBO, draw_masks, fusible
+from pyro_isingvit.ising.layout import GRANULARITIES
+from pyro_isingvit.ising.model import CERTAIN
+from pyro_isingvit.methods.ising import IsingObjective
 
 HARD = torch.arange(6) % 3
 SOFT = torch.tensor([[0.7, 0.3, 0.0], [0.0, 1.0, 0.0], [0.2, 0.3, 0.5]]).repeat(2, 1)  # as mixup makes them

@@ -9,8 +9,8 @@ import torch
 from golden import FILE, NAMES, kept_keys, outcome, probe, write_images
 
 from pyro_isingvit import CompactViT, load_run
-from pyro_isingvit.predictive import draw_predictive
-from pyro_isingvit.run import read_config
+from pyro_isingvit.runs.folder import read_config
+from pyro_isingvit.runs.predict import draw_predictive
 
 OLD = json.loads(FILE.read_text())
 FOLDERS = Path(__file__).with_name("runs_of_0.3.0")

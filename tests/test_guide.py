@@ -8,14 +8,15 @@ import torch
 from conftest import INFO, TINY, make_pair
 from pyro import poutine
 
-from pyro_isingvit.config import PAPER_ISING, IsingConfig
-from pyro_isingvit.coupling import COUPLINGS
-from pyro_isingvit.distributions import slab_kl
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.granularity import GRANULARITIES
-from pyro_isingvit.guide import LOGIT_BOUND, IsingGuide, tempering
-from pyro_isingvit.model import IsingViT
-from pyro_isingvit.saliency import SALIENCY
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import IsingConfig
+from pyro_isingvit.ising.coupling import COUPLINGS
+from pyro_isingvit.ising.curvature import SALIENCY
+from pyro_isingvit.ising.distributions import slab_kl
+from pyro_isingvit.ising.guide import LOGIT_BOUND, IsingGuide, tempering
+from pyro_isingvit.ising.layout import GRANULARITIES
+from pyro_isingvit.ising.model import IsingViT
+from pyro_isingvit.methods.registry import PAPER_ISING
 
 X, Y = torch.randn(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 
@@ -333,11 +334,12 @@ def test_curvature_images_are_shared_out_evenly(monkeypatch) -> None:
         return {kind: torch.zeros_like(weight) for kind, weight in weights.items()}
 
     monkeypatch.setitem(SALIENCY, "gnb", estimate)
-    monkeypatch.setattr("pyro_isingvit.guide.world", lambda: 3)
+    monkeypatch.setattr("pyro_isingvit.ising.guide.world", lambda: 3)
     model, guide = make_pair(curvature_batch=16)
     for rank in range(3):
         monkeypatch.setattr(
-            "pyro_isingvit.guide.own_rows", lambda count, rank=rank: slice(rank * count // 3, (rank + 1) * count // 3)
+            "pyro_isingvit.ising.guide.own_rows",
+            lambda count, rank=rank: slice(rank * count // 3, (rank + 1) * count // 3),
         )
         guide.observe(model, x, y)
     torch.testing.assert_close(torch.cat(seen), x[:15])

@@ -13,15 +13,15 @@ from conftest import INFO, make_split
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_isingvit.config import IsingConfig, ViTConfig
-from pyro_isingvit.coupling import COUPLINGS
-from pyro_isingvit.distributions import slab_kl
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.guide import IsingGuide
-from pyro_isingvit.ising import energy, enumerate_states, exact_marginals, mean_field
-from pyro_isingvit.model import IsingViT
-from pyro_isingvit.saliency import SALIENCY, second_order_gain
-from pyro_isingvit.vit import ViT, Weights
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import IsingConfig, ViTConfig
+from pyro_isingvit.ising.coupling import COUPLINGS
+from pyro_isingvit.ising.curvature import SALIENCY, second_order_gain
+from pyro_isingvit.ising.distributions import slab_kl
+from pyro_isingvit.ising.exact import energy, enumerate_states, exact_marginals, mean_field
+from pyro_isingvit.ising.guide import IsingGuide
+from pyro_isingvit.ising.model import IsingViT
+from pyro_isingvit.nets.vit import ViT, Weights
 
 OBSERVATIONS = {"exact": (1, 256), "lm": (1, 4096)}  # batches whose curvature is averaged, images of each
 MANY = (200, 64)  # for all other estimators: one look is noisy

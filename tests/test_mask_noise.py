@@ -11,9 +11,9 @@ from conftest import make_pair
 from test_training import CONFIG, trainer
 
 from pyro_isingvit import load_run
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.guide import IsingGuide
-from pyro_isingvit.mask_noise import fitted_keep
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.ising.guide import IsingGuide
+from pyro_isingvit.ising.noise import fitted_keep
 
 
 def logit(p: float) -> float:

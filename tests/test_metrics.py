@@ -9,8 +9,8 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.metrics import (
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.predictive.metrics import (
     adaptive_calibration_error,
     area_under_risk_coverage,
     calibration_error,

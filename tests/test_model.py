@@ -9,12 +9,12 @@ from pyro.infer import Predictive
 from torch import nn
 from torch.nn import functional as F
 
-from pyro_isingvit.config import PRESETS, ViTConfig
-from pyro_isingvit.data import DataInfo
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.granularity import GRANULARITIES
-from pyro_isingvit.model import IsingViT
-from pyro_isingvit.vit import ViT
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import PRESETS, ViTConfig
+from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.ising.layout import GRANULARITIES
+from pyro_isingvit.ising.model import IsingViT
+from pyro_isingvit.nets.vit import ViT
 
 X = torch.randn(6, 1, 4, 4)
 

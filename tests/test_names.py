@@ -15,10 +15,11 @@ from analysis.comparison_tables import load_results
 from analysis.strange import file_names
 from inference import predict
 from inference.cli import print_table
-from pyro_isingvit.checkpoint import load_checkpoint, save_checkpoint
-from pyro_isingvit.compact_vit import CONFIG
-from pyro_isingvit.data import DataInfo, load_data
-from pyro_isingvit.data_checks import csv_text, file_stem, plain, printable
+from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint
+from pyro_isingvit.core.untrusted import csv_text, file_stem, plain, printable
+from pyro_isingvit.data.load import load_data
+from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.pruning.network import CONFIG
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a\0b", "..", ".", "", "a" * 999, "b\\c", EVIL, "\x1b[2J"])

@@ -10,15 +10,15 @@ import torch
 from conftest import INFO, TINY, make_pair
 from test_data import pixels, write_npz
 
-from pyro_isingvit.baselines import BASELINES
-from pyro_isingvit.blame import first_not_finite, not_finite
-from pyro_isingvit.checkpoint import load_checkpoint
-from pyro_isingvit.config import RunConfig, TrainConfig
-from pyro_isingvit.data import load_data, load_inputs
-from pyro_isingvit.data_checks import copies
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.metrics import classification_metrics
-from pyro_isingvit.training import Trainer, TrainingDiverged
+from pyro_isingvit.core.checkpoint import load_checkpoint
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import RunConfig, TrainConfig
+from pyro_isingvit.data.load import load_data, load_inputs
+from pyro_isingvit.data.split import copies
+from pyro_isingvit.methods.classes import BASELINES
+from pyro_isingvit.nets.divergence import first_not_finite, not_finite
+from pyro_isingvit.predictive.metrics import classification_metrics
+from pyro_isingvit.runs.trainer import Trainer, TrainingDiverged
 
 NAN, INF = float("nan"), float("inf")
 

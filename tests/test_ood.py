@@ -15,9 +15,9 @@ from analysis.ood import main
 from analysis.shift import choose, fit_images, load_runs, own_test_part
 from analysis.strange import file_names, strange_images
 from inference.train import main as train
-from pyro_isingvit.data import DataInfo
-from pyro_isingvit.detection import SCORES
-from pyro_isingvit.errors import UserError
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.predictive.detection import SCORES
 
 GREY = DataInfo("grey", ("a", "b"), 1, 8, 8, (0.5,), (0.25,))
 COLOUR = DataInfo("colour", ("a", "b"), 3, 6, 8, (0.5,) * 3, (0.25,) * 3)

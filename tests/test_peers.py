@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from inference import peers
 from inference.peer_adapters import METHODS, PEERS, TimedTrainer, deep_getattr
 from inference.peer_network import Clock, Job, decayed, train
-from pyro_isingvit.baseline import Baseline
-from pyro_isingvit.config import METHODS as OWN
-from pyro_isingvit.config import DataConfig, RunConfig, ViTConfig
-from pyro_isingvit.data import load_data
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.plain_vit import PlainViT
-from pyro_isingvit.vit import ViT
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
+from pyro_isingvit.data.load import load_data
+from pyro_isingvit.methods.plain import Baseline
+from pyro_isingvit.methods.registry import METHODS as OWN
+from pyro_isingvit.nets.plain import PlainViT
+from pyro_isingvit.nets.vit import ViT
 
 ROOT = Path(__file__).parents[1]
 SHAPE = ViTConfig(patch_size=2, width=16, heads=2, depth=2, mlp_ratio=2)

@@ -15,15 +15,16 @@ import xarray as xr
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_median
 
-from pyro_isingvit import posterior as module
-from pyro_isingvit.config import IsingConfig, RunConfig, ViTConfig
-from pyro_isingvit.data import DataInfo, Split
-from pyro_isingvit.datatree import load_datatree, save_datatree
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.from_pyro import from_pyro_svi
-from pyro_isingvit.posterior import predictions_to_datatree, run_to_datatree
-from pyro_isingvit.predictive import draw_predictive
-from pyro_isingvit.run import Run, build
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import IsingConfig, RunConfig, ViTConfig
+from pyro_isingvit.data.split import DataInfo, Split
+from pyro_isingvit.predictive.datatree import load_datatree, save_datatree
+from pyro_isingvit.predictive.draws import tree as module
+from pyro_isingvit.predictive.from_pyro import from_pyro_svi
+from pyro_isingvit.predictive.tree import predictions_to_datatree
+from pyro_isingvit.runs.predict import draw_predictive
+from pyro_isingvit.runs.run import Run, build
+from pyro_isingvit.runs.tree import run_to_datatree
 
 CLASSES = ("cat", "dog", "été")
 VIT = ViTConfig(patch_size=2, width=8, heads=2, depth=2, mlp_ratio=2)
@@ -351,7 +352,7 @@ def test_full_draws_are_joint_and_those_of_the_predictions(granularity, caplog):
     run, split = tiny_run(granularity, head="mlp"), tiny_split(4)
     draws = draw_predictive(run, split.images, num_samples=5, seed=8)
     before = torch.get_rng_state()
-    with caplog.at_level(logging.INFO, logger="pyro_isingvit.posterior"):
+    with caplog.at_level(logging.INFO, logger="pyro_isingvit.predictive.tree"):
         tree = run_to_datatree(run, split, draws, full=True, seed=8)
     assert torch.equal(before, torch.get_rng_state())
     masks_size = sum(np.prod(site.shape) for site in run.guide.layout.sites.values())
@@ -379,7 +380,7 @@ def test_large_networks_store_less(monkeypatch, caplog):
     draws = draw_predictive(run, split.images, num_samples=2)
     monkeypatch.setattr(module, "SMALL_MASKS", 10)
     monkeypatch.setattr(module, "LARGE_NETWORK", 10)
-    with caplog.at_level(logging.INFO, logger="pyro_isingvit.posterior"):
+    with caplog.at_level(logging.INFO, logger="pyro_isingvit.predictive.tree"):
         tree = run_to_datatree(run, split, draws)
     assert all(str(name).startswith("kept_") for name in tree.posterior.data_vars)
     assert all(str(name).startswith("retention_mean_") for name in tree.variational.data_vars)
@@ -394,7 +395,7 @@ def test_large_networks_store_less(monkeypatch, caplog):
 def test_images_are_thinned(monkeypatch, caplog):
     run, split = tiny_run(), tiny_split(30)
     draws = draw_predictive(run, split.images, num_samples=3)
-    with caplog.at_level(logging.INFO, logger="pyro_isingvit.posterior"):
+    with caplog.at_level(logging.INFO, logger="pyro_isingvit.predictive.tree"):
         tree = run_to_datatree(run, split, draws, max_images=7, part="val")
     assert "7 of 30" in caplog.text and tree.attrs["part"] == "val"
     index = tree.constant_data["image_index"].values

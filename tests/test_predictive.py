@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import make_pair
 
-from pyro_isingvit.config import RunConfig
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.predictive import PredictiveDraws, draw_predictive
-from pyro_isingvit.run import Run
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.predictive.draws import PredictiveDraws
+from pyro_isingvit.runs.predict import draw_predictive
+from pyro_isingvit.runs.run import Run
 
 IMAGES = torch.randint(0, 256, (7, 1, 4, 4)).to(torch.uint8)
 

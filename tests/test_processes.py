@@ -7,13 +7,13 @@ import torch
 from conftest import make_pair
 from test_training import CONFIG, trainer
 
-from pyro_isingvit.config import METHODS
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.fused import FusedELBO
-from pyro_isingvit.guide import BISECTION_SAMPLE, evenly
-from pyro_isingvit.processes import averaged, gathered, is_first, launched, on_first, own_rows, world
-from pyro_isingvit.saliency import SALIENCY
-from pyro_isingvit.steps import batches, count_steps
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.processes import averaged, gathered, is_first, launched, on_first, own_rows, world
+from pyro_isingvit.data.batches import batches, count_steps
+from pyro_isingvit.ising.curvature import SALIENCY
+from pyro_isingvit.ising.fused import FusedELBO
+from pyro_isingvit.ising.guide import BISECTION_SAMPLE, evenly
+from pyro_isingvit.methods.registry import METHODS
 
 
 @pytest.mark.parametrize("granularity", ["weight", "head"])

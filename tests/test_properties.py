@@ -17,16 +17,22 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn import metrics as sk
 
-from pyro_isingvit.baselines import sparse_vd_kl
-from pyro_isingvit.calibration import fit_temperature, temper
-from pyro_isingvit.config import RunConfig
-from pyro_isingvit.coupling import COUPLINGS, Network
-from pyro_isingvit.data import load_data
-from pyro_isingvit.data_checks import csv_text, file_stem, printable
-from pyro_isingvit.distributions import SelectionMask, SpikeAndSlab, SpikeAndSlabPosterior, bernoulli_kl, slab_kl
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.from_pyro import from_pyro_svi
-from pyro_isingvit.metrics import classification_metrics, entropy
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.core.untrusted import csv_text, file_stem, printable
+from pyro_isingvit.data.load import load_data
+from pyro_isingvit.ising.coupling import COUPLINGS, Network
+from pyro_isingvit.ising.distributions import (
+    SelectionMask,
+    SpikeAndSlab,
+    SpikeAndSlabPosterior,
+    bernoulli_kl,
+    slab_kl,
+)
+from pyro_isingvit.methods.sparse import sparse_vd_kl
+from pyro_isingvit.predictive.calibration import fit_temperature, temper
+from pyro_isingvit.predictive.from_pyro import from_pyro_svi
+from pyro_isingvit.predictive.metrics import classification_metrics, entropy
 
 SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_scripts import QUICK, here, refused, script
 
-from pyro_isingvit.compact_vit import CompactViT
-from pyro_isingvit.data import load_data
-from pyro_isingvit.export import run_onnx
-from pyro_isingvit.metrics import classification_metrics
+from pyro_isingvit.data.load import load_data
+from pyro_isingvit.predictive.metrics import classification_metrics
+from pyro_isingvit.pruning.export import run_onnx
+from pyro_isingvit.pruning.network import CompactViT
 
 
 @pytest.fixture(scope="module")

@@ -10,20 +10,27 @@ from conftest import TINY, make_pair
 from torch.func import functional_call
 
 from pyro_isingvit import compact
-from pyro_isingvit.assembly import assemble, structure
-from pyro_isingvit.compact_vit import CompactViT
-from pyro_isingvit.config import DataConfig, IsingConfig, RunConfig, TrainConfig
-from pyro_isingvit.data import ImageData
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.footprint import latency, macs, memory, parameters
-from pyro_isingvit.frontier import Candidate, Point, frontier, kept_share, smallest_within
-from pyro_isingvit.granularity import GRANULARITIES
-from pyro_isingvit.metrics import classification_metrics
-from pyro_isingvit.predictive import draw_predictive
-from pyro_isingvit.pruning import choose_masks, dense_network, finetune, from_masks, guide_of, masked_weights
-from pyro_isingvit.run import Run
-from pyro_isingvit.training import fit
-from pyro_isingvit.vit import ViT
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, TrainConfig
+from pyro_isingvit.data.split import ImageData
+from pyro_isingvit.experiment import fit
+from pyro_isingvit.ising.layout import GRANULARITIES
+from pyro_isingvit.nets.vit import ViT
+from pyro_isingvit.predictive.metrics import classification_metrics
+from pyro_isingvit.pruning.assembly import assemble, structure
+from pyro_isingvit.pruning.choose import (
+    choose_masks,
+    dense_network,
+    finetune,
+    from_masks,
+    guide_of,
+    masked_weights,
+)
+from pyro_isingvit.pruning.cost import latency, macs, memory, parameters
+from pyro_isingvit.pruning.frontier import Candidate, Point, frontier, kept_share, smallest_within
+from pyro_isingvit.pruning.network import CompactViT
+from pyro_isingvit.runs.predict import draw_predictive
+from pyro_isingvit.runs.run import Run
 
 
 def make_run(granularity: str = "unit", seed: int = 0, **shape: object) -> Run:
@@ -46,7 +53,7 @@ def make_run(granularity: str = "unit", seed: int = 0, **shape: object) -> Run:
 def trained() -> tuple[Run, ImageData]:
     from conftest import INFO, make_split
 
-    from pyro_isingvit.model import IsingViT
+    from pyro_isingvit.ising.model import IsingViT
 
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
@@ -306,7 +313,7 @@ def test_the_run_is_left_as_it_was() -> None:
 
 def test_peers_meet_the_multiply_accumulates(data: ImageData) -> None:
     pytest.importorskip("torch_pruning")
-    from pyro_isingvit.prune_peers import compare_peers
+    from inference.prune_peers import compare_peers
 
     run = make_run()
     run.config = replace(run.config, train=replace(run.config.train, epochs=1, batch_size=16))
@@ -321,7 +328,7 @@ def test_peers_meet_the_multiply_accumulates(data: ImageData) -> None:
 
 
 def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyro_isingvit.prune_peers import need_peers
+    from inference.prune_peers import need_peers
 
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(UserError, match=r"pip install 'pyro-isingvit\[prune-peers\]'"):

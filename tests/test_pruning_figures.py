@@ -7,7 +7,7 @@ import pytest
 
 from analysis import pruning_figures, style
 from analysis.pruning_report import is_compact, write_pruning_report
-from pyro_isingvit.errors import UserError
+from pyro_isingvit.core.errors import UserError
 
 FULL = {"accuracy": 0.9, "nll": 0.3, "ece": 0.02}
 DENSE = {"parameters": 100, "macs": 1000}

@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from analysis import attention_figures, figures, mask_figures, style
 from analysis.report import main
 from analysis.run_report import EXPLANATIONS, write_report
-from pyro_isingvit.config import DataConfig, RunConfig
-from pyro_isingvit.datatree import save_datatree
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.history import to_lines
-from pyro_isingvit.metrics import calibration_error
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import DataConfig, RunConfig
+from pyro_isingvit.predictive.datatree import save_datatree
+from pyro_isingvit.predictive.metrics import calibration_error
+from pyro_isingvit.runs.folder import to_lines
 
 S = 12
 EVIL = "<script>alert(1)</script>"
@@ -66,7 +66,7 @@ def make_history(epochs=10, validation=True):
 
 
 def make_tree(classes, channels=1, side=8, depth=2, heads=4, width=8, images=40, stored=30, seed=0, skill=3.0):
-    """A posterior as pyro_isingvit.posterior describes it, of random numbers."""
+    """A posterior as pyro_isingvit.predictive.tree describes it, of random numbers."""
     rng = np.random.default_rng(seed)
     count = len(classes)
     y = rng.integers(0, count, images)

@@ -20,10 +20,10 @@ from test_scripts import ROOT, here
 from test_training import CONFIG, trainer
 
 from inference.cli import run_script, with_clear_errors
-from pyro_isingvit.checkpoint import load_checkpoint
-from pyro_isingvit.config import DataConfig
-from pyro_isingvit.data import ImageData
-from pyro_isingvit.errors import UserError
+from pyro_isingvit.core.checkpoint import load_checkpoint
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import DataConfig
+from pyro_isingvit.data.split import ImageData
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pyro_isingvit.config import ViTConfig
-from pyro_isingvit.saliency import RULES, SALIENCY, second_order_gain
-from pyro_isingvit.vit import ViT, Weights
+from pyro_isingvit.core.settings import ViTConfig
+from pyro_isingvit.ising.curvature import RULES, SALIENCY, second_order_gain
+from pyro_isingvit.nets.vit import ViT, Weights
 
 SMALL = ViTConfig(patch_size=2, width=4, heads=2, depth=1, mlp_ratio=2)
 SIGNED = {"hutchinson"}  # estimators that can be negative

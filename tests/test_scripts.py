@@ -14,7 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from pyro_isingvit.datatree import load_datatree
+from pyro_isingvit.predictive.datatree import load_datatree
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--epochs", "3", "--depth", "1", "--width", "16", "--samples", "5", "--train-size", "100", "--device", "cpu"]

@@ -18,15 +18,16 @@ from safetensors.torch import load, save_file
 from analysis import report
 from analysis.strange import strange_images
 from inference import predict
-from pyro_isingvit import data_checks
-from pyro_isingvit.assembly import assemble
-from pyro_isingvit.checkpoint import load_checkpoint, save_checkpoint
-from pyro_isingvit.compact_vit import CONFIG, WEIGHTS, CompactViT
-from pyro_isingvit.config import DataConfig, RunConfig, TrainConfig
-from pyro_isingvit.data import load_data, load_image_files
-from pyro_isingvit.datatree import load_datatree, make_tree, save_datatree
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.run import build_run, load_run
+from pyro_isingvit.core import untrusted as data_checks
+from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import DataConfig, RunConfig, TrainConfig
+from pyro_isingvit.data.load import load_data, load_image_files
+from pyro_isingvit.predictive.datatree import load_datatree, make_tree, save_datatree
+from pyro_isingvit.pruning.assembly import assemble
+from pyro_isingvit.pruning.network import CONFIG, WEIGHTS, CompactViT
+from pyro_isingvit.runs.load import load_run
+from pyro_isingvit.runs.run import build_run
 
 EVIL = "<script>alert(1)</script>"
 
@@ -250,8 +251,8 @@ def compact(request, tmp_path: Path) -> Path:
     if request.param == "mean":
         assemble(model.vit, INFO, model.vit.initial_weights()).save_pretrained(tmp_path)
         return tmp_path
-    from pyro_isingvit.pruning import choose_masks, from_masks
-    from pyro_isingvit.run import Run
+    from pyro_isingvit.pruning.choose import choose_masks, from_masks
+    from pyro_isingvit.runs.run import Run
 
     run = Run(RunConfig(vit=TINY, ising=model.ising), model, guide, None, [])
     from_masks(run, choose_masks(run, 0.3), "bayes").save_pretrained(tmp_path)

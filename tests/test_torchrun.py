@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_scripts import ROOT, script
 
-from pyro_isingvit.checkpoint import load_checkpoint
+from pyro_isingvit.core.checkpoint import load_checkpoint
 
 # 90 images: two batches of 32, and 26 that 4 parts cannot share out evenly unless 2 are left out.
 SMALL = [

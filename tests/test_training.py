@@ -12,14 +12,16 @@ import torch
 from conftest import TINY
 
 from pyro_isingvit import IsingViT, draw_predictive, fit, load_data, load_run
-from pyro_isingvit.checkpoint import load_checkpoint
-from pyro_isingvit.config import PAPER_ISING, PAPER_TRAIN, IsingConfig, RunConfig, TrainConfig, ViTConfig
-from pyro_isingvit.coupling import COUPLINGS
-from pyro_isingvit.errors import UserError
-from pyro_isingvit.granularity import GRANULARITIES
-from pyro_isingvit.saliency import SALIENCY
-from pyro_isingvit.steps import batches, halving_factor, learning_rate_factor
-from pyro_isingvit.training import Trainer, TrainingDiverged
+from pyro_isingvit.core.checkpoint import load_checkpoint
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import IsingConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.data.batches import batches
+from pyro_isingvit.ising.coupling import COUPLINGS
+from pyro_isingvit.ising.curvature import SALIENCY
+from pyro_isingvit.ising.layout import GRANULARITIES
+from pyro_isingvit.methods.registry import PAPER_ISING, PAPER_TRAIN
+from pyro_isingvit.runs.steps import halving_factor, learning_rate_factor
+from pyro_isingvit.runs.trainer import Trainer, TrainingDiverged
 
 QUICK = TrainConfig(epochs=6, batch_size=20, samples=5, val_samples=2, device="cpu", pilot_fraction=0.34)
 MODES = ("likelihood_guided", "learned", "hybrid")

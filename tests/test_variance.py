@@ -8,7 +8,7 @@ import torch
 from test_training import CONFIG, trainer
 
 from inference.variance import WAYS, gradient_variance, main
-from pyro_isingvit.fused import FusedELBO
+from pyro_isingvit.ising.fused import FusedELBO
 
 SHORT = ["--dataset", "digits", "--train-size", "200", "--depth", "1", "--epochs", "2", "--gradients", "8",
          "--device", "cpu"]  # fmt: skip

@@ -1,0 +1,154 @@
+"""What else a user might prune with, at the same multiply-accumulates: Torch-Pruning's group magnitude and GroupTaylor.
+
+The network they prune is the same vision transformer trained plainly, by cross entropy, for as many epochs as the run;
+they remove hidden units and head channels, and are fine-tuned and calibrated as the compact network was.
+"""
+
+import copy
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.settings import ViTConfig
+from pyro_isingvit.data.split import ImageData, Split
+from pyro_isingvit.nets.plain import PlainViT
+from pyro_isingvit.predictive.calibration import fit_temperature
+from pyro_isingvit.predictive.metrics import classification_metrics
+from pyro_isingvit.pruning.cost import latency, macs
+from pyro_isingvit.pruning.network import CompactViT
+from pyro_isingvit.runs.run import Run
+
+STEPS = 50  # pruning ratios that are tried
+FINETUNE = 5  # epochs, at least
+MOST = 0.95  # share of a layer that may go
+
+
+def need_peers() -> None:
+    """Complains of a missing package before any work.
+
+    Raises:
+        UserError: Torch-Pruning is not installed.
+    """
+    try:
+        importlib.import_module("torch_pruning")
+    except ImportError as error:
+        text = "the comparison needs the package torch-pruning: pip install 'pyro-isingvit[prune-peers]'."
+        raise UserError(text) from error
+
+
+def inner(network: PlainViT) -> tuple[dict[nn.Module, int], list[nn.Module]]:
+    """Fused projections with their heads, and the layers whose outputs stay as they are."""
+    linears = network.linears()
+    blocks: list[Any] = list(network.blocks)
+    heads = {block.qkv: block.heads for block in blocks}
+    return heads, [network.patch, network.head, *linears["attn_out"], *linears["fc2"]]
+
+
+def train_plainly(network: nn.Module, run: Run, split: Split, epochs: int, lr: float) -> None:
+    """Cross entropy, AdamW, cosine to 0, in place."""
+    size = run.config.train.batch_size
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.01)
+    steps = epochs * -(-len(split) // size)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(100, steps), pct_start=0.05)
+    generator = torch.Generator().manual_seed(run.config.train.seed)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(split), generator=generator).split(size):
+            loss = F.cross_entropy(network(run.info.normalise(split.images[rows])), split.labels[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+
+
+def prune_to(dense: PlainViT, importance: Any, wanted: int, run: Run, data: ImageData) -> PlainViT:
+    """A copy of the network, pruned once and globally to at most ``wanted`` multiply-accumulates, as near as can be."""
+    import torch_pruning as tp
+
+    shape = run.model.vit.image_shape
+    example = torch.zeros(2, *shape)
+    x, y = run.info.normalise(data.train.images[:512]), data.train.labels[:512]
+
+    def pruned(ratio: float) -> PlainViT:
+        network = copy.deepcopy(dense)
+        heads, ignored = inner(network)
+        pruner = tp.pruner.BasePruner(
+            network, example, importance=importance, global_pruning=True, pruning_ratio=ratio,
+            max_pruning_ratio=MOST, num_heads=heads, ignored_layers=ignored,
+            unwrapped_parameters=[(network.position, 1)],
+        )  # fmt: skip
+        F.cross_entropy(network(x), y).backward()  # what Taylor importance reads
+        pruner.step()
+        network.zero_grad()
+        return network
+
+    best, most = None, 0
+    for step in range(1, STEPS):  # not a bisection: where a ratio would empty a layer, Torch-Pruning leaves it whole
+        network = pruned(step / STEPS)
+        cost = macs(network, shape)
+        if most < cost <= wanted:
+            best, most = network, cost
+    if best is None:
+        raise UserError(f"Torch-Pruning cannot reach {wanted:,} multiply-accumulates with {MOST:.0%} of each layer.")
+    return best
+
+
+def compare_peers(run: Run, data: ImageData, model: CompactViT, epochs: int, repeats: int) -> dict[str, dict[str, Any]]:
+    """Accuracy, NLL, Brier and ECE on the test part, multiply-accumulates and latency of each peer.
+
+    Args:
+        run: the run that was pruned.
+        data: its data.
+        model: the compact network whose multiply-accumulates the peers must meet.
+        epochs: of fine-tuning the peers; at least 5, since they were not trained with masks.
+        repeats: of each time measurement, interleaved with the compact network's.
+
+    Raises:
+        UserError: Torch-Pruning is missing, or the network has a CLS token or a two-layer head.
+    """
+    need_peers()
+    check_peers(run.config.vit)
+    import torch_pruning as tp
+
+    torch.manual_seed(run.config.train.seed)
+    shape, settings = run.model.vit.image_shape, run.config.train
+    dense = PlainViT.fresh(run.config.vit, *shape, run.info.num_classes)
+    train_plainly(dense, run, data.train, settings.epochs, settings.lr)
+    wanted = macs(model, shape)
+    networks: dict[str, nn.Module] = {"plain, dense": dense}
+    importances = {
+        "magnitude": tp.importance.GroupMagnitudeImportance(p=2),
+        "GroupTaylor": tp.importance.GroupTaylorImportance(),
+    }
+    for name, importance in importances.items():
+        networks[name] = prune_to(dense, importance, wanted, run, data)
+        train_plainly(networks[name], run, data.train, max(FINETUNE, epochs), 0.1 * settings.lr)
+    everything = [model, *networks.values()]
+    times = {batch: latency(everything, shape, batch, repeats) for batch in (1, 256)}
+    result = {}
+    for number, (name, network) in enumerate(networks.items(), start=1):
+        row = _scores(network.eval(), run, data)
+        row |= {"macs": macs(network, shape), "latency_1": times[1][number], "latency_256": times[256][number]}
+        result[name] = row | {"compact_latency_256": times[256][0]}
+    return result
+
+
+def check_peers(config: ViTConfig) -> None:
+    """Raises UserError where the comparison is not written for such a network."""
+    fits = config.pool == "mean" and config.head == "linear"
+    need(fits, "the comparison with peers is written for mean pooling and a linear head; leave out --peers.")
+
+
+@torch.no_grad()
+def _scores(network: nn.Module, run: Run, data: ImageData) -> dict[str, Any]:
+    def probabilities(split: Split, temperature: float) -> Tensor:
+        logits = [network(run.info.normalise(images)) for images in split.images.split(2048)]
+        return (torch.cat(logits) / temperature).softmax(-1)
+
+    temperature = fit_temperature(probabilities(data.val, 1.0)[None], data.val.labels) if len(data.val) else 1.0
+    scores = classification_metrics(probabilities(data.test, temperature), data.test.labels)
+    return {name: scores[name] for name in ("accuracy", "nll", "brier", "ece")} | {"temperature": temperature}

@@ -1,0 +1,295 @@
+"""Frozen settings of a run. One ``RunConfig`` is saved as ``config.json`` with every run."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pyro_isingvit.core.errors import UserError, why
+
+FORMAT = 1  # raised whenever a run folder written before could no longer be read
+Granularity = Literal["weight", "unit", "head", "block"]
+Tempering = float | Literal["exact", "data_emphasis", "batch_mean", "no_kl"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images to learn from."""
+
+    dataset: str = "digits"
+    """digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH or npz:PATH."""
+    data_root: str = "data"
+    """Folder that holds (or, with --download, receives) the torchvision data sets."""
+    download: bool = False
+    """Fetch a missing torchvision data set into data_root."""
+    train_size: int | None = None
+    """Train on a stratified, seeded subset of this many images; None: all but the validation part."""
+    val_fraction: float = 0.1
+    """Validation images, as a share of the training images."""
+    image_size: int | None = None
+    """Resize images of an image folder to this many pixels square; needed where their sizes differ."""
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Shape of the pre-norm vision transformer."""
+
+    patch_size: int = 7
+    """Side of a patch, in pixels; images are zero-padded to a multiple of it."""
+    width: int = 64
+    """D, the width of the residual stream."""
+    heads: int = 4
+    """H, attention heads; must divide the width."""
+    depth: int = 4
+    """L, the number of blocks."""
+    mlp_ratio: int = 4
+    """Hidden units of an MLP, as a multiple of the width."""
+    pool: Literal["mean", "cls"] = "mean"
+    """What the head reads: the mean over tokens, or a CLS token."""
+    head: Literal["linear", "mlp"] = "linear"
+    """Plain linear head, or the paper's two layers D -> D/2 -> ReLU -> C."""
+
+
+@dataclass(frozen=True)
+class IsingConfig:
+    """Prior and likelihood-guided posterior (docs/method.md names the equations)."""
+
+    granularity: Granularity = "weight"
+    """What one selection mask covers: a weight, a unit (output row), an attention head, or a whole branch."""
+    mask_posterior: Literal["likelihood_guided", "learned", "hybrid"] = "likelihood_guided"
+    """Masks set by the mean-field equation, learned by relaxed-Bernoulli gradients with the Ising field as prior, or
+    set by the equation with learned corrections."""
+    saliency: str = "gnb"
+    """Curvature estimator; the names are in pyro_isingvit.ising.curvature.SALIENCY."""
+    coupling: str = "all_readers"
+    """Coupling graph; the names are in pyro_isingvit.ising.coupling.COUPLINGS."""
+    kappa_mask: Tempering | Literal["auto"] = "auto"
+    """Weight of the likelihood in the mask field: a number, exact (1), data_emphasis (P/N), or auto: solved at each
+    update so that the mean retention meets target_retention times max_keep."""
+    target_retention: float = 0.5
+    """Mean retention that kappa_mask "auto" aims at, as a share of max_keep: about the share of weights that stay;
+    ignored for a fixed kappa_mask."""
+    kappa_weights: Tempering = "data_emphasis"
+    """Weight of the likelihood in the objective: a number, exact (1) or data_emphasis (P/N)."""
+    delta: float = 0.99
+    """Prior probability that a mask drops its weights."""
+    J: float = 1.0
+    """Strength of the Ising coupling to the readers."""
+    omega: float = 1.0
+    """Share of the description cost KL_e in the mask field (1: the ELBO, 0: the paper)."""
+    tau_0: float = 1e-3
+    """Standard deviation of the spike."""
+    tau_1: float = 0.3
+    """Standard deviation of the slab."""
+    empirical_tau_1: bool = False
+    """Set tau_1 per layer by empirical Bayes at each mask update."""
+    posterior_scale: Literal["learned", "shared"] = "shared"
+    """Freeze one shared posterior scale (as the paper does), or learn one per weight."""
+    init_scale: float = 0.01
+    """Posterior scale at the start; the constant when shared."""
+    max_keep: float | Literal["auto"] = "auto"
+    """Retention is clipped to this, so that every weight is dropped now and then; auto: fitted on the validation part
+    during training, so that the predictions need no temperature (0.9 where there is none)."""
+    temperature: float = 0.5
+    """Temperature of the relaxed-Bernoulli straight-through masks when the Ising phase starts."""
+    final_temperature: float = 0.2
+    """The same at its end; in between it falls geometrically."""
+    decay: float = 0.5
+    """Coupling all_readers: weight of a reader, per step of distance."""
+    update_every: int = 10
+    """Optimiser steps between updates of curvature and masks."""
+    curvature_batch: int = 16
+    """Images of a batch that a curvature estimate looks at."""
+    curvature_decay: float = 0.95
+    """Exponential average of the curvature, per update."""
+    mask_damping: float = 0.2
+    """Share of the new mask logit taken at each update; 1 takes it whole."""
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """What the methods without Ising masks need; each reads its own (baselines.py)."""
+
+    drop_rate: float = 0.1
+    """dropout, dropconnect: probability of a drop; concrete-dropout, l0: the same at the start."""
+    members: int = 5
+    """ensemble: K, networks trained side by side."""
+    sparsity: float = 0.6
+    """magnitude: share of the weights that is pruned."""
+    l0_penalty: float = 0.03
+    """l0: nats per weight that is on."""
+    kl_weight: float = 1.0
+    """sparse-vd: weight of the KL in the objective once it has risen (1: the ELBO)."""
+    length_scale: float = 0.01
+    """concrete-dropout: prior length scale."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train and how to evaluate."""
+
+    epochs: int = 30
+    """Passes over the training images, pilot phase included, fine-tuning not."""
+    pilot_fraction: float = 0.4
+    """Share of the epochs trained with every mask at one, before the Ising phase."""
+    finetune_epochs: int = 0
+    """Epochs after the Ising phase with the masks frozen at retention > 0.5."""
+    batch_size: int = 64
+    """Images per step."""
+    lr: float = 6e-3
+    """Peak learning rate of AdamW."""
+    scale_lr_factor: float = 5.0
+    """Learning rate of learned posterior log-scales and mask logits, as a multiple of lr."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay on the weight means (the slab prior already shrinks them)."""
+    schedule: Literal["cosine", "halving"] = "cosine"
+    """Cosine to zero, or the paper's: halved every 20 epochs."""
+    warmup_fraction: float = 0.05
+    """Share of the steps over which the learning rate rises."""
+    accumulate: int = 1
+    """Micro-batches that each step's batch is cut into, one after another: the same loss from less memory."""
+    checkpoint_activations: bool = False
+    """Keep only the input of each block and compute the rest again in the backward pass: less memory, more time."""
+    clip_norm: float = 1.0
+    """Global gradient norm is clipped to this."""
+    augment: Literal["none", "crop", "crop-flip", "randaugment"] = "none"
+    """New views of the training images in every epoch: random crops (zero-padded by an eighth of the side), crops and
+    horizontal flips, or RandAugment on top of both. For digits, letters and whatever else a mirror changes: crop."""
+    mix: Literal["none", "mixup", "cutmix"] = "none"
+    """Mix each training image and its label with another one's: their weighted sum, or a box cut out of the other."""
+    mix_alpha: float = 0.2
+    """mixup, cutmix: the share is drawn from Beta(alpha, alpha); small: nearly whole images, 1: any share."""
+    log_barrier: float = 0.0
+    """Weight lambda of the attention log-barrier, a heuristic for vision (0.02 to 0.05 for text); 0: none."""
+    seed: int = 0
+    """Seed of every random number of the run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    precision: Literal["32", "bf16"] = "32"
+    """Arithmetic of the forward pass."""
+    engine: Literal["auto", "pyro", "fused"] = "auto"
+    """How the ELBO is computed: through Pyro's handlers, by the same formula without them, or auto: fused if it can."""
+    draws: int = 4
+    """Posterior draws a training step; the batch is shared out among them (engine fused; the Pyro path takes one)."""
+    noise: Literal["weights", "activations"] = "weights"
+    """Draw weights, or activations by their two first moments (local reparameterisation; masks on single weights)."""
+    compile: bool = False
+    """Run the training step's network through torch.compile (engine fused; on a CPU it needs a C++ compiler)."""
+    val_samples: int = 4
+    """Posterior draws for the validation metrics of each epoch."""
+    calibrate: bool = True
+    """Fit the temperature of the predictions on the validation part after training."""
+    samples: int = 50
+    """Posterior predictive draws of the final evaluation on the test part."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that makes a run, saved with it."""
+
+    preset: str = "small"
+    method: str = "ising"
+    data: DataConfig = field(default_factory=DataConfig)
+    vit: ViTConfig = field(default_factory=ViTConfig)
+    ising: IsingConfig = field(default_factory=IsingConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    version: str = ""
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """The settings as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str | Path = "config.json") -> "RunConfig":
+        """Reads what ``to_json`` wrote.
+
+        Args:
+            text: the JSON.
+            where: the file's name, for messages.
+
+        Raises:
+            UserError: not JSON, another format, or unknown or missing settings.
+        """
+        try:
+            raw = json.loads(text)
+            written = raw.get("format")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{where} is not a readable configuration ({error}); train the run again.") from error
+        if written != FORMAT:
+            raise UserError(
+                f"{where} was written by run format {written}, this version reads format {FORMAT}; "
+                f"use the version that wrote it ({raw.get('version', 'unknown')}) or train again."
+            )
+        try:
+            parts: dict[str, Any] = {name: kind(**raw.pop(name)) for name, kind in PARTS.items()}
+            parts["baseline"] = BaselineConfig(**raw.pop("baseline", {}))  # runs of version 0.1 have none
+            config = cls(**parts, **raw)
+            check_fields(config)
+            return config
+        except (KeyError, TypeError, AttributeError, UserError) as error:
+            raise UserError(f"{where} lacks or misnames a setting ({why(error)}); train the run again.") from error
+
+
+def check_fields(settings: Any) -> None:
+    """Checks that every field of a dataclass, nested ones included, is of the kind it is declared as.
+
+    Raises:
+        UserError: it is not; a number is not finite, or a whole number is beyond 2^31, which no setting needs.
+    """
+    for each in dataclasses.fields(settings):
+        value = getattr(settings, each.name)
+        if dataclasses.is_dataclass(each.type):
+            if not isinstance(value, each.type):  # type: ignore[arg-type]
+                raise UserError(f"{each.name} holds no settings.")
+            check_fields(value)
+        elif not _fits(value, each.type):
+            raise UserError(f"{each.name} cannot be {value!r:.60}; --help says what it takes.")
+
+
+def _fits(value: object, kind: Any) -> bool:
+    origin, choices = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, choice) for choice in choices)
+    if origin is Literal:
+        return isinstance(value, str) and value in choices
+    if origin is tuple:  # tuple[kind, ...]
+        return isinstance(value, tuple) and all(_fits(item, choices[0]) for item in value)
+    if kind in (int, float):
+        whole = type(value) is int and abs(value) < 2**31
+        return whole or (kind is float and isinstance(value, float) and math.isfinite(value))
+    return value is None if kind is type(None) else isinstance(value, kind)
+
+
+PARTS: dict[str, type] = {"data": DataConfig, "vit": ViTConfig, "ising": IsingConfig, "train": TrainConfig}
+
+
+# Shapes the presets give; every field can still be overridden one by one.
+PRESETS: dict[str, ViTConfig] = {
+    "digits": ViTConfig(patch_size=2, width=64, heads=4, depth=2, mlp_ratio=2),
+    "small": ViTConfig(patch_size=7, width=64, heads=4, depth=4, mlp_ratio=2),
+    "cifar": ViTConfig(patch_size=4, width=192, heads=6, depth=6, mlp_ratio=2),
+    "paper-28": ViTConfig(patch_size=7, width=64, heads=8, depth=2, mlp_ratio=16, head="mlp"),
+    "paper-32": ViTConfig(patch_size=4, width=128, heads=16, depth=2, mlp_ratio=16, head="mlp"),
+}
+
+
+def default_preset(dataset: str) -> str:
+    """The preset made for a data set: by its name, and ``small`` for folders and npz files."""
+    return {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar"}.get(dataset, "small")
+
+
+def preset(name: str, **changes: int | None) -> ViTConfig:
+    """The network shape called ``name``, with those fields changed that are not None.
+
+    Raises:
+        UserError: unknown name.
+    """
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}.")
+    given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
+    return replace(PRESETS[name], **given)

@@ -1,0 +1,171 @@
+"""Image data sets as tensors: ``DATASETS`` by name, ``PREFIXES`` for files of your own.
+
+Test is the official part; where there is none, a stratified fifth, the same whatever the seed. Training is
+the rest, or exactly ``train_size`` images of it, stratified. Validation is the official part; where there is
+none, ``val_fraction`` times the number of training images, stratified: from the images that ``train_size``
+leaves over if those are enough, otherwise out of the training images themselves. Training and validation have
+every class; no image is in two parts; ``val_fraction=0`` leaves validation empty.
+
+A new data set is one function ``DataConfig -> Parts`` and one line in ``DATASETS``.
+Shapes: N images, C channels (1 or 3), H height, W width; images are (N, C, H, W) uint8, contiguous.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.settings import DataConfig
+from pyro_isingvit.core.untrusted import printable
+from pyro_isingvit.data.files import decode_all, list_images
+from pyro_isingvit.data.sources import (
+    DATASETS,
+    KNOWN,
+    PREFIXES,
+    imagefolder,
+    npz_split,
+    read_npz,
+)
+from pyro_isingvit.data.split import (
+    UNLABELLED,
+    DataInfo,
+    ImageData,
+    Split,
+    copies,
+    hold_out,
+    statistics,
+    stratified,
+)
+
+log = logging.getLogger(__name__)
+
+
+def load_data(
+    dataset: str = "digits",
+    *,
+    data_root: str | Path = "data",
+    train_size: int | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    download: bool = False,
+    image_size: int | None = None,
+) -> ImageData:
+    """Loads a data set and splits it by the rule at the top of this file.
+
+    Args:
+        dataset: a name in ``DATASETS``, ``imagefolder:PATH`` or ``npz:PATH``.
+        data_root: folder of the torchvision data sets.
+        train_size: number of training images; None: all that validation leaves.
+        val_fraction: validation images per training image, 0 to 0.5.
+        seed: of the training subset and the validation part; the test part never depends on it.
+        download: fetch a missing torchvision data set into ``data_root``.
+        image_size: resize an image folder to this many pixels square.
+
+    Raises:
+        UserError: unknown data set, unreadable files, or a split that cannot be made.
+    """
+    need(0 <= val_fraction <= 0.5, f"val_fraction must be between 0 and 0.5, got {val_fraction}.")
+    need(seed >= 0, f"seed must not be negative, got {seed}.")
+    source = DataConfig(dataset=dataset, data_root=str(data_root), download=download, image_size=image_size)
+    pool, val, test, classes = load_parts(source)
+    labels = pool.labels.numpy()
+    chosen = everything = np.arange(len(labels))
+    if train_size is not None:
+        limits = f"{len(classes)} (one per class) and {len(labels)} (all training images)"
+        possible = len(classes) <= train_size <= len(labels)
+        need(possible, f"train_size must be between {limits}, got {train_size}.")
+        chosen = stratified(labels, train_size, np.random.default_rng([seed, 0]))
+    if val_fraction == 0:
+        val = pool.take(chosen[:0])
+    elif val is None:
+        left, rng = np.setdiff1d(everything, chosen), np.random.default_rng([seed, 1])
+        count = max(round(val_fraction * len(chosen)), len(classes))
+        if len(left) >= count and len(np.unique(labels[left])) == len(classes):
+            val = pool.take(left[stratified(labels[left], count, rng)])
+        else:
+            rest, held_out = hold_out(labels[chosen], count, rng, classes, "validation (--val-fraction)")
+            val, chosen = pool.take(chosen[held_out]), chosen[rest]
+    train = pool.take(chosen)
+    mean, std = statistics(train.images)
+    log.info("%s: %d training, %d validation, %d test images", dataset, len(train), len(val), len(test))
+    _, again, tested = copies(part.images.numpy() for part in (train, val, test))
+    if again or tested:
+        log.warning("%d validation and %d test images are copies of images in an earlier part", again, tested)
+    channels, height, width = train.images.shape[1:]
+    return ImageData(train, val, test, DataInfo(dataset, classes, channels, height, width, mean, std))
+
+
+def load_inputs(spec: str, info: DataInfo, *, data_root: str | Path = "data", download: bool = False) -> Split:
+    """Images to predict, in the shape of the run that ``info`` describes.
+
+    ``spec`` is a data set as for ``load_data`` (its test part), an ``.npz`` file (``images`` or
+    ``test_images``, with ``labels`` or ``test_labels`` or without) or a folder of images, nested or not. A
+    folder is labelled if every image lies in a subfolder that is called like a class.
+
+    Raises:
+        UserError: nothing readable there, or images of another shape than the run's.
+    """
+    path = Path(spec).expanduser()
+    if spec in DATASETS or spec.partition(":")[0] in PREFIXES:
+        size = info.height if spec.startswith("imagefolder:") and info.height == info.width else None
+        *_, split, classes = load_parts(
+            DataConfig(dataset=spec, data_root=str(data_root), download=download, image_size=size)
+        )
+        if classes != info.classes:
+            log.warning("%s has other classes than %s: its labels are not used", spec, info.dataset)
+            split = replace(split, labels=torch.full_like(split.labels, UNLABELLED))
+    elif path.is_dir():
+        files = list_images(path)
+        names = [file.relative_to(path) for file in files]
+        split = replace(load_image_files(files, info), names=tuple(printable(name.as_posix()) for name in names))
+        tops = [printable(name.parts[0]) if len(name.parts) > 1 else None for name in names]
+        if all(top in info.classes for top in tops):
+            split = replace(split, labels=torch.tensor([info.classes.index(str(top)) for top in tops]))
+    else:
+        need(path.suffix == ".npz", f"{spec!r} is no folder, no .npz file and no known data set ({KNOWN}).")
+        arrays = read_npz(path, ["images", "labels", "test_images", "test_labels"])
+        start = "" if "images" in arrays else "test_"
+        split = npz_split(arrays, f"{start}images", f"{start}labels", path, f"{start}labels" in arrays)
+        last, classes = int(split.labels.max()), info.classes
+        need(last < len(classes), f"{path} has label {last}, but the run has {len(classes)} classes.")
+    try:
+        info.normalise(split.images[:1])
+    except UserError as error:
+        raise UserError(f"{spec} does not fit this run: {error}") from error
+    return split
+
+
+def load_image_files(paths: Sequence[Path], info: DataInfo) -> Split:
+    """Reads image files, unlabelled, converted to the run's channels and resized to its size.
+
+    Raises:
+        UserError: no path given, or an image cannot be read.
+    """
+    need(paths, "no images to read.")
+    images, resized = decode_all(paths, (info.height, info.width), info.channels)
+    if resized:
+        log.warning("%d of %d images resized to %dx%d", resized, len(paths), info.width, info.height)
+    return Split(images, torch.full((len(paths),), UNLABELLED), tuple(printable(str(path)) for path in paths))
+
+
+def load_parts(source: DataConfig) -> tuple[Split, Split | None, Split, tuple[str, ...]]:
+    """The parts, test being the official one or a fifth that is taken away from training."""
+    spec, size = source.dataset, source.image_size
+    name, _, path = spec.partition(":")
+    loader = PREFIXES.get(name) if path else DATASETS.get(spec)
+    if loader is None:
+        raise UserError(f"unknown data set {spec!r}; known: {KNOWN}.")
+    sizable = size is None or (loader is imagefolder and size > 0)
+    need(sizable, f"--image-size is a positive number, for imagefolder:PATH alone; got {size} for {spec}.")
+    train, val, test, classes = loader(source)
+    need(len(classes) > 1, f"{spec} has only the class {classes[0]!r}; two are needed at least.")
+    if test is None:
+        labels, rng = train.labels.numpy(), np.random.default_rng(0)
+        rest, held_out = hold_out(labels, math.ceil(len(labels) / 5), rng, classes, "testing")
+        train, test = train.take(rest), train.take(held_out)
+    return train, val, test, classes

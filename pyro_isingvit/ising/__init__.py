@@ -1,0 +1,1 @@
+"""The paper: model, guide, and what moves the masks."""

@@ -1,0 +1,50 @@
+"""What training an Ising posterior takes, in bytes."""
+
+from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.ising.guide import IsingGuide
+from pyro_isingvit.ising.model import IsingViT
+
+
+def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, processes: int = 1) -> dict[str, int]:
+    """Bytes that a training step of the fused ELBO takes, without images and activations; all numbers have 4 bytes.
+
+    With P masked weights, G masks, R other parameters (biases, norms, embeddings; learned mask logits too), l = 1
+    where the scale of every weight is learned and 0 else, and s the draws of a micro-batch:
+
+        weight_means         4 P        posterior_scale  4 P, one number a weight even where they are all the same
+        curvature            4 P        mask_logits      4 G        prior_logits  4 G        other_parameters  4 R
+        gradients            4 (P + l P + R)                        adamw  8 (P + l P + R)
+        draws                4 [s (P + G) + P + G + 4 l P]          kept for the backward pass: draws, masks, KL, pi
+        draw_gradients       4 s P                                  alive towards the end of the backward pass
+
+        s = max(1, draws / (processes * accumulate))
+
+    A masked weight thus takes 4 (7 + 3 G/P + 7 l + s (2 + G/P)) bytes: 88 by default, with a mask of its own and 4
+    draws, and 52 with one draw; 60 and 36 with unit, head or block masks, where G/P is near 0. DDP's buckets are the
+    gradients' own memory. Noise on activations is not covered. The curvature pass and the sweep of the masks come
+    before the draws and take less.
+
+    Args:
+        model: the generative model.
+        guide: its posterior.
+        settings: draws and micro-batches.
+        processes: W, that share each batch out.
+
+    Returns:
+        bytes by name, as above, and their sum, ``total``; and ``per_masked_weight``, total / P rounded.
+    """
+    p = model.num_masked_weights
+    g = sum(guide.field(name).numel() for name in guide.layout.sites)
+    learned_logits = sum(logit.numel() for logit in guide.mask_logit.values())
+    r = sum(value.numel() for value in model.parameters()) + learned_logits
+    learned = guide.config.posterior_scale == "learned"
+    s = max(1, settings.draws // (processes * settings.accumulate))
+    trained = p + learned * p + r
+    numbers = {
+        "weight_means": p, "posterior_scale": p, "curvature": p, "mask_logits": g, "prior_logits": g,
+        "other_parameters": r, "gradients": trained, "adamw": 2 * trained,
+        "draws": s * (p + g) + p + g + 4 * learned * p, "draw_gradients": s * p,
+    }  # fmt: skip
+    taken = {name: 4 * number for name, number in numbers.items()}
+    total = sum(taken.values())
+    return taken | {"total": total, "per_masked_weight": round(total / p)}

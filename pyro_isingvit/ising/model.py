@@ -1,0 +1,130 @@
+"""The generative model: selection masks, spike-and-slab weights, a Vision Transformer, class labels.
+
+    xi_g        ~ Bernoulli(logits = prior_logit_g)                 METHOD 1
+    w_e | xi_g  ~ N(0, tau_1^2) if xi_g = 1 (kept) else N(0, tau_0^2)
+    y_n | x_n, W ~ Categorical(softmax f_W(x_n))
+
+Labels that mixup or cutmix made, probabilities y_nc, enter as the factor prod_c softmax(f_W(x_n))_c^y_nc.
+
+One mask site and one weight site per kind of matrix, stacked over depth; both lie outside the data plate.
+"""
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_isingvit.core.settings import IsingConfig, ViTConfig, preset
+from pyro_isingvit.data.split import DataInfo, ImageData
+from pyro_isingvit.ising.distributions import SpikeAndSlab
+from pyro_isingvit.ising.layout import MaskLayout
+from pyro_isingvit.nets.margins import Projections, log_barrier
+from pyro_isingvit.nets.vit import ViT, Weights
+
+CERTAIN = 20.0  # a logit at which float32 sampling never flips a mask
+
+
+def with_plate_axis(value: Tensor, event_dim: int) -> Tensor:
+    """Gives draws (S, *event) the shape (S, 1, *event), which the data plate broadcasts against.
+
+    ``Predictive(parallel=True)`` hands over guide draws without the data plate's axis; left alone they would be
+    read as one weight per image whenever S equals the batch size.
+    """
+    return value.unsqueeze(1) if value.dim() == event_dim + 1 else value
+
+
+class IsingViT(nn.Module):
+    """Vision transformer with spike-and-slab weights under an Ising prior; a Pyro model.
+
+    Args:
+        vit: shape of the network.
+        info: what the images look like.
+        ising: prior settings.
+
+    Attributes:
+        num_data: N, the size of the training set, by which the data plate scales; set by ``fit``.
+        temperature: T of the predictions, fitted on the validation part after training (calibration.py).
+        kappa_weights: the KL is weighted by 1/kappa_weights in the objective; set by ``fit``.
+        log_barrier: lambda of the attention log-barrier (barrier.py), 0: none; set by ``fit``.
+        log_margin: mean log|det| that the barrier saw in the last batch; 0 without a barrier.
+    """
+
+    def __init__(self, vit: ViTConfig, info: DataInfo, ising: IsingConfig | None = None) -> None:
+        super().__init__()
+        self.info, self.ising = info, ising or IsingConfig()
+        self.vit = ViT(vit, info.channels, info.height, info.width, info.num_classes)
+        self.layout = MaskLayout(self.vit, self.ising.granularity)
+        self.num_data: int | None = None
+        self.kappa_weights = 1.0
+        self.log_barrier = 0.0
+        self.log_margin = torch.zeros(())
+        self.temperature: Tensor
+        self.register_buffer("temperature", torch.ones(()))
+        for name, site in self.layout.sites.items():
+            self.register_buffer(f"prior_logit_{name}", torch.full(site.shape, CERTAIN))
+        for kind, shape in self.vit.matrix_shapes.items():
+            self.register_buffer(f"tau_1_{kind}", torch.full((shape[0], 1, 1), self.ising.tau_1))
+
+    @classmethod
+    def for_data(cls, data: ImageData, vit: ViTConfig | str = "small", ising: IsingConfig | None = None) -> "IsingViT":
+        """The model for a data set; ``vit`` is a shape or the name of a preset."""
+        return cls(preset(vit) if isinstance(vit, str) else vit, data.info, ising)
+
+    @property
+    def num_masked_weights(self) -> int:
+        """P, the number of weights under a mask."""
+        return sum(layers * rows * columns for layers, rows, columns in self.vit.matrix_shapes.values())
+
+    def prior_logits(self, site: str) -> Tensor:
+        """J c - logit(delta) of a mask site, as last set by the guide; CERTAIN in the pilot phase."""
+        return self.get_buffer(f"prior_logit_{site}")
+
+    def tau_1(self, kind: str) -> Tensor:
+        """Slab standard deviations of a kind, (layers, 1, 1)."""
+        return self.get_buffer(f"tau_1_{kind}")
+
+    def sample_weights(self) -> Weights:
+        """Samples every mask and weight site; returns kind -> ([S,] layers, out, in)."""
+        masks, weights = {}, {}
+        with poutine.scale(scale=1.0 / self.kappa_weights):
+            for name, site in self.layout.sites.items():
+                prior = dist.Bernoulli(logits=self.prior_logits(name), validate_args=False)
+                masks[name] = with_plate_axis(
+                    pyro.sample(f"xi_{name}", prior.to_event(len(site.shape))), len(site.shape)
+                )
+            for kind, shape in self.vit.matrix_shapes.items():
+                mask = self.layout.expand(kind, masks)
+                mask = mask.expand(*mask.shape[:-3], *shape)
+                slab = SpikeAndSlab(mask, self.ising.tau_0, self.tau_1(kind)).to_event(3)
+                weight = with_plate_axis(pyro.sample(f"w_{kind}", slab), 3)
+                weights[kind] = weight.squeeze(1) if weight.dim() == 5 else weight
+        return weights
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Runs the model.
+
+        Args:
+            x: (B, channels, height, width), normalised by ``info.normalise``.
+            y: (B,) class numbers or (B, C) probabilities; None samples them (site ``y``) and records ``probs``.
+
+        Returns:
+            logits (B, C), or (S, B, C) under a vectorised sample plate; divided by T where y is None.
+        """
+        attention: Projections | None = [] if self.log_barrier > 0 and y is not None else None
+        logits = self.vit(self.sample_weights(), x, attention).float()
+        if y is None:
+            logits = logits / self.temperature
+        size = len(x) if y is None or self.num_data is None else self.num_data
+        if attention is not None:  # the loss, divided by N, gets -lambda mean log|det|
+            penalty = with_plate_axis(log_barrier(attention), 0)
+            self.log_margin = -penalty.detach().mean()
+            pyro.factor("log_barrier", -self.log_barrier * size * penalty)
+        with pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device)):
+            if y is None:
+                pyro.deterministic("probs", logits.softmax(-1), event_dim=1)
+            if y is None or y.dim() == 1:
+                pyro.sample("y", dist.Categorical(logits=logits, validate_args=False), obs=y)
+            else:
+                pyro.factor("y", (y * logits.log_softmax(-1)).sum(-1))
+        return logits

@@ -1,0 +1,152 @@
+"""Methods that end with fewer weights: by variance, by gates, by size.
+
+Shapes: B batch, S samples, T tokens, C classes; x of a layer is (B, T, in), its weight (out, in).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.methods.plain import Baseline
+from pyro_isingvit.nets.vit import Weights, linear
+
+
+def sparse_vd_kl(log_alpha: Tensor) -> Tensor:
+    """KL(N(m, alpha m^2) || log-uniform) up to its constant, elementwise, nats (Molchanov et al. 2017, eq. 14).
+
+    k1 - k1 sigmoid(k2 + k3 log alpha) + 0.5 log(1 + 1 / alpha); falls to 0 as alpha grows.
+    """
+    k1, k2, k3 = 0.63576, 1.87320, 1.48695
+    return k1 * (-(k2 + k3 * log_alpha)).sigmoid() + 0.5 * F.softplus(-log_alpha)
+
+
+class SparseVD(Baseline):
+    """Sparse variational dropout (Molchanov, Ashukha & Vetrov 2017), with local reparameterisation.
+
+    w ~ N(m, s^2), alpha = s^2 / m^2; weights with log alpha > 3 are pruned. The KL rises over the first half.
+    """
+
+    max_draws = None
+    image_noise = True
+    fast = ("log_variance",)
+    THRESHOLD = 3.0
+
+    def __init__(self, config: RunConfig, info: DataInfo, num_data: int) -> None:
+        super().__init__(config, info, num_data)
+        self.log_variance = nn.ParameterDict(
+            {kind: nn.Parameter(torch.full_like(weight, -10.0)) for kind, weight in self.loc.items()}
+        )
+        self.risen = 1.0
+
+    def log_alpha(self, kind: str) -> Tensor:
+        """log s^2 / m^2, within +-8: (layers, out, in)."""
+        return (self.log_variance[kind] - (self.loc[kind].pow(2) + 1e-8).log()).clamp(-8, 8)
+
+    def before_step(self, x: Tensor, y: Tensor, phase: str, step: int, progress: float) -> None:
+        """The weight of the KL rises."""
+        self.risen = min(1.0, 2 * progress)
+
+    def layer_rule(self, kind: str, layer: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Noise on the outputs, a token's own: N(x m, x^2 s^2)."""
+        variance = linear(x.pow(2), self.log_variance[kind][layer].exp(), torch.zeros_like(bias))
+        return linear(x, weight, bias) + (variance + 1e-8).sqrt() * torch.randn_like(variance)
+
+    def penalty(self) -> Tensor:
+        """The KL, as far as it has risen."""
+        total = torch.stack([sparse_vd_kl(self.log_alpha(kind)).sum() for kind in self.loc]).sum()
+        return self.risen * self.settings.kl_weight * total
+
+    def draw_weights(self) -> Weights:
+        """Draws of what is not pruned."""
+        kept = self.kept()
+        return {
+            kind: kept[kind] * (m + (0.5 * self.log_variance[kind]).exp() * torch.randn_like(m))
+            for kind, m in self.loc.items()
+        }
+
+    def kept(self) -> Weights:
+        """1 where log alpha is below the threshold."""
+        return {kind: (self.log_alpha(kind) < self.THRESHOLD).float() for kind in self.loc}
+
+
+class L0(Baseline):
+    """Hard-concrete gates on the inputs of every layer (Louizos, Welling & Kingma 2018, eq. 10 to 13).
+
+    s = sigmoid((log u - log(1 - u) + log a) / beta),   gate = clamp(s (zeta - gamma) + gamma, 0, 1)
+    penalty = l0_penalty * sum_inputs (weights read) * sigmoid(log a - beta log(-gamma / zeta))
+    """
+
+    fast = ("log_a",)
+    image_noise = True
+    BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+
+    def __init__(self, config: RunConfig, info: DataInfo, num_data: int) -> None:
+        super().__init__(config, info, num_data)
+        start = math.log((1 - self.settings.drop_rate) / self.settings.drop_rate)
+        self.log_a = nn.ParameterDict(
+            {
+                kind: nn.Parameter(start + 0.01 * torch.randn(layers, columns))
+                for kind, (layers, _, columns) in self.vit.matrix_shapes.items()
+            }
+        )
+
+    def _gate(self, s: Tensor) -> Tensor:
+        return (s * (self.ZETA - self.GAMMA) + self.GAMMA).clamp(0, 1)
+
+    def sample_gate(self, log_a: Tensor, batch: int) -> Tensor:
+        """One gate an input and image, (B, in)."""
+        u = torch.rand(batch, *log_a.shape, device=log_a.device).clamp(1e-6, 1 - 1e-6)
+        return self._gate(((u.logit() + log_a) / self.BETA).sigmoid())
+
+    def layer_rule(self, kind: str, layer: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Gated inputs."""
+        return linear(x * self.sample_gate(self.log_a[kind][layer], len(x)).unsqueeze(1), weight, bias)
+
+    def penalty(self) -> Tensor:
+        """Expected number of weights that are on, times its price in nats."""
+        shift = self.BETA * math.log(-self.GAMMA / self.ZETA)
+        active = [(a - shift).sigmoid().sum() * self.loc[kind].shape[1] for kind, a in self.log_a.items()]
+        return self.settings.l0_penalty * torch.stack(active).sum()
+
+    def draw_weights(self) -> Weights:
+        """Gates at their deterministic value, clamp(sigmoid(log a) (zeta - gamma) + gamma, 0, 1)."""
+        return {kind: w * self._gate(self.log_a[kind].sigmoid()).unsqueeze(1) for kind, w in self.loc.items()}
+
+    def kept(self) -> Weights:
+        """1 where the deterministic gate is open at all."""
+        gates = {kind: (self._gate(a.sigmoid()) > 0).float().unsqueeze(1) for kind, a in self.log_a.items()}
+        return {kind: gate.expand_as(self.loc[kind]) for kind, gate in gates.items()}
+
+
+class Magnitude(Baseline):
+    """Train, drop the smallest weights of the whole network, fine-tune the rest (Han et al. 2015)."""
+
+    def __init__(self, config: RunConfig, info: DataInfo, num_data: int) -> None:
+        super().__init__(config, info, num_data)
+        for kind, weight in self.loc.items():
+            self.register_buffer(f"mask_{kind}", torch.ones_like(weight))
+
+    @torch.no_grad()
+    def begin(self, phase: str) -> None:
+        """Prunes before fine-tuning."""
+        if phase != "finetune":
+            return
+        sizes = torch.cat([weight.abs().flatten() for weight in self.loc.values()])
+        rank = int(self.settings.sparsity * len(sizes))
+        limit = sizes.kthvalue(rank).values if rank else -1.0
+        for kind, weight in self.loc.items():
+            self.get_buffer(f"mask_{kind}").copy_(weight.abs() > limit)
+
+    def weights(self) -> Weights:
+        """What is left."""
+        return {kind: weight * self.get_buffer(f"mask_{kind}") for kind, weight in self.loc.items()}
+
+    draw_weights = weights
+
+    def kept(self) -> Weights:
+        """The mask."""
+        return {kind: self.get_buffer(f"mask_{kind}") for kind in self.loc}

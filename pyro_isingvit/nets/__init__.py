@@ -1,0 +1,1 @@
+"""The transformer, and what can be read off it."""

@@ -1,0 +1,75 @@
+"""Where numbers stopped being finite: asked when training has diverged.
+
+Shapes: B images, L layers.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from pyro_isingvit.nets.vit import ViT, plain
+
+KINDS = ("patch", "qkv", "attn_out", "fc1", "fc2", "head_hidden", "head")  # from input to output
+WORDS = {"loc": "weights", "log_scale": "scales", "bias": "biases", "mask_logit": "mask logits"}
+
+
+class _FoundError(Exception):
+    """Stops a pass through the network."""
+
+
+def not_finite(network: nn.Module) -> str | None:
+    """The first parameter, from input to output, that is not finite, as "weights of fc1, layer 2"; None: all are.
+
+    Args:
+        network: any module; matrices of a ViT are told apart by layer.
+    """
+    found = [place for name, value in network.named_parameters() for place in _places(name, value.detach())]
+    return min(found)[-1] if found else None
+
+
+def _places(name: str, value: Tensor) -> Iterator[tuple[int, int, str]]:
+    """Layer, place within it and words for the first layer of a parameter that is not finite."""
+    if bool(torch.isfinite(value).all()):
+        return
+    *_, owner, kind = f".{name}".split(".")
+    if kind not in KINDS:
+        yield -1, 0, kind
+        return
+    layer = int(torch.isfinite(value.flatten(1)).all(1).int().argmin())
+    depth = {"patch": -1, "head_hidden": value.numel(), "head": value.numel()}  # beyond any layer
+    where = f"{WORDS.get(owner, owner)} of {kind}" + ("" if kind in depth else f", layer {layer + 1}")
+    yield depth.get(kind, layer), KINDS.index(kind), where
+
+
+@torch.no_grad()
+def first_not_finite(network: nn.Module, images: Tensor) -> str | None:
+    """The first parameter that is not finite, or else the first layer whose output is not, at the mean weights.
+
+    Args:
+        network: what was trained: a ``ViT`` and its matrices ``loc`` (kind -> (L, out, in)), or several of both.
+        images: (B, channels, height, width), normalised.
+
+    Returns:
+        words for the place; None where nothing is found: the noise of a draw, or a term other than the NLL.
+    """
+    place = not_finite(network)
+    if place is not None:
+        return place
+    vits = [module for module in network.modules() if isinstance(module, ViT)]
+    locs = [getattr(module, "loc", None) for module in network.modules()]
+    weights = [dict(loc.items()) for loc in locs if isinstance(loc, nn.ParameterDict)]
+
+    def rule(kind: str, layer: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = plain(kind, layer, x, weight, bias)
+        for values, what in ((x, "input"), (y, "output")):
+            if not bool(torch.isfinite(values).all()):
+                raise _FoundError(f"{what} of {kind}, layer {layer + 1}")
+        return y
+
+    try:
+        for vit, loc in zip(vits, weights, strict=False):
+            vit(loc, images, layer_rule=rule)
+    except _FoundError as found:
+        return str(found)
+    return None

@@ -1,0 +1,233 @@
+"""From a run to a smaller network: which masks stay on, in which form, at which temperature.
+
+Masks with pi > threshold are kept, the others are off for good; ``assembly`` then removes what cannot act any more.
+
+Shapes: S samples, B batch, C classes.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.data.split import Split
+from pyro_isingvit.ising.curvature import second_order_gain
+from pyro_isingvit.ising.guide import IsingGuide
+from pyro_isingvit.nets.vit import Weights
+from pyro_isingvit.predictive.calibration import fit_temperature
+from pyro_isingvit.predictive.metrics import classification_metrics
+from pyro_isingvit.pruning.assembly import PosteriorParts, assemble
+from pyro_isingvit.pruning.network import CompactViT
+from pyro_isingvit.runs.run import Run
+
+Form = Literal["mean", "bayes"]
+Weighting = Literal["auto", "slab", "mean"]
+SAMPLES = 50
+MIDDLE = 0.5  # the threshold, unless another is asked for
+
+Kept = dict[str, Tensor]  # mask site -> bool, of the site's shape
+
+
+def guide_of(run: Run) -> IsingGuide:
+    """The posterior of a run's masks.
+
+    Raises:
+        UserError: the run has none, or never left the pilot phase.
+    """
+    guide = run.guide
+    masked = run.config.method != "mean-field" and guide.phase != "pilot"
+    need(masked, f"every mask of this run ({run.config.method}) is at one: there is nothing to prune by.")
+    return guide
+
+
+@torch.no_grad()
+def choose_masks(run: Run, threshold: float | None = None, keep: float | None = None) -> Kept:
+    """Which masks stay on.
+
+    Args:
+        run: a run with masks.
+        threshold: keep pi > threshold, in (0, 1); 0.5 where neither is given.
+        keep: keep this share of the masked weights, in (0, 1): the masks of highest pi, and among equals (pi is
+            clipped at max_keep) those of highest second-order gain per weight.
+
+    Raises:
+        UserError: both given, a value outside (0, 1), no masks, or none kept.
+    """
+    guide = guide_of(run)
+    need(threshold is None or keep is None, "--threshold and --keep contradict each other; give one of them.")
+    for name, value in (("threshold", threshold), ("keep", keep)):
+        need(value is None or 0 < value < 1, f"{name} must lie strictly between 0 and 1, not {value}.")
+    retention = {name: guide.retention(name).cpu() for name in guide.layout.sites}
+    if keep is None:
+        chosen = {name: pi > (MIDDLE if threshold is None else threshold) for name, pi in retention.items()}
+    else:
+        chosen = _highest(guide, retention, keep)
+    if not any(bool(mask.any()) for mask in chosen.values()):
+        highest = max(float(pi.max()) for pi in retention.values())
+        raise UserError(f"nothing is left of the network: the highest retention is {highest:.3f}; lower --threshold.")
+    return chosen
+
+
+def _highest(guide: IsingGuide, retention: Kept, keep: float) -> Kept:
+    gain = {kind: second_order_gain(guide.curvature(kind), loc, guide.num_data) for kind, loc in guide.loc.items()}
+    ones = {kind: torch.ones_like(loc) for kind, loc in guide.loc.items()}
+    sites = guide.layout.sites
+    sizes = {name: guide.layout.reduce(site, ones) for name, site in sites.items()}
+    worth = {name: guide.layout.reduce(site, gain) / sizes[name] for name, site in sites.items()}
+    # Damped masks are on their way to a clip that moves: those within 1% of it are equals.
+    clipped = {name: pi.clamp(max=0.99 * guide.max_keep) for name, pi in retention.items()}
+    flat = [torch.cat([part[name].flatten() for name in sites]).double().cpu().numpy()
+            for part in (clipped, worth, sizes)]  # fmt: skip
+    order = np.lexsort((flat[1], flat[0]))[::-1]  # by pi, then by worth, the highest first
+    total = np.cumsum(flat[2][order])
+    on = np.zeros(len(order), bool)
+    on[order[total <= keep * total[-1]]] = True
+    parts = torch.from_numpy(on).split([retention[name].numel() for name in sites])
+    return {name: part.view(retention[name].shape) for name, part in zip(sites, parts, strict=True)}
+
+
+@torch.no_grad()
+def masked_weights(run: Run, kept: Kept, weighting: Literal["slab", "mean"] = "slab") -> Weights:
+    """The full network's matrices with the cut masks at 0: kind -> (layers, out, in).
+
+    Args:
+        run: a run with masks.
+        kept: which masks stay on.
+        weighting: slab means m, or posterior means pi m.
+    """
+    guide = guide_of(run)
+    weights = {}
+    for kind, loc in guide.loc.items():
+        mask = guide.layout.expand(kind, {name: on.to(loc) for name, on in kept.items()})
+        weights[kind] = loc.detach() * mask * (guide.weight_retention(kind) if weighting == "mean" else 1.0)
+    return weights
+
+
+def compact(
+    run: Run,
+    form: Form = "mean",
+    *,
+    threshold: float | None = None,
+    keep: float | None = None,
+    weighting: Weighting = "auto",
+    val: Split | None = None,
+) -> CompactViT:
+    """Cuts a run down to a smaller, ordinary network.
+
+    Args:
+        run: a trained run with masks.
+        form: ``mean``, one deterministic network, or ``bayes``, which can be sampled.
+        threshold: keep masks with pi > threshold, in (0, 1); 0.5 unless ``keep`` is given.
+        keep: keep this share of the masked weights instead.
+        weighting: of the form ``mean``: slab means m ("slab"), posterior means pi m ("mean"), or whichever has the
+            lower NLL on ``val`` ("auto"; m without ``val``).
+        val: validation images, on which the temperature is fitted anew; None takes the run's.
+
+    Returns:
+        the network in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: no masks, a threshold outside (0, 1), contradictory arguments, or nothing left.
+    """
+    need(form in ("mean", "bayes"), f"form must be mean or bayes, not {form!r}.")
+    kept = choose_masks(run, threshold, keep)
+    return from_masks(run, kept, form, weighting, val)
+
+
+def from_masks(
+    run: Run, kept: Kept, form: Form = "mean", weighting: Weighting = "auto", val: Split | None = None
+) -> CompactViT:
+    """``compact`` with the masks already chosen."""
+    if form == "bayes":
+        model = assemble(run.model.vit, run.info, masked_weights(run, kept), posterior_parts(run, kept))
+        model.temperature.copy_(run.model.temperature)
+        return calibrated(model, val)
+    names: list[Literal["slab", "mean"]] = ["slab", "mean"] if weighting == "auto" else [weighting]
+    if val is None or len(val) == 0:
+        names = names[:1]
+    models = []
+    for name in names:
+        model = assemble(run.model.vit, run.info, masked_weights(run, kept, name))
+        model.temperature.copy_(run.model.temperature)
+        models.append(calibrated(model, val))
+    if len(models) == 1:
+        return models[0]
+    assert val is not None
+    scores = [classification_metrics(model.predict(val.images)[0], val.labels)["nll"] for model in models]
+    return models[int(np.argmin(scores))]
+
+
+def dense_network(run: Run, val: Split | None) -> CompactViT:
+    """The posterior mean pi m with nothing removed, calibrated on validation images: what to compare with."""
+    everything = {name: torch.ones(site.shape, dtype=torch.bool) for name, site in guide_of(run).layout.sites.items()}
+    return from_masks(run, everything, "mean", "mean", val)
+
+
+@torch.no_grad()
+def calibrated(model: CompactViT, val: Split | None) -> CompactViT:
+    """The model with its temperature fitted on validation images; as it is where there are none."""
+    if val is not None and len(val):
+        model.temperature.fill_(1.0)
+        model.temperature.fill_(fit_temperature(model.predict(val.images, SAMPLES), val.labels))
+    return model
+
+
+@torch.no_grad()
+def posterior_parts(run: Run, kept: Kept) -> PosteriorParts:
+    """Scales, retention and mask numbers of a run's matrices."""
+    guide = guide_of(run)
+    layout = guide.layout
+    pi = {name: guide.retention(name).detach().cpu() * on for name, on in kept.items()}
+    numbers = {name: torch.arange(on.numel()).view(on.shape) for name, on in kept.items()}
+    by_weight = layout.granularity == "weight"
+    return PosteriorParts(
+        {kind: scale.detach().exp().cpu() for kind, scale in guide.log_scale.items()},
+        {kind: layout.expand(kind, pi).expand_as(loc) for kind, loc in guide.loc.items()},
+        None if by_weight else {kind: layout.expand(kind, numbers) for kind in guide.kinds},
+        {kind: layout.site_of[kind].name for kind in guide.kinds},
+        {} if by_weight else {name: F.pad(values.flatten(), (0, 1)) for name, values in pi.items()},
+    )
+
+
+def finetune(
+    model: CompactViT, train: Split, epochs: int, lr: float = 2e-4, batch_size: int = 64, seed: int = 0
+) -> CompactViT:
+    """Trains what is left on plain cross entropy, in place; zeros stay zeros. Calibrate again afterwards.
+
+    AdamW without weight decay, the learning rate falling to 0 by a cosine.
+
+    Args:
+        model: the form ``mean``.
+        train: training images.
+        epochs: passes over them.
+        lr: peak learning rate.
+        batch_size: images per step.
+        seed: of the order of the images.
+
+    Raises:
+        UserError: the form is ``bayes``, epochs below 0, no images, or a loss that is not finite.
+    """
+    need(model.config.form == "mean", "only the form 'mean' can be fine-tuned with cross entropy.")
+    need(epochs >= 0, f"--finetune takes a number of epochs, not {epochs}.")
+    need(epochs == 0 or len(train) > 0, "there are no training images to fine-tune on.")
+    trained = list(model.parameters())
+    alive = [value.detach() != 0 for value in trained]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    steps = epochs * -(-len(train) // batch_size)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(train), generator=generator).split(batch_size):
+            loss = F.cross_entropy(model(model.normalise(train.images[rows])) * model.temperature, train.labels[rows])
+            need(bool(loss.isfinite()), "fine-tuning diverged: the loss is not finite.")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            for value, on in zip(trained, alive, strict=True):
+                if value.grad is not None:
+                    value.grad *= on  # Adam's step is 0 where the gradient always was
+            optimizer.step()
+            scheduler.step()
+    return model

@@ -1,0 +1,402 @@
+"""The network that pruning leaves: an ordinary ``torch.nn.Module`` with layers of differing sizes, without Pyro.
+
+Two forms share one architecture. ``mean`` is one deterministic network. ``bayes`` adds, to each matrix, the posterior
+scales s and the retention probabilities pi of the masks that were kept, so that networks can be drawn:
+
+    w_e = xi_e (m_e + s_e eps),   xi ~ Bernoulli(pi),   eps ~ N(0, 1)
+
+Masks that were cut are off in every draw, and a mask that is drawn off gives exactly 0: the spike N(0, tau_0^2) of
+the full posterior is set to 0.
+
+Shapes: B batch, T tokens, D width, H heads, C classes, S samples.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from pyro_isingvit.core.checkpoint import write_atomically, write_text
+from pyro_isingvit.core.errors import UserError, need, why
+
+FORMAT = 1
+CONFIG, WEIGHTS = "compact.json", "compact.safetensors"
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What is left of one block; a branch of size 0 is not there at all."""
+
+    heads: int
+    """Attention heads."""
+    query: int
+    """Query (and key) channels a head; the smaller heads of the layer are padded with zeros to the largest."""
+    value: int
+    """Value channels a head, padded likewise."""
+    uniform: int
+    """Value channels of heads without query or key channels: their attention is the mean over the tokens."""
+    hidden: int
+    """Hidden units of the MLP."""
+
+
+@dataclass(frozen=True)
+class CompactConfig:
+    """Everything but the numbers: images, classes, shapes."""
+
+    dataset: str
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]  # channels, height, width
+    mean: tuple[float, ...]  # of the training pixels in [0, 1], by channel
+    std: tuple[float, ...]
+    patch_size: int
+    width: int
+    head_dim: int  # of the network before pruning: scores are divided by its root
+    pool: str
+    features: int  # of the width D, that the classifier reads
+    head_hidden: int | None  # units of a two-layer classifier
+    layers: tuple[LayerShape, ...]
+    form: str = "mean"
+    sites: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # bayes: masks, by site
+    posteriors: Mapping[str, "PosteriorShape"] = dataclasses.field(default_factory=dict)  # bayes: by matrix
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """The fields as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    def check(self) -> None:
+        """Checks that the fields are such as a network can have; raises TypeError or ValueError."""
+        layers = [n for layer in self.layers for n in dataclasses.astuple(layer)]
+        for n in (*self.image_shape, self.patch_size, self.width, self.head_dim, self.features, *layers):
+            if type(n) is not int or not 0 <= n < 2**24:
+                raise TypeError(f"{n!r:.60} is no size")
+        channels, *_ = self.image_shape
+        if len(self.image_shape) != 3 or min(*self.image_shape, self.patch_size, self.width, self.head_dim) < 1:
+            raise ValueError("images, patches and width need a size")
+        if not len(self.mean) == len(self.std) == channels or not all(map(math.isfinite, (*self.mean, *self.std))):
+            raise ValueError("mean and std are not those of the channels")
+        if min(self.std) <= 0 or not all(isinstance(name, str) for name in (self.dataset, *self.classes)):
+            raise ValueError("std or names that cannot be")
+        if self.pool not in ("mean", "cls") or self.form not in ("mean", "bayes"):
+            raise ValueError(f"unknown pool or form {self.pool!r:.20}, {self.form!r:.20}")
+
+    @classmethod
+    def from_json(cls, text: str, where: str | Path = CONFIG) -> "CompactConfig":
+        """Reads what ``to_json`` wrote.
+
+        Raises:
+            UserError: not JSON, another format, or unknown or missing fields.
+        """
+        try:
+            raw = json.loads(text)
+            need(raw["format"] == FORMAT, f"{where} is of format {raw['format']}, this version reads {FORMAT}.")
+            raw["layers"] = tuple(LayerShape(**layer) for layer in raw["layers"])
+            raw["sites"] = {name: tuple(shape) for name, shape in raw["sites"].items()}
+            raw["posteriors"] = {
+                name: PosteriorShape(**{**shape, "scale": tuple(shape["scale"]), "index": _maybe(shape["index"])})
+                for name, shape in raw["posteriors"].items()
+            }
+            for name in ("classes", "image_shape", "mean", "std"):
+                raw[name] = tuple(raw[name])
+            config = cls(**raw)
+            config.check()
+            return config
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{where} describes no compact network ({why(error)}); prune the run again.") from error
+
+
+def _maybe(shape: list[int] | None) -> tuple[int, ...] | None:
+    return None if shape is None else tuple(shape)
+
+
+@dataclass(frozen=True)
+class PosteriorShape:
+    """How the posterior of one matrix is kept."""
+
+    site: str  # the masks that cover it
+    scale: tuple[int, ...]  # shape of s: () where one is shared
+    index: tuple[int, ...] | None  # which mask of the site covers what; None: the site has a mask for every weight
+    by_row: bool  # one mask covers a whole row
+
+
+class Attention(nn.Module):
+    """Self-attention over the heads and channels that are left.
+
+    Args:
+        width: D.
+        shape: of the layer.
+        head_dim: channels of a head before pruning.
+    """
+
+    def __init__(self, width: int, shape: LayerShape, head_dim: int) -> None:
+        super().__init__()
+        self.shape, self.scale = shape, head_dim**-0.5
+        heads, q, v = shape.heads, shape.query, shape.value
+        if heads:
+            self.qkv = nn.Linear(width, heads * (2 * q + v))
+            self.out = nn.Linear(heads * v, width)
+        if shape.uniform:
+            self.uniform_value = nn.Linear(width, shape.uniform)
+            self.uniform_out = nn.Linear(shape.uniform, width, bias=not heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D), or (B, 1, D) where every head left is uniform."""
+        shape = self.shape
+        if not shape.heads:
+            return self._uniform(x)
+        parts = self.qkv(x).split([shape.heads * n for n in (shape.query, shape.query, shape.value)], dim=-1)
+        q, k, v = (part.unflatten(-1, (shape.heads, -1)).transpose(1, 2) for part in parts)  # (B, H, T, channels)
+        gap = shape.query - shape.value
+        if gap:  # the fused kernel wants q, k and v of one size
+            q, k, v = (F.pad(q, (0, -gap)), F.pad(k, (0, -gap)), v) if gap < 0 else (q, k, F.pad(v, (0, gap)))
+        heads = F.scaled_dot_product_attention(q, k, v, scale=self.scale)[..., : shape.value]
+        attended = self.out(heads.transpose(1, 2).flatten(2))
+        return attended + self._uniform(x) if shape.uniform else attended
+
+    def _uniform(self, x: Tensor) -> Tensor:
+        """A mean over the tokens passes through linear maps: one product an image, not one a token; (B, 1, D)."""
+        return self.uniform_out(self.uniform_value(x.mean(1, keepdim=True)))
+
+
+class Block(nn.Module):
+    """A pre-norm block; a branch of which nothing is left is not there, its constant having gone to the one before."""
+
+    def __init__(self, width: int, shape: LayerShape, head_dim: int) -> None:
+        super().__init__()
+        self.has_attention, self.has_mlp = bool(shape.heads or shape.uniform), bool(shape.hidden)
+        if self.has_attention:
+            self.attention_norm = nn.LayerNorm(width)
+            self.attention = Attention(width, shape, head_dim)
+        if self.has_mlp:
+            self.mlp_norm = nn.LayerNorm(width)
+            self.fc1 = nn.Linear(width, shape.hidden)
+            self.fc2 = nn.Linear(shape.hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        if self.has_attention:
+            x = x + self.attention(self.attention_norm(x))
+        if self.has_mlp:
+            x = x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x))))
+        return x
+
+
+class Posterior(nn.Module):
+    """Scales and mask numbers of one matrix (buffers), and the random part of its bias.
+
+    ``fold_loc`` and ``fold_scale`` (out,) are mean and standard deviation of what dropped inputs, constants, send
+    through the matrix.
+    """
+
+    def __init__(self, shape: PosteriorShape, out: int) -> None:
+        super().__init__()
+        self.site, self.by_row = shape.site, shape.by_row
+        self.register_buffer("scale", torch.zeros(shape.scale))
+        index = None if shape.index is None else torch.zeros(shape.index, dtype=torch.int32)
+        self.register_buffer("index", index)
+        self.register_buffer("fold_loc", torch.zeros(out))
+        self.register_buffer("fold_scale", torch.zeros(out))
+        self.scale: Tensor
+        self.index: Tensor | None
+        self.fold_loc: Tensor
+        self.fold_scale: Tensor
+
+    def draw(self, loc: Tensor, masks: dict[str, Tensor], noise: "torch.Generator | None") -> tuple[Tensor, Tensor]:
+        """One weight matrix and what is added to its bias."""
+
+        def normal(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=noise, device=like.device, dtype=like.dtype)
+
+        mask = masks[self.site] if self.index is None else masks[self.site][self.index]
+        fold = self.fold_loc + self.fold_scale * normal(self.fold_loc)
+        return mask * (loc + self.scale * normal(loc)), fold * mask[:, 0] if self.by_row else fold
+
+
+class CompactViT(nn.Module):
+    """A pruned vision transformer.
+
+    Args:
+        config: shapes and what the images look like.
+
+    Attributes:
+        temperature: T of the predictions; the logits are divided by it.
+    """
+
+    def __init__(self, config: CompactConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels, height, width = config.image_shape
+        size = config.patch_size
+        self.grid = (-(-height // size), -(-width // size))
+        self.padding = (0, self.grid[1] * size - width, 0, self.grid[0] * size - height)
+        tokens = self.grid[0] * self.grid[1] + (config.pool == "cls")
+        self.patch = nn.Linear(channels * size * size, config.width)
+        self.position = nn.Parameter(torch.zeros(tokens, config.width))
+        if config.pool == "cls":
+            self.cls = nn.Parameter(torch.zeros(config.width))
+        self.blocks = nn.ModuleList(Block(config.width, shape, config.head_dim) for shape in config.layers)
+        self.norm = nn.LayerNorm(config.width)
+        self.features: Tensor | None
+        chosen = torch.arange(config.features) if config.features < config.width else None
+        self.register_buffer("features", chosen)
+        top = config.features
+        if config.head_hidden is not None:
+            self.head_hidden, top = nn.Linear(top, config.head_hidden), config.head_hidden
+        self.head = nn.Linear(top, len(config.classes))
+        self.temperature: Tensor
+        self.register_buffer("temperature", torch.ones(()))
+        for name, shape in config.sites.items():
+            self.register_buffer(f"retention_{name}", torch.zeros(shape))
+        self.posteriors = nn.ModuleDict(
+            {
+                name.replace(".", "__"): Posterior(kept, self.get_parameter(f"{name}.weight").shape[0])
+                for name, kept in config.posteriors.items()
+            }
+        )
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(images / 255 - mean) / std, (B, channels, height, width) uint8 to float32.
+
+        Raises:
+            UserError: another shape or type.
+        """
+        wanted = self.config.image_shape
+        need(
+            tuple(images.shape[1:]) == wanted and images.dtype == torch.uint8,
+            f"images of shape {tuple(images.shape)} {images.dtype} given, the network reads (B, "
+            f"{', '.join(map(str, wanted))}) torch.uint8.",
+        )
+        mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in (self.config.mean, self.config.std))
+        return (images.float() / 255 - mean) / std
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits over T (C of them) of normalised images; the form ``bayes`` uses the means m of its weights.
+
+        Args:
+            x: (B, channels, height, width) float, as ``normalise`` gives them.
+
+        Returns:
+            (B, C).
+        """
+        size, (rows, columns) = self.config.patch_size, self.grid
+        x = F.pad(x, self.padding) if any(self.padding) else x
+        x = x.unflatten(3, (columns, size)).unflatten(2, (rows, size))  # (B, channels, rows, size, columns, size)
+        x = self.patch(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))  # (B, T, D)
+        if self.config.pool == "cls":
+            x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
+        x = x + self.position
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        x = x[:, 0] if self.config.pool == "cls" else x.mean(1)
+        x = x if self.features is None else x.index_select(-1, self.features)
+        if self.config.head_hidden is not None:
+            x = F.relu(self.head_hidden(x))
+        return self.head(x) / self.temperature
+
+    def draw(self, noise: torch.Generator | None = None) -> dict[str, Tensor]:
+        """One draw of all matrices and biases, by parameter name, for ``torch.func.functional_call``.
+
+        Raises:
+            UserError: the form is ``mean``.
+        """
+        need(self.config.form == "bayes", "this compact network is of the form 'mean'; only 'bayes' can be sampled.")
+        masks = {name: torch.bernoulli(self.get_buffer(f"retention_{name}"), generator=noise)
+                 for name in self.config.sites}  # fmt: skip
+        drawn = {}
+        for name, posterior in self.posteriors.items():
+            path = name.replace("__", ".")
+            linear = self.get_submodule(path)
+            assert isinstance(linear, nn.Linear) and isinstance(posterior, Posterior)
+            drawn[f"{path}.weight"], fold = posterior.draw(linear.weight, masks, noise)
+            if linear.bias is not None:
+                drawn[f"{path}.bias"] = linear.bias + fold
+        return drawn
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, samples: int = 50, seed: int = 0, chunk: int = 2048) -> Tensor:
+        """Class probabilities of images.
+
+        Args:
+            images: (B, channels, height, width) uint8.
+            samples: S, networks drawn; the form ``mean`` is one network, S = 1.
+            seed: of the draws.
+            chunk: at most this many images pass at a time.
+
+        Returns:
+            (S, B, C).
+
+        Raises:
+            UserError: images that do not fit, or samples or chunk below 1.
+        """
+        need(samples >= 1 and chunk >= 1, f"samples ({samples}) and chunk ({chunk}) must be at least 1.")
+        bayes = self.config.form == "bayes"
+        noise = torch.Generator(device=self.position.device).manual_seed(seed)
+        result = torch.empty(samples if bayes else 1, len(images), len(self.config.classes))
+        for s in range(len(result)):
+            drawn = self.draw(noise) if bayes else {}
+            for start in range(0, len(images), chunk):
+                x = self.normalise(images[start : start + chunk].to(self.position.device))
+                result[s, start : start + chunk] = functional_call(self, drawn, (x,)).softmax(-1).cpu()
+        return result
+
+    def _check_indices(self) -> None:
+        """Raises where a number that is looked up lies beyond what it is looked up in."""
+        looked_up = [(self.features, self.config.width)]
+        for posterior in self.posteriors.values():
+            assert isinstance(posterior, Posterior)
+            looked_up.append((posterior.index, len(self.get_buffer(f"retention_{posterior.site}").flatten())))
+        for index, size in looked_up:
+            need(index is None or not len(index.flatten()) or 0 <= int(index.min()) <= int(index.max()) < size,
+                 "an index lies beyond its array")  # fmt: skip
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``compact.json`` and ``compact.safetensors``, each whole or not at all.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        write_atomically(folder / WEIGHTS, lambda path: save_file(state, path))
+        write_text(folder / CONFIG, self.config.to_json())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "CompactViT":
+        """Loads what ``save_pretrained`` wrote, in evaluation mode on the CPU.
+
+        Raises:
+            UserError: nothing there, or files that are damaged or do not fit each other.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        folder = Path(folder)
+        for name in (CONFIG, WEIGHTS):
+            need((folder / name).is_file(), f"{folder} holds no compact network: {name} is missing (inference.prune).")
+        config = CompactConfig.from_json((folder / CONFIG).read_text(errors="replace"), folder / CONFIG)
+        try:
+            state = load((folder / WEIGHTS).read_bytes())
+            with torch.device("meta"):  # shapes alone: a few words of JSON must not fill the memory
+                model = cls(config)
+            for name, wanted in model.state_dict().items():
+                same = name in state and (state[name].dtype, state[name].shape) == (wanted.dtype, wanted.shape)
+                need(same, f"{name} is missing or of another shape or type")
+                need(not wanted.is_floating_point() or bool(state[name].isfinite().all()), f"{name} is not finite")
+            model.load_state_dict(state, assign=True)
+            model._check_indices()
+        except (SafetensorError, RuntimeError, TypeError, AttributeError, ValueError, KeyError, IndexError) as error:
+            text = f"{folder / WEIGHTS} is damaged or does not fit {CONFIG} ({why(error)[:160]}); prune the run again."
+            raise UserError(text) from error
+        return model.eval()

@@ -1,0 +1,1 @@
+"""Train, keep, load and query a run."""

@@ -1,0 +1,48 @@
+"""What a run folder holds: names of its files, its settings, its epochs as JSON lines."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import RunConfig
+
+CONFIG, CHECKPOINT, HISTORY, METRICS, POSTERIOR = (
+    "config.json", "checkpoint.pt", "metrics.jsonl", "metrics.json", "posterior.nc",
+)  # fmt: skip
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The settings of a run folder.
+
+    Raises:
+        UserError: no such folder, no run in it, or one of another format.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no run folder {folder}; --run takes a folder that inference.train wrote.")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} holds no run: {CONFIG} is missing.")
+    return RunConfig.from_json(path.read_text(errors="replace"), path)
+
+
+def to_lines(history: list[dict[str, Any]]) -> str:
+    """One JSON object a line."""
+    return "".join(json.dumps(record) + "\n" for record in history)
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Reads metrics.jsonl.
+
+    Raises:
+        UserError: missing or cut short.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: the run was cut short before its first epoch; train it again.")
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        if not all(isinstance(record, dict) for record in records):
+            raise ValueError("a line is no object")
+        return records
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); resume the run to write it again.") from error

@@ -1,0 +1,100 @@
+"""Predictions of a run, drawn in bounded memory.
+
+Shapes: S samples, B batch, C classes.
+"""
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.processes import gathered, own_rows
+from pyro_isingvit.nets.margins import Projections, log_margins
+from pyro_isingvit.predictive.draws import PredictiveDraws
+from pyro_isingvit.runs.run import Run
+
+CHUNK = 2048
+MARGIN_BATCH = 64
+
+
+@torch.no_grad()
+def draw_predictive(
+    run: Run,
+    images: Tensor,
+    num_samples: int = 100,
+    chunk: int = CHUNK,
+    seed: int = 0,
+    progress: bool = False,
+) -> PredictiveDraws:
+    """Draws weights from the guide and predicts every image with each draw.
+
+    Draw s is the same whatever the chunk, and one draw serves all images. Dropout alone has noise of its own for
+    every image, as it is used; there the draws depend on the chunk. Methods that are a single network give one draw,
+    an ensemble one for each member.
+
+    Several processes that train together (torch.distributed) share the images out and all get the whole result: all
+    of them must call this.
+
+    Args:
+        run: a trained run.
+        images: (B, channels, height, width) uint8, as the data set gives them.
+        num_samples: S, at most as many as the method has networks.
+        chunk: at most this many (draw, image) pairs pass through the network at a time.
+        seed: of the draws; the global random state is left as it was.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: images that do not fit the run, or S or chunk below 1.
+    """
+    if num_samples < 1 or chunk < 1:
+        raise UserError(f"samples ({num_samples}) and chunk ({chunk}) must be at least 1.")
+    run.info.normalise(images[:1])  # complains of a misfit before any work
+    batch, classes = len(images), run.info.num_classes
+    num_samples = min(num_samples, run.max_draws or num_samples)
+    images = images[own_rows(batch)]
+    probs = torch.empty(num_samples, len(images), classes)
+    # A CPU is faster with one draw after another than with their matrices stacked.
+    group = 1 if run.device.type == "cpu" else max(1, min(chunk // max(batch, 1), num_samples))
+    ready = run.info.normalise(images.to(run.device)) if len(images) <= chunk else None  # else a chunk at a time
+    cuda = [run.device] if run.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        firsts = range(0, num_samples, group)
+        unit = "draw" if group == 1 else f"x{group}"
+        for first in tqdm(firsts, desc="draw", unit=unit, disable=not progress, dynamic_ncols=True):
+            size = min(group, num_samples - first)
+            networks = run.draw_networks(size, first)
+            for start in range(0, len(images), chunk):
+                if (x := ready) is None:
+                    x = run.info.normalise(images[start : start + chunk].to(run.device))
+                logits = networks(x) / run.network.temperature  # (S, B, C)
+                probs[first : first + size, start : start + chunk] = logits.softmax(-1).cpu()
+    return PredictiveDraws(gathered(probs, batch, 1, run.device))
+
+
+@torch.no_grad()
+def attention_margins(run: Run, images: Tensor, batch: int = MARGIN_BATCH) -> Tensor:
+    """Attention margins |det(I - Sigma_i A)| of images, at the posterior mean of the weights, pi m (barrier.py).
+
+    Args:
+        run: a run, trained with or without the log-barrier.
+        images: (B, channels, height, width) uint8, as the data set gives them.
+        batch: at most this many images pass through the network at a time.
+
+    Returns:
+        (B, L, H, T) on the CPU; L layers, H heads, T tokens (the CLS token, if any, comes first).
+
+    Raises:
+        UserError: images that do not fit the run, or batch below 1.
+    """
+    if batch < 1:
+        raise UserError(f"batch ({batch}) must be at least 1.")
+    run.info.normalise(images[:1])  # complains of a misfit before any work
+    weights = {kind: run.guide.weight_retention(kind) * loc for kind, loc in run.guide.loc.items()}
+    config = run.model.vit.config
+    margins = torch.empty(len(images), config.depth, config.heads, len(run.model.vit.position))
+    for start in range(0, len(images), batch):
+        attention: Projections = []
+        run.model.vit(weights, run.info.normalise(images[start : start + batch].to(run.device)), attention)
+        margins[start : start + batch] = log_margins(attention).exp().cpu()
+    return margins

@@ -1,0 +1,114 @@
+"""What a training step is made of: device and processes, learning rate, gradients of a batch's parts."""
+
+import inspect
+import logging
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import lightning_fabric as lf
+import torch
+from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.wrappers import _FabricModule
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.processes import launched, own_rows, rank, world
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.methods.base import Objective
+from pyro_isingvit.methods.registry import ISING_METHODS
+
+PRECISION = {"32": "32-true", "bf16": "bf16-mixed"}
+FINETUNE_LR = 0.1  # peak learning rate of fine-tuning, as a share of lr
+
+
+def set_up_fabric(config: RunConfig) -> lf.Fabric:
+    """Fabric for one device; under torchrun for this process's own, joined with the others by DDP.
+
+    Raises:
+        UserError: fewer GPUs than processes.
+    """
+    settings, (here, machines) = config.train, launched()
+    kwargs: dict[str, Any] = {"devices": 1}
+    if here * machines > 1:
+        gpus = torch.cuda.device_count()
+        if settings.device != "cpu" and 0 < gpus < here:
+            raise UserError(f"{here} processes need as many GPUs, and there are {gpus}; start fewer, or --device cpu.")
+        # Masks that are learned have no gradient before the Ising phase.
+        learns = config.method in ISING_METHODS and config.ising.mask_posterior != "likelihood_guided"
+        # Masks and curvature are the same everywhere; DDP would send them round at every step. torch 2.15 renames this.
+        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        silent: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        strategy = DDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=learns, **silent)
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # every process would introduce itself
+        kwargs = {"devices": here, "num_nodes": machines, "strategy": strategy}
+    fabric = lf.Fabric(accelerator=settings.device, precision=PRECISION[settings.precision], **kwargs)  # type: ignore[arg-type]
+    if here * machines > 1:
+        fabric.launch()
+    return fabric
+
+
+def halving_factor(epoch: int) -> float:
+    """The paper's schedule: the learning rate is halved every 20 epochs."""
+    return 0.5 ** (epoch // 20)
+
+
+def learning_rate_factor(step: int, main_steps: int, total_steps: int, warmup: int) -> float:
+    """Share of the peak learning rate: linear warm-up, cosine to 0 over the main phases, and again to fine-tune."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if step < main_steps:
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, main_steps - warmup)))
+    done = (step - main_steps) / max(1, total_steps - main_steps)
+    return FINETUNE_LR * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def backward(
+    fabric: lf.Fabric, wrapped: _FabricModule, objective: Objective, x: Tensor, y: Tensor, pieces: int
+) -> Tensor:
+    """Adds the gradient of a batch's loss to the parameters' gradients.
+
+    With W processes the batch has W * pieces equal, contiguous parts; each process computes its own, one after another,
+    and DDP averages the gradients after the last. All start from the same random-number state and leave it alike: that
+    of one process that computes the whole batch, unless the objective draws noise for each image.
+
+    Args:
+        fabric: holds the processes together.
+        wrapped: ``objective`` as Fabric wraps it.
+        objective: what is minimised.
+        x: (B, channels, height, width) normalised, the whole batch; W * pieces divides B.
+        y: (B,).
+        pieces: micro-batches of each process.
+
+    Returns:
+        the mean loss of this process's parts.
+    """
+    parts = world() * pieces
+    if parts == 1:
+        loss = wrapped(x, y)
+        fabric.backward(loss)
+        return loss.detach()
+    cuda = fabric.device.type == "cuda"
+    seed = int(torch.randint(2**62, ())) if objective.image_noise else None
+    state, cuda_state = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
+
+    def rewind() -> None:
+        torch.set_rng_state(state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state)
+
+    mine, total = own_rows(len(x)), torch.zeros((), device=x.device)
+    for piece, (images, labels) in enumerate(zip(x[mine].chunk(pieces), y[mine].chunk(pieces), strict=True)):
+        part = rank() * pieces + piece
+        rewind()
+        if seed is not None:
+            torch.manual_seed(seed + part)
+        objective.take_part(part, parts)
+        with nullcontext() if piece == pieces - 1 else fabric.no_backward_sync(wrapped):
+            loss = wrapped(images, labels) / pieces
+            fabric.backward(loss)
+        total += loss.detach()
+    if seed is not None:
+        rewind()  # the parts drew different numbers, and the next step's must be the same on every process
+    return total
