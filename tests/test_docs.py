@@ -13,12 +13,13 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 def test_named_tests_exist(page: Path) -> None:
     """``test_file.py``, ``test_file.py::test_name``, and ``::test_name`` after one of them."""
     here = ""
-    for file, name in re.findall(r"`(?:tests/)?(test_\w+\.py)?(?:::(test_\w+))?`", page.read_text()):
+    for file, name in re.findall(r"`(?:tests/(?:\w+/)?)?(test_\w+\.py)?(?:::(test_\w+))?`", page.read_text()):
         here = file or here
         if not (file or name):
             continue
-        path = ROOT / "tests" / here
-        assert path.is_file(), f"{page.name} names {here}"
+        found = [*(ROOT / "tests").rglob(here)]
+        assert len(found) == 1, f"{page.name} names {here}, found {found}"
+        (path,) = found
         assert not name or f"def {name}(" in path.read_text(), f"{page.name} names {here}::{name}"
 
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import INFO, TINY, make_pair
-from test_data import pixels, write_npz
+from helpers import INFO, TINY, make_pair, pixels, write_npz
 
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.errors import UserError

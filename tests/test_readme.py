@@ -10,8 +10,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from helpers import script
 from PIL import Image
-from test_scripts import script
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -1,0 +1,162 @@
+"""Small networks, data and ways to run scripts that the tests share."""
+
+import importlib
+import io
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.data.split import DataInfo, Split
+from pyro_isingvit.ising.guide import IsingGuide
+from pyro_isingvit.ising.layout import MaskLayout
+from pyro_isingvit.ising.model import IsingViT
+from pyro_isingvit.nets.vit import ViT, Weights
+from pyro_isingvit.runs.run import build
+from pyro_isingvit.runs.trainer import Trainer
+
+TINY = ViTConfig(patch_size=2, width=8, heads=2, depth=2, mlp_ratio=2)
+
+
+INFO = DataInfo("made", ("a", "b", "c"), 1, 4, 4, (0.5,), (0.25,))
+
+
+def make_split(count: int, generator: torch.Generator) -> Split:
+    """Images whose brightest quadrant tells the class: learnable within a few epochs."""
+    labels = torch.arange(count) % 3
+    images = torch.randint(0, 60, (count, 1, 4, 4), generator=generator)
+    for row, label in enumerate(labels.tolist()):
+        top, left = divmod(label, 2)
+        images[row, 0, 2 * top : 2 * top + 2, 2 * left : 2 * left + 2] += 150
+    return Split(images.to(torch.uint8), labels)
+
+
+def make_pair(num_data: int = 50, vit: ViTConfig = TINY, **ising: object) -> tuple[IsingViT, IsingGuide]:
+    """Model and guide in the Ising phase, with retention spread between 0.1 and 0.9."""
+    config = RunConfig(
+        data=DataConfig(), vit=vit, ising=replace(IsingConfig(), **ising), train=TrainConfig(), preset="custom"
+    )
+    model, guide = build(config, INFO, num_data)
+    guide.phase = "ising"
+    for name in guide.layout.sites:
+        guide.field(name).uniform_(-2.1, 2.1)
+        model.prior_logits(name).uniform_(-2.0, 2.0)
+    return model, guide
+
+
+ROOT = Path(__file__).parents[1]
+
+
+QUICK_FLAGS = [
+    "--epochs",
+    "3",
+    "--depth",
+    "1",
+    "--width",
+    "16",
+    "--samples",
+    "5",
+    "--train-size",
+    "100",
+    "--device",
+    "cpu",
+]
+
+
+def script(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONWARNINGS": "error::UserWarning"}
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def here(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same in this process, for input that is refused: the imports of a new one take ten seconds."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err), patch.dict(os.environ, COLUMNS="200"):
+        try:
+            importlib.import_module(module).main([*map(str, arguments)])
+        except SystemExit as leave:
+            code = int(leave.code or 0)
+    return subprocess.CompletedProcess(module, code, out.getvalue(), err.getvalue())
+
+
+def refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 2, no traceback, few lines, and the words that name cause and mend."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr + result.stdout, result.stderr + result.stdout
+
+
+QUICK_TRAIN = TrainConfig(epochs=6, batch_size=20, samples=5, val_samples=2, device="cpu", pilot_fraction=0.34)
+
+
+CONFIG = RunConfig(vit=TINY, train=QUICK_TRAIN, ising=IsingConfig(update_every=2))
+
+
+def trainer(data, folder=None, config=CONFIG, **train) -> Trainer:
+    return Trainer(replace(config, train=replace(config.train, **train)), data, folder, progress=False)
+
+
+def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+EVIL = "<script>alert(1)</script>"
+
+
+def refuses(capsys, call, *words: str) -> None:
+    """Exit code 2 and one message, which has the words."""
+    with pytest.raises(SystemExit) as stop:
+        call()
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in shown and len(shown.splitlines()) <= 3, shown
+    for word in words:
+        assert word in shown, shown
+
+
+def pixels(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_npz(path, **changes):
+    arrays = {
+        "train_images": pixels(30, 6, 6),
+        "train_labels": np.arange(30, dtype=np.uint8)[:, None] % 3,
+        "val_images": pixels(6, 6, 6, seed=1),
+        "val_labels": np.arange(6)[:, None] % 3,
+        "test_images": pixels(9, 6, 6, seed=2),
+        "test_labels": np.arange(9)[:, None] % 3,
+    } | changes
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    return f"npz:{path}"
+
+
+def network(config: ViTConfig, info: DataInfo, seed: int) -> tuple[ViT, Weights]:
+    """A network whose every parameter is random: constants that are folded must not happen to be 0."""
+    torch.manual_seed(seed)
+    vit = ViT(config, info.channels, info.height, info.width, info.num_classes)
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return vit, vit.initial_weights()
+
+
+def cut(vit: ViT, weights: Weights, granularity: str, share: float, seed: int) -> Weights:
+    """The matrices with random masks of a granularity; patch embedding and classifier keep something."""
+    layout, generator = MaskLayout(vit, granularity), torch.Generator().manual_seed(seed)
+    masks = {name: (torch.rand(site.shape, generator=generator) < share).float() for name, site in layout.sites.items()}
+    for name in ("patch", "head_hidden", "head"):
+        if name in masks:
+            masks[name].fill_(1.0)
+    return {kind: weight * layout.expand(kind, masks) for kind, weight in weights.items()}

@@ -1,0 +1,209 @@
+"""A small grid from end to end, resumed, with a failing cell; its tables against NumPy; the README's table."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import ROOT, here, refused, script
+from scipy import stats
+
+from analysis.comparison_tables import (
+    MARKERS,
+    SHOWN,
+    against_best,
+    against_ensemble,
+    load_results,
+    markdown,
+    readme_table,
+    write_readme,
+)
+from inference.compare import CompareArguments, make_cells, method_config, run_grid
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import DataConfig, RunConfig
+from pyro_isingvit.methods.registry import METHODS
+
+GRID = ["--dataset", "digits", "--methods", "ising", "deterministic", "temperature", "ensemble:2", "--train-sizes", 60,
+        "--seeds", 0, 1, "--epochs", 2, "--samples", 3, "--depth", 1, "--width", 16, "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("grids") / "g"
+    result = script("inference.compare", *GRID, "--jobs", 2, "--out", folder)
+    assert result.returncode == 0, result.stderr
+    assert "8 cells done, 0 failed" in result.stdout
+    return folder
+
+
+def test_results_have_every_cell_with_the_metrics_of_its_run(grid: Path) -> None:
+    cells = json.loads((grid / "results.json").read_text())
+    assert {(c["method"], c["seed"]) for c in cells} == {
+        (m, s) for m in ("ising", "deterministic", "temperature", "ensemble:2") for s in (0, 1)
+    }
+    for cell in cells:
+        assert cell["dataset"] == "digits" and cell["train_size"] == 60 and cell["status"] == "done"
+        assert cell["metrics"] == json.loads((grid / "runs" / cell["run"] / "metrics.json").read_text())
+    by = {(c["method"], c["seed"]): c["metrics"] for c in cells}
+    assert by["deterministic", 0]["accuracy"] == by["temperature", 0]["accuracy"]  # the very same weights
+    assert by["ensemble:2", 0]["samples"] == 2 and by["deterministic", 1]["samples"] == 1
+
+
+def test_tables_and_figures_are_there(grid: Path) -> None:
+    rows = list(csv.DictReader((grid / "table.csv").read_text().splitlines()))
+    assert len(rows) == 4 and all(row["accuracy_count"] == "2" for row in rows)
+    text = (grid / "table.md").read_text()
+    assert "| ising |" in text and "against the best other single network" in text and "against the ensemble" in text
+    names = {path.stem for path in grid.glob("*.png")}
+    assert names == {"accuracy-nll", "pruned-accuracy", "reliability-digits-n60", "entropy-digits-n60"}
+
+
+def test_a_second_call_trains_nothing_and_a_killed_grid_goes_on(grid: Path) -> None:
+    kept = {path: path.stat().st_mtime_ns for path in grid.glob("runs/*/metrics.json")}
+    lost = next(path for path in kept if "-ising-s1" in str(path))
+    before = json.loads(lost.read_text())
+    lost.unlink()  # as if killed before the end
+    (grid / "results.json").unlink()
+    result = script("inference.compare", *GRID, "--out", grid)
+    assert result.returncode == 0 and "8 cells, 7 of them done already" in result.stderr, result.stderr
+    assert {path for path in kept if path.stat().st_mtime_ns != kept[path]} == {lost}
+    after = json.loads(lost.read_text())
+    assert {k: v for k, v in after.items() if k != "train_seconds"} == pytest.approx(
+        {k: v for k, v in before.items() if k != "train_seconds"}
+    )
+
+
+def test_a_failed_cell_is_reported_and_the_rest_runs(tmp_path: Path) -> None:
+    small = ["--dataset", "digits", "--methods", "deterministic", "--seeds", 0, "--epochs", 1, "--depth", 1,
+             "--width", 16, "--samples", 1, "--device", "cpu", "--out", tmp_path]  # fmt: skip
+    result = script("inference.compare", *small, "--train-sizes", 100_000, 60)
+    refused(result, "1 cells failed", "train_size must be between")
+    cells = {c["train_size"]: c for c in json.loads((tmp_path / "results.json").read_text())}
+    assert cells[60]["status"] == "done" and cells[100_000]["status"] == "failed"
+    assert "train_size" in cells[100_000]["error"] and "metrics" not in cells[100_000]
+
+
+def test_a_process_that_dies_fails_its_cell_alone(tmp_path: Path, monkeypatch) -> None:
+    """The first cell's process is killed from within by a poisoned module on its path."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "import inference.compare as c\n"
+        "keep = c.run_cell\n"
+        "def run_cell(cell, threads):\n"
+        "    os._exit(9) if cell.seed == 0 else None\n"
+        "    return {'seed': cell.seed}\n"
+        "c.run_cell = run_cell\n"
+    )
+    code = (
+        "import inference.compare as c; from pathlib import Path\n"
+        "if __name__ == '__main__':\n"
+        "    cells = c.make_cells(c.CompareArguments(Path('x'), ('deterministic',), (60,), (0, 1, 2), (1,)))\n"
+        "    print([(cell.seed, type(out).__name__) for cell, out in c.run_grid(cells, 1)])\n"
+    )
+    main = tmp_path / "main.py"
+    main.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, str(main)], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.stdout.strip() == "[(0, 'RuntimeError'), (1, 'dict'), (2, 'dict')]", result.stderr
+    assert run_grid is not None
+
+
+def test_method_numbers_set_the_knobs() -> None:
+    base = RunConfig()
+    assert method_config("dropout:0.3", 10, base).baseline.drop_rate == 0.3
+    assert method_config("ising:0.7", 10, base).ising.target_retention == 0.7
+    assert method_config("ensemble:7", 10, base).baseline.members == 7
+    magnitude = method_config("magnitude", 10, base)
+    assert (magnitude.train.epochs, magnitude.train.finetune_epochs) == (8, 2)
+    assert method_config("mean-field", 10, base).ising == METHODS["mean-field"][0]
+
+
+@pytest.mark.parametrize("spec", ["nope", "deterministic:3", "dropout:many", "ensemble:2.5"])
+def test_bad_methods_are_named(spec: str) -> None:
+    with pytest.raises(UserError, match=spec.split(":", maxsplit=1)[0]):
+        method_config(spec, 10, RunConfig())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"epochs": (1, 2, 3)}, {"seeds": ()}, {"methods": ("ising", "ising")}, {"train_sizes": (0,)}, {"jobs": 0},
+     {"methods": ("dropout:2",)}, {"preset": "huge"}],
+)  # fmt: skip
+def test_bad_grids_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(UserError):
+        make_cells(CompareArguments(Path("x"), data=DataConfig(), **bad))  # type: ignore[arg-type]
+
+
+def test_bad_arguments_of_the_scripts(tmp_path: Path) -> None:
+    refused(here("inference.compare", "--methods", "nope", "--out", tmp_path), "unknown method 'nope'", "ising")
+    refused(here("analysis.comparison", "--results", tmp_path), "results.json", "inference.compare")
+    (tmp_path / "results.json").write_text("[{")
+    refused(here("analysis.comparison", "--results", tmp_path), "damaged")
+    cell = {"dataset": "d", "train_size": 10, "method": "dropout:0.1", "seed": 0, "status": "done", "epochs": 3}
+    (tmp_path / "results.json").write_text(json.dumps([{**cell, "run": "r", "metrics": dict.fromkeys(SHOWN, 0.5)}]))
+    refused(here("analysis.comparison", "--results", tmp_path, "--ours", "nope"), "nope", "dropout:0.1")
+
+
+def table() -> pd.DataFrame:
+    generator = np.random.default_rng(0)
+    rows = []
+    for method, nll in (("ising", 0.50), ("dropout:0.1", 0.52), ("deterministic", 0.9), ("ensemble:5", 0.45)):
+        for seed in range(4):
+            rows.append({
+                "dataset": "d", "train_size": 10, "method": method, "seed": seed, "epochs": 3, "run": "r",
+                "accuracy": 1 - nll / 3, "nll": nll + 0.01 * generator.normal(), "brier": nll / 2, "ece": 0.1,
+                "nll_calibrated": nll, "aurc": 0.1, "pruned_fraction": 0.5, "train_seconds": 3.0,
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_against_the_best_is_a_paired_t_test_without_ensembles() -> None:
+    frame = table()
+    row = against_best(frame).set_index("metric").loc["NLL"]
+    ours, best = (frame[frame.method == m].nll.to_numpy() for m in ("ising", "dropout:0.1"))
+    assert row["best other"] == "dropout:0.1"
+    assert row["difference"] == pytest.approx((ours - best).mean())
+    assert row["standard error"] == pytest.approx((ours - best).std(ddof=1) / 2)
+    assert row["p (paired t)"] == pytest.approx(stats.ttest_rel(ours, best).pvalue)
+    assert row["first or within one standard error"]
+    worse = against_best(frame, "deterministic").set_index("metric").loc["NLL"]
+    assert not worse["first or within one standard error"] and worse["best other"] == "ising"
+    ratio = against_ensemble(frame)["NLL ratio"].item()
+    ensemble = frame[frame.method == "ensemble:5"].nll.mean()
+    assert ratio == pytest.approx(ours.mean() / ensemble)
+
+
+def test_tables_put_the_best_in_bold_and_fill_the_readme(tmp_path: Path) -> None:
+    text = markdown(table())
+    line = next(line for line in text.splitlines() if line.startswith("| ensemble:5"))
+    assert "**0.8500" in line and text.index("| ising |") < text.index("| deterministic") < text.index("| ensemble")
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{MARKERS[0]}\nstale\n{MARKERS[1]}\nafter\n")
+    write_readme(path, readme_table(table()))
+    written = path.read_text()
+    assert written.startswith("before\n") and written.endswith("after\n") and "stale" not in written
+    assert "| ising | 0.833 ± 0.000 | 50% |" in written and "| ensemble:5 | **0.850 ± 0.000** | 50% |" in written
+    row = against_best(table()).set_index("metric").loc["NLL"]
+    assert f"| {row['difference']:+.3f} ± {row['standard error']:.3f} (dropout:0.1) |" in written
+    assert f"| {against_ensemble(table())['NLL ratio'].item():.2f} |" in written
+    path.write_text("no markers")
+    with pytest.raises(UserError, match="lacks the lines"):
+        write_readme(path, "x")
+
+
+@pytest.mark.skipif(not (ROOT / "analysis" / "results" / "results.json").is_file(), reason="no published grid")
+def test_the_readme_shows_the_published_grid() -> None:
+    folder = ROOT / "analysis" / "results"
+    frame = load_results(folder / "results.json")
+    assert (frame.groupby(["dataset", "train_size", "method"]).seed.nunique() >= 3).all()
+    assert frame.groupby(["dataset", "train_size"]).method.nunique().eq(frame.method.nunique()).all()  # none left out
+    assert all(cell["status"] == "done" for cell in json.loads((folder / "results.json").read_text()))
+    assert markdown(frame) in (folder / "table.md").read_text()
+    assert f"{MARKERS[0]}\n\n{readme_table(frame)}\n\n{MARKERS[1]}" in (ROOT / "README.md").read_text()

@@ -1,0 +1,101 @@
+"""inference.prune as a user runs it: the folder it fills, and what bad input gets."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import QUICK_FLAGS, here, refused, script
+
+from pyro_isingvit.data.load import load_data
+from pyro_isingvit.predictive.metrics import classification_metrics
+from pyro_isingvit.pruning.export import run_onnx
+from pyro_isingvit.pruning.network import CompactViT
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "r"
+    result = script("inference.train", "--dataset", "digits", *QUICK_FLAGS, "--granularity", "unit", "--out", folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(run: Path) -> Path:
+    out = run.parent / "small"
+    result = script("inference.prune", "--run", run, "--out", out, "--keep", 0.6, "--repeats", 1,
+                    "--export", "onnx", "torch", "--finetune", 1)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "frontier" in result.stdout and "multiply-accumulates" in result.stdout and "…" not in result.stdout
+    return out
+
+
+def test_the_folder(run: Path, small: Path) -> None:
+    metrics = json.loads((small / "metrics.json").read_text())
+    assert metrics["kept_fraction"] <= 0.6 and metrics["parameters"] < metrics["dense_parameters"]
+    assert metrics["macs_ratio"] == pytest.approx(metrics["dense_macs"] / metrics["macs"]) and metrics["macs_ratio"] > 1
+    assert metrics["throughput_ratio"] > 0 and metrics["onnx_difference"] <= 1e-4
+    assert metrics["full_accuracy"] == json.loads((run / "metrics.json").read_text())["accuracy"]
+    for name in ("safetensors", "bayes", "onnx", "torch"):
+        assert metrics[f"bytes_{name}"] > 0
+    points = json.loads((small / "frontier.json").read_text())["points"]
+    assert len(points) > 3 and {"threshold", "macs", "latency_1", "latency_256", "nll"} <= set(points[0])
+    page = (small / "report" / "index.html").read_text()
+    assert "Frontier" in page and (small / "report" / "structure.png").is_file()
+
+
+def test_the_networks_give_the_metrics_written(small: Path) -> None:
+    data = load_data("digits", train_size=100, val_fraction=0.1, seed=0)
+    metrics = json.loads((small / "metrics.json").read_text())
+    model, bayes = CompactViT.from_pretrained(small), CompactViT.from_pretrained(small / "bayes")
+    scores = classification_metrics(model.predict(data.test.images)[0], data.test.labels)
+    assert scores["nll"] == pytest.approx(metrics["nll"], abs=1e-5)
+    scores = classification_metrics(bayes.predict(data.test.images, 5, 0).mean(0), data.test.labels)
+    assert scores["nll"] == pytest.approx(metrics["bayes_nll"], abs=1e-5)
+    x = model.normalise(data.test.images[:7])
+    torch.testing.assert_close(run_onnx(small / "compact.onnx", x), model(x).detach(), atol=1e-4, rtol=0)
+
+
+def test_max_accuracy_drop(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    result = script("inference.prune", "--run", run, "--out", out, "--max-accuracy-drop", 100, "--repeats", 1,
+                    "--no-plot")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads((out / "frontier.json").read_text())
+    assert found["chosen"]["macs"] == min(point["macs"] for point in found["points"])
+    assert not (out / "report").exists()
+
+
+def test_what_is_there_stays_unless_asked(run: Path, small: Path) -> None:
+    before = (small / "compact.safetensors").read_bytes()
+    refused(here("inference.prune", "--run", run, "--out", small), "already holds", "--overwrite")
+    refused(here("inference.prune", "--run", run, "--out", run), "own folder")
+    assert (small / "compact.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--threshold", "1.5"), ("between 0 and 1", "1.5")),
+        (("--threshold", "0"), ("between 0 and 1",)),
+        (("--keep", "-1"), ("between 0 and 1",)),
+        (("--threshold", "0.5", "--keep", "0.2"), ("--threshold and --keep contradict",)),
+        (("--keep", "0.2", "--max-accuracy-drop", "1"), ("contradict",)),
+        (("--max-accuracy-drop", "-1"), ("percentage points",)),
+        (("--threshold", "0.99999"), ("nothing is left", "--threshold")),
+        (("--finetune", "-1"), ("--finetune",)),
+        (("--repeats", "0"), ("--repeats",)),
+    ],
+)
+def test_bad_input(run: Path, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    refused(here("inference.prune", "--run", run, "--out", tmp_path / "o", *arguments), *words)
+    assert not (tmp_path / "o").exists()
+
+
+def test_folders_without_masks(tmp_path: Path) -> None:
+    refused(here("inference.prune", "--run", tmp_path / "none", "--out", tmp_path / "o"), "no run folder")
+    plain = tmp_path / "plain"
+    result = script("inference.train", "--dataset", "digits", *QUICK_FLAGS, "--method", "deterministic", "--out", plain)
+    assert result.returncode == 0, result.stderr
+    refused(here("inference.prune", "--run", plain, "--out", tmp_path / "o"), "no masks")

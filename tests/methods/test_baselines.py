@@ -1,0 +1,289 @@
+"""Every baseline trains, draws and is kept like a run; each formula against a reference."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import INFO, TINY
+from scipy import integrate, stats
+
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import BaselineConfig, RunConfig, TrainConfig
+from pyro_isingvit.data.split import ImageData
+from pyro_isingvit.methods.classes import BASELINES
+from pyro_isingvit.methods.dropout import ConcreteDropout
+from pyro_isingvit.methods.ensemble import Ensemble
+from pyro_isingvit.methods.laplace import LastLayerLaplace
+from pyro_isingvit.methods.plain import Baseline, check_baseline
+from pyro_isingvit.methods.registry import ISING_METHODS, METHODS
+from pyro_isingvit.methods.sparse import L0, SparseVD, sparse_vd_kl
+from pyro_isingvit.nets.vit import linear
+from pyro_isingvit.runs.load import load_run
+from pyro_isingvit.runs.predict import draw_predictive
+from pyro_isingvit.runs.trainer import Trainer
+
+QUICK = {"epochs": 4, "batch_size": 20, "lr": 1e-2, "device": "cpu", "samples": 4}
+
+
+def config(method: str, **baseline: object) -> RunConfig:
+    ising, train = METHODS[method]
+    return RunConfig(
+        method=method, vit=TINY, ising=ising, train=replace(train, **QUICK), preset="custom",
+        baseline=replace(BaselineConfig(), **baseline),
+    )  # fmt: skip
+
+
+def made(method: str, **baseline: object) -> Baseline:
+    network = BASELINES[method](config(method, **baseline), INFO, 50)
+    assert isinstance(network, Baseline)
+    return network
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(8, 1, 4, 4), torch.arange(8) % 3
+
+
+def test_every_method_is_known_once() -> None:
+    assert set(METHODS) == set(BASELINES) | set(ISING_METHODS)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "ising-paper"])
+def test_trains_draws_and_reloads(method: str, data: ImageData, tmp_path: Path) -> None:
+    if method == "laplace":
+        pytest.importorskip("laplace")
+    trainer = Trainer(config(method, members=2), data, tmp_path, progress=False)
+    run = trainer.fit()
+    assert run.history[-1]["nll"] < run.history[0]["nll"]
+    draws = draw_predictive(run, data.test.images, 4, seed=1)
+    assert len(draws.probs) == min(4, run.max_draws or 4)
+    torch.testing.assert_close(draws.probs.sum(-1), torch.ones(draws.probs.shape[:2]))
+    again = draw_predictive(load_run(tmp_path), data.test.images, 4, seed=1)
+    assert torch.equal(draws.probs, again.probs)
+    summary = run.mask_summary()
+    assert 0 <= summary["pruned_fraction"] <= 1 and 0 <= summary["retention_mean"] <= 1
+    if method == "magnitude":
+        assert summary["pruned_fraction"] == pytest.approx(0.6, abs=0.01)
+
+
+@pytest.mark.parametrize("method", ["dropout", "magnitude", "sparse-vd", "ensemble"])
+def test_resumes_bit_for_bit(method: str, data: ImageData, tmp_path: Path) -> None:
+    whole = Trainer(config(method), data, tmp_path / "whole", progress=False).fit()
+    broken = Trainer(config(method), data, tmp_path / "broken", progress=False)
+    record = broken._epoch
+    broken._epoch = lambda epoch: record(epoch) if epoch < 2 else (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit()
+    resumed = Trainer(config(method), data, tmp_path / "broken", progress=False)
+    resumed.restore()
+    again = resumed.fit()
+    for name, value in whole.network.state_dict().items():
+        assert torch.equal(value, again.network.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("method", [m for m in BASELINES if m not in ("laplace", "magnitude")])
+def test_every_parameter_is_trained(method: str) -> None:
+    network = BASELINES[method](config(method), INFO, 50)
+    network(*batch()).backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_a_baseline_has_no_masks(data: ImageData) -> None:
+    run = Trainer(config("dropout"), data, None, progress=False).fit()
+    assert not run.has_masks
+    for name in ("guide", "model"):
+        with pytest.raises(UserError, match="dropout, which has no masks"):
+            getattr(run, name)
+
+
+@pytest.mark.parametrize("setting", [{"compile": True}, {"noise": "activations"}])
+def test_settings_of_the_fused_step_are_refused(data: ImageData, setting: dict) -> None:
+    chosen = config("dropout")
+    with pytest.raises(UserError, match="for method ising, not dropout"):
+        Trainer(replace(chosen, train=replace(chosen.train, **setting)), data, None, progress=False)
+
+
+def test_dropout_at_zero_rate_is_the_plain_network() -> None:
+    network = made("dropout", drop_rate=1e-9)
+    x, _ = batch()
+    expected = network.vit(dict(network.loc.items()), x)
+    torch.testing.assert_close(network.draw_networks(1)(x)[0], expected)
+
+
+def test_dropconnect_keeps_the_mean_and_drops_at_its_rate() -> None:
+    network = made("dropconnect", drop_rate=0.3)
+    draws = torch.stack([network.weights()["qkv"] for _ in range(4000)]).detach()
+    assert float((draws == 0).float().mean()) == pytest.approx(0.3, abs=0.005)
+    means = network.loc["qkv"].detach()
+    error = (draws.mean(0) - means).abs() / (means.abs() * math.sqrt(0.3 / 0.7 / 4000))
+    assert float(error.mean()) == pytest.approx(math.sqrt(2 / math.pi), rel=0.1)  # of a standard normal
+
+
+@pytest.mark.parametrize("log_alpha", [-4.0, -2.0, 0.0, 2.0, 4.0])
+def test_sparse_vd_kl_against_quadrature(log_alpha: float) -> None:
+    """-KL = 0.5 log alpha - E log|e| + C, e ~ N(1, alpha); it falls to 0 as alpha grows, which fixes C."""
+
+    def cross(a: float) -> float:
+        scale = math.exp(a / 2)
+        pieces = [(1 - 12 * scale, 0.0), (0.0, 1 + 12 * scale)]
+        density = stats.norm(1, scale).pdf
+        return 0.5 * a - sum(
+            integrate.quad(lambda e: density(e) * math.log(abs(e)), low, high, limit=400)[0] for low, high in pieces
+        )
+
+    value = float(sparse_vd_kl(torch.tensor(log_alpha)))
+    assert value == pytest.approx(cross(14.0) - cross(log_alpha), abs=0.02)
+
+
+def test_sparse_vd_noise_on_activations_has_the_moments_of_noise_on_weights() -> None:
+    network = made("sparse-vd")
+    assert isinstance(network, SparseVD)
+    network.log_variance["fc1"].data.fill_(-2.0)
+    x = torch.randn(1, 2, 8).expand(20_000, 2, 8)
+    weight, bias = network.loc["fc1"][0], network.vit.bias["fc1"][0]
+    by_activation = network.layer_rule("fc1", 0, x, weight, bias).detach()
+    noisy = weight + math.exp(-1.0) * torch.randn(20_000, *weight.shape)
+    by_weight = (torch.einsum("bti,boi->bto", x, noisy) + bias).detach()
+    torch.testing.assert_close(by_activation.mean(0), by_weight.mean(0), atol=0.06, rtol=0)
+    torch.testing.assert_close(by_activation.std(0), by_weight.std(0), atol=0.0, rtol=0.04)
+
+
+def test_concrete_dropout_penalty_in_loops() -> None:
+    network = made("concrete-dropout", length_scale=0.3)
+    assert isinstance(network, ConcreteDropout)
+    for logit in network.drop_logit.values():
+        logit.data.normal_()
+    total = 0.0
+    for kind, (layers, _, columns) in network.vit.matrix_shapes.items():
+        for layer in range(layers):
+            p = float(network.drop_logit[kind][layer].detach().sigmoid())
+            squares = float(network.loc[kind][layer].detach().pow(2).sum())
+            total += 0.3**2 / (2 * (1 - p)) * squares + columns * (p * math.log(p) + (1 - p) * math.log(1 - p))
+    assert float(network.penalty().detach()) == pytest.approx(total, rel=1e-4)
+
+
+def test_concrete_dropout_drops_at_its_rate() -> None:
+    network = made("concrete-dropout", drop_rate=0.25)
+    identity, zero = torch.eye(8), torch.zeros(8)
+    y = network.layer_rule("attn_out", 0, torch.ones(5000, 4, 8), identity, zero).detach()
+    assert float((y < 0.5 / 0.75).float().mean()) == pytest.approx(0.25, abs=0.01)
+    assert torch.equal(linear(torch.ones(1, 1, 8), identity, zero), torch.ones(1, 1, 8))
+
+
+def test_l0_gates_against_their_distribution() -> None:
+    """P(gate > 0) as in eq. 12, and the share of exact zeros and ones of the hard concrete."""
+    network = made("l0", drop_rate=0.4, l0_penalty=1.0)
+    assert isinstance(network, L0)
+    log_a = torch.tensor([-2.0, 0.0, 1.5])
+    gates = network.sample_gate(log_a, 40_000)
+    active = (log_a - L0.BETA * math.log(-L0.GAMMA / L0.ZETA)).sigmoid()
+    np.testing.assert_allclose((gates > 0).float().mean(0), active, atol=0.01)
+    assert 0 < float((gates == 1).float().mean()) < 1
+    expected = sum(
+        float((a.detach() - L0.BETA * math.log(-L0.GAMMA / L0.ZETA)).sigmoid().sum()) * network.loc[kind].shape[1]
+        for kind, a in network.log_a.items()
+    )
+    assert float(network.penalty().detach()) == pytest.approx(expected, rel=1e-4)
+    network.log_a["fc1"].data[0, :3] = -20.0  # closed gates: their columns are gone
+    assert float(network.draw_weights()["fc1"][0, :, :3].detach().abs().sum()) == 0
+    assert float(network.kept()["fc1"][0, :, :3].sum()) == 0
+
+
+def test_magnitude_keeps_the_largest(data: ImageData) -> None:
+    network = made("magnitude", sparsity=0.7)
+    network.begin("finetune")
+    kept = torch.cat([network.kept()[kind].flatten() for kind in network.loc]).bool()
+    sizes = torch.cat([weight.abs().flatten() for weight in network.loc.values()])
+    assert float(kept.float().mean()) == pytest.approx(0.3, abs=0.002)
+    assert sizes[kept].min() > sizes[~kept].max()
+
+
+def test_members_of_an_ensemble_train_as_they_would_alone(data: ImageData) -> None:
+    """Same start, same batches: a member's weights are those of a deterministic run."""
+    trainer = Trainer(config("ensemble", members=2), data, None, progress=False)
+    ensemble = trainer.run.network
+    assert isinstance(ensemble, Ensemble)
+    alone = Trainer(config("deterministic"), data, None, progress=False)
+    alone.run.network.load_state_dict(ensemble.networks[1].state_dict())
+    trainer.fit()
+    alone.fit()
+    for name, value in alone.run.network.state_dict().items():
+        torch.testing.assert_close(ensemble.networks[1].state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10_000])
+def test_each_draw_of_an_ensemble_is_another_member(data: ImageData, chunk: int) -> None:
+    """Whatever the chunk; and there are as many draws as members."""
+    run = Trainer(config("ensemble", members=3), data, None, progress=False).fit()
+    assert isinstance(run.network, Ensemble)
+    probs = draw_predictive(run, data.test.images, num_samples=10, chunk=chunk).probs
+    assert len(probs) == 3
+    x = run.info.normalise(data.test.images)
+    for member, drawn in zip(run.network.networks, probs, strict=True):
+        logits = member.vit(dict(member.loc.items()), x) / run.network.temperature
+        torch.testing.assert_close(drawn, logits.softmax(-1).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 10_000])
+def test_no_last_layer_of_laplace_is_drawn_twice(data: ImageData, chunk: int) -> None:
+    pytest.importorskip("laplace")
+    run = Trainer(config("laplace"), data, None, progress=False).fit()
+    probs = draw_predictive(run, data.test.images, num_samples=20, chunk=chunk).probs
+    assert len(probs.unique(dim=0)) == 20
+    x, network = run.info.normalise(data.test.images), run.network
+    assert isinstance(network, LastLayerLaplace)
+    classes, width = network.loc["head"].shape[1:]
+    last = network.heads[19]
+    logits = network._features(x) @ last[: classes * width].view(classes, width).T + last[classes * width :]
+    torch.testing.assert_close(probs[19], (logits / network.temperature).softmax(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["temperature", "laplace"])
+def test_adopting_deterministic_weights_equals_training(method: str, data: ImageData, tmp_path: Path) -> None:
+    if method == "laplace":
+        pytest.importorskip("laplace")
+    Trainer(config("deterministic"), data, tmp_path / "plain", progress=False).fit()
+    adopting = Trainer(config(method), data, None, progress=False)
+    adopting.adopt(tmp_path / "plain")
+    run, trained = adopting.fit(), Trainer(config(method), data, None, progress=False).fit()
+    for name, value in trained.network.state_dict().items():
+        assert torch.equal(run.network.state_dict()[name], value), name
+    other = Trainer(replace(config(method), vit=replace(TINY, depth=1)), data, None, progress=False)
+    with pytest.raises(UserError, match="other settings"):
+        other.adopt(tmp_path / "plain")
+
+
+def test_laplace_draws_spread_around_the_trained_head(data: ImageData) -> None:
+    pytest.importorskip("laplace")
+    run = Trainer(config("laplace"), data, None, progress=False).fit()
+    network = run.network
+    head = torch.cat([network.loc["head"].flatten(), network.vit.bias["head"].flatten()]).detach()
+    error = (network.heads.mean(0) - head).abs() / (network.heads.std(0) / math.sqrt(len(network.heads)))
+    assert float(error.max()) < 4.5 and float(network.heads.std(0).min()) > 0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"drop_rate": 0.0},
+        {"drop_rate": 1.0},
+        {"members": 0},
+        {"sparsity": 1.0},
+        {"l0_penalty": -1.0},
+        {"kl_weight": math.nan},
+    ],
+)
+def test_bad_settings_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(bad))):
+        check_baseline(replace(BaselineConfig(), **bad))
+
+
+def test_runs_written_before_baselines_load() -> None:
+    raw = json.loads(RunConfig().to_json())
+    del raw["baseline"], raw["train"]["engine"]
+    assert RunConfig.from_json(json.dumps(raw)) == RunConfig()
+    assert TrainConfig().engine == "auto"

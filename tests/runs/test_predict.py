@@ -1,0 +1,92 @@
+"""Posterior predictive draws: against a manual loop, in chunks, and their decomposition."""
+
+import pytest
+import torch
+from helpers import make_pair
+
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.predictive.draws import PredictiveDraws
+from pyro_isingvit.runs.predict import draw_predictive
+from pyro_isingvit.runs.run import Run
+
+IMAGES = torch.randint(0, 256, (7, 1, 4, 4)).to(torch.uint8)
+
+
+def make_run(**ising) -> Run:
+    model, guide = make_pair(**ising)
+    return Run(RunConfig(), model, guide, None, [])
+
+
+def test_against_a_manual_loop() -> None:
+    run = make_run()
+    draws = draw_predictive(run, IMAGES, num_samples=5, seed=3)
+    torch.manual_seed(3)
+    x = run.info.normalise(IMAGES)
+    expected = torch.stack([run.model.vit(run.guide.draw(), x).softmax(-1) for _ in range(5)]).detach()
+    torch.testing.assert_close(draws.probs, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 20, 1000])
+def test_chunks_do_not_change_the_draws(chunk: int) -> None:
+    run = make_run(granularity="head")
+    whole = draw_predictive(run, IMAGES, num_samples=6, chunk=10_000).probs
+    torch.testing.assert_close(
+        draw_predictive(run, IMAGES, num_samples=6, chunk=chunk).probs, whole, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_at_most_chunk_pairs_pass_through_the_network_at_a_time(monkeypatch) -> None:
+    run = make_run()
+    seen = []
+    forward = run.model.vit.forward
+
+    def spy(weights, x):
+        logits = forward(weights, x)
+        seen.append(logits.numel() // 3)
+        return logits
+
+    monkeypatch.setattr(run.model.vit, "forward", spy)
+    for chunk in (2, 5, 14, 30):
+        seen.clear()
+        draw_predictive(run, IMAGES, num_samples=6, chunk=chunk)
+        assert max(seen) <= max(chunk, 1) and sum(seen) == 6 * 7
+
+
+def test_the_global_random_state_is_left_alone() -> None:
+    run = make_run()
+    state = torch.get_rng_state()
+    first = draw_predictive(run, IMAGES, num_samples=3, seed=1).probs
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(draw_predictive(run, IMAGES, num_samples=3, seed=1).probs, first)
+    assert not torch.equal(draw_predictive(run, IMAGES, num_samples=3, seed=2).probs, first)
+
+
+def test_uncertainty_decomposes() -> None:
+    draws = draw_predictive(make_run(), IMAGES, num_samples=20)
+    torch.testing.assert_close(draws.entropy, draws.expected_entropy + draws.mutual_information)
+    assert (draws.mutual_information > 0).all()
+    same = PredictiveDraws(draws.probs[:1].expand(4, -1, -1))
+    torch.testing.assert_close(same.mutual_information, torch.zeros(7), atol=1e-6, rtol=0)
+
+
+def test_intervals_hold_their_mass() -> None:
+    probs = torch.rand(1000, 2, 3)
+    low, high = PredictiveDraws(probs).interval(0.9)
+    inside = ((probs >= low) & (probs <= high)).float().mean(0)
+    torch.testing.assert_close(inside, torch.full((2, 3), 0.9), atol=0.005, rtol=0)
+    with pytest.raises(UserError, match="mass"):
+        PredictiveDraws(probs).interval(1.0)
+
+
+@pytest.mark.parametrize("wrong", [{"num_samples": 0}, {"chunk": 0}])
+def test_counts_below_one_are_refused(wrong: dict) -> None:
+    with pytest.raises(UserError, match="at least 1"):
+        draw_predictive(make_run(), IMAGES, **wrong)
+
+
+def test_images_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UserError):
+        draw_predictive(make_run(), torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+    with pytest.raises(UserError):
+        draw_predictive(make_run(), torch.zeros(2, 1, 4, 4))
