@@ -15,9 +15,9 @@ from scipy import stats
 from pyro_isingvit.core.checkpoint import write_text
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.untrusted import plain
-from pyro_isingvit.methods.registry import OURS
+from pyro_isingvit.methods.registry import METHODS, OURS
 
-SEVERAL = ("ensemble",)  # methods that need several networks
+SEVERAL = tuple(name for name, row in METHODS.items() if row.networks)  # methods that need several networks
 SHOWN = {  # metrics.json -> heading, decimals, +1: more is better, -1: less, 0: neither
     "accuracy": ("accuracy", 4, 1), "nll": ("NLL", 4, -1), "brier": ("Brier", 4, -1), "ece": ("ECE", 4, -1),
     "nll_calibrated": ("NLL, T fitted", 4, -1), "aurc": ("AURC", 4, -1), "pruned_fraction": ("pruned", 2, 0),

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from pyro_isingvit.core.settings import IsingConfig, RunConfig, TrainConfig, ViTConfig
 from pyro_isingvit.data.split import DataInfo
-from pyro_isingvit.methods.ising import IsingObjective
+from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.nets.plain import PlainViT
 from pyro_isingvit.runs.predict import CHUNK, draw_predictive
 from pyro_isingvit.runs.run import Run, build_run
+from pyro_isingvit.runs.steps import total
 
 Case = Callable[[], object]
 
@@ -129,14 +130,15 @@ def ising_step(shape: Shape, ising: IsingConfig | None = None, settings: TrainCo
     """A step of SVI with the fused ELBO unless the settings say otherwise."""
     settings = replace(settings or TrainConfig(), compile=shape.compiled)
     run = ising_run(shape, ising)
-    objective = IsingObjective(run.model, run.guide, shape.num_data, settings).to(shape.device)
+    config = replace(run.config, train=settings)
+    method = IsingMethod(config, shape.info, shape.num_data, run.model, run.guide).to(shape.device)
     x, y = _batch(shape)
 
     def loss() -> Tensor:
         with shape.autocast():
-            return objective(x, y)
+            return total(method(x, y))
 
-    step = _stepper(objective, objective.parameter_groups(settings), loss)
+    step = _stepper(method, method.parameter_groups(settings), loss)
 
     def update() -> None:
         run.guide.observe(run.model, x, y)

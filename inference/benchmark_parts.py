@@ -94,7 +94,7 @@ def input_path(shape: Shape, turns: Turns) -> dict[str, Any]:
     split = Split(shape.images(count), torch.arange(count, device=shape.device) % shape.classes)
 
     def real() -> None:
-        for images, _ in batches(split, shape.batch, seed=0, epoch=0):
+        for images, *_ in batches(split, shape.batch, seed=0, epoch=0):
             shape.info.normalise(images)
             ours.amortised()
 

@@ -3,7 +3,7 @@
 python -m inference.compare --dataset digits --train-sizes 300 1000 --methods ising dropout:0.1 ensemble:5 \
     --seeds 0 1 2 --out runs/compare
 
-A killed grid goes on where it was with the same command. The number after a method sets its main knob (KNOBS).
+A killed grid goes on where it was with the same command. The number after a method sets its main knob.
 """
 
 import json
@@ -21,18 +21,11 @@ from typing import Any, Literal
 from inference.cli import run_script
 from inference.workers import workers
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.core.settings import BaselineConfig, DataConfig, RunConfig, check_fields, default_preset, preset
-from pyro_isingvit.methods.registry import METHODS
+from pyro_isingvit.core.settings import DataConfig, RunConfig, check_fields, default_preset, preset
+from pyro_isingvit.methods.registry import OURS, row
 from pyro_isingvit.version import __version__
 
 RESULTS = "results.json"
-DERIVED = ("temperature", "laplace")  # deterministic training, and something after it
-KNOBS = {  # what the number after a method's name sets
-    "ising": ("ising", "target_retention"), "mean-field": ("ising", "kappa_weights"),
-    "dropout": ("baseline", "drop_rate"), "dropconnect": ("baseline", "drop_rate"),
-    "concrete-dropout": ("baseline", "length_scale"), "sparse-vd": ("baseline", "kl_weight"),
-    "l0": ("baseline", "l0_penalty"), "magnitude": ("baseline", "sparsity"), "ensemble": ("baseline", "members"),
-}  # fmt: skip
 log = logging.getLogger("pyro_isingvit.compare")
 
 
@@ -83,6 +76,11 @@ class Cell:
     folder: Path
 
     @property
+    def derived_from(self) -> str | None:
+        """The method whose training this one shares, if any."""
+        return row(self.config.method).derived_from
+
+    @property
     def key(self) -> tuple[str, int, str, int]:
         """What tells it from the others."""
         return self.dataset, self.train_size, self.method, self.seed
@@ -95,18 +93,12 @@ def method_config(spec: str, epochs: int, base: RunConfig) -> RunConfig:
         UserError: unknown method, a number that is none, or one for a method without a knob.
     """
     name, _, number = spec.partition(":")
-    need(name in METHODS, f"unknown method {name!r}; known: {', '.join(METHODS)}.")
-    ising, train = METHODS[name]
-    baseline = BaselineConfig()
-    if number:
-        need(name in KNOBS, f"method {name} takes no number; those that do: {', '.join(KNOBS)}.")
-        part, knob = KNOBS[name]
-        try:
-            value: float = int(number) if knob == "members" else float(number)
-        except ValueError as error:
-            raise UserError(f"{spec!r}: {number!r} is no number for {name}'s {knob}.") from error
-        ising = replace(ising, **{knob: value}) if part == "ising" else ising  # type: ignore[arg-type]
-        baseline = replace(baseline, **{knob: value}) if part == "baseline" else baseline  # type: ignore[arg-type]
+    chosen = row(name)
+    try:
+        ising, baseline = chosen.with_number(number)
+    except UserError as error:
+        raise UserError(f"{spec!r}: {error}") from error
+    train = chosen.train
     last = round(0.2 * epochs) if train.finetune_epochs else 0
     own = base.train
     train = replace(
@@ -136,9 +128,9 @@ def make_cells(arguments: CompareArguments) -> list[Cell]:
     epochs = arguments.epochs * (len(arguments.train_sizes) if len(arguments.epochs) == 1 else 1)
     cells = []
     for size, count in zip(arguments.train_sizes, epochs, strict=True):
-        for spec in sorted(arguments.methods, key=lambda spec: spec in DERIVED):
+        for spec in sorted(arguments.methods, key=lambda spec: row(spec.partition(":")[0]).derived_from is not None):
             for seed in arguments.seeds:
-                base = RunConfig(name, "ising", replace(arguments.data, train_size=size), vit, version=__version__)
+                base = RunConfig(name, OURS, replace(arguments.data, train_size=size), vit, version=__version__)
                 train = replace(
                     base.train, seed=seed, batch_size=arguments.batch_size, samples=arguments.samples,
                     device=arguments.device,
@@ -183,7 +175,7 @@ def run_cell(cell: Cell, threads: int) -> dict[str, Any]:
 
     torch.set_num_threads(threads)
     trained = cell.folder.with_name(cell.folder.name.replace(f"-{cell.method}-", "-deterministic-"))
-    derived = cell.method in DERIVED and (trained / METRICS).exists()
+    derived = cell.derived_from is not None and (trained / METRICS).exists()
     resume = not derived and (cell.folder / CHECKPOINT).exists() and _same_settings(cell)
     return train_run(
         cell.config, cell.folder, resume=resume, progress=False, trained=trained if derived else None
@@ -196,7 +188,7 @@ def run_grid(cells: list[Cell], jobs: int) -> Iterator[tuple[Cell, dict[str, Any
     A process that dies (out of memory, killed) fails the cells it may have held; the rest goes on in new ones.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    waves = [[c for c in cells if c.method not in DERIVED], [c for c in cells if c.method in DERIVED]]
+    waves = [[c for c in cells if c.derived_from is None], [c for c in cells if c.derived_from is not None]]
     for wave in waves:
         left = list(wave)
         while left:

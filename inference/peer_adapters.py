@@ -39,13 +39,14 @@ class TimedTrainer(Trainer):
 
 def own(job: Job, clock: Clock, method: str) -> Predict:
     """A method of this library, with its own defaults."""
-    ising, settings = OWN[method]
     asked = job.config.train
     settings = replace(
-        settings, epochs=asked.epochs, batch_size=asked.batch_size, lr=asked.lr, seed=asked.seed,
+        OWN[method].train, epochs=asked.epochs, batch_size=asked.batch_size, lr=asked.lr, seed=asked.seed,
         samples=asked.samples, device=asked.device,
     )  # fmt: skip
-    trainer = TimedTrainer(replace(job.config, method=method, ising=ising, train=settings), job.data, None, False)
+    trainer = TimedTrainer(
+        replace(job.config, method=method, ising=OWN[method].ising, train=settings), job.data, None, False
+    )
     trainer.clock = clock
     run = trainer.fit()
     return lambda images: draw_predictive(run, images, asked.samples, seed=asked.seed).probs

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.batches import batches
 from pyro_isingvit.data.split import ImageData
-from pyro_isingvit.methods.plain import Baseline
+from pyro_isingvit.methods.plain import Plain
 from pyro_isingvit.nets.plain import PlainViT
 from pyro_isingvit.runs.run import build_run
 from pyro_isingvit.runs.steps import learning_rate_factor
@@ -42,7 +42,7 @@ class Job:
         """A plain network with the initial weights of the library's own deterministic run of this seed."""
         torch.manual_seed(self.config.train.seed)
         start = build_run(self.config, self.data.info, len(self.data.train)).network
-        assert isinstance(start, Baseline)
+        assert isinstance(start, Plain)
         return PlainViT(start.vit, dropout).copy_from(start.vit, start.weights()).to(self.device)
 
     def in_chunks(self, images: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
@@ -112,7 +112,7 @@ def train(
     module.train()
     for epoch in range(settings.epochs):
         with clock.epoch():
-            for images, labels in batches(split, settings.batch_size, settings.seed, epoch):
+            for images, labels, _ in batches(split, settings.batch_size, settings.seed, epoch):
                 value = loss(job.data.info.normalise(images), labels)
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()

@@ -87,7 +87,7 @@ def make_config(arguments: PeersArguments) -> RunConfig:
     name = arguments.preset or default_preset(arguments.data.dataset)
     vit = preset(name, **{key: getattr(arguments, key) for key in ("depth", "patch_size", "width")})
     train = replace(
-        METHODS[REFERENCE][1], epochs=arguments.epochs, batch_size=arguments.batch_size, lr=arguments.lr,
+        METHODS[REFERENCE].train, epochs=arguments.epochs, batch_size=arguments.batch_size, lr=arguments.lr,
         seed=arguments.seed, samples=arguments.samples, device=arguments.device,
     )  # fmt: skip
     return RunConfig(name, REFERENCE, arguments.data, vit, train=train, version=__version__)

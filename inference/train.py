@@ -114,9 +114,14 @@ def main(argv: list[str] | None = None) -> None:
     name: Any = known.preset or default_preset(known.dataset)
     with_clear_errors(lambda: preset(name))
     method: Any = known.method if known.method in METHODS else "ising"  # tyro refuses what is not a method
-    ising, settings = METHODS[method]
+    row = METHODS[method]
     default = TrainArguments(
-        out=tyro_missing(), preset=name, method=method, vit=preset(name), ising=ising, train=settings
+        out=tyro_missing(),
+        preset=name,
+        method=method,
+        vit=preset(name),
+        ising=row.ising,
+        train=row.train,
     )
     run_script(train, TrainArguments, argv, default)
 

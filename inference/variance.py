@@ -16,7 +16,7 @@ from typing import Any, Literal
 from inference.cli import results_file, run_script
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.settings import DataConfig, RunConfig, default_preset, preset
-from pyro_isingvit.methods.registry import METHODS
+from pyro_isingvit.methods.registry import METHODS, OURS
 from pyro_isingvit.version import __version__
 
 RESULTS = "variance.json"
@@ -72,12 +72,12 @@ def measure(arguments: VarianceArguments) -> list[dict[str, Any]]:
 
     name = arguments.preset or default_preset(arguments.data.dataset)
     vit = preset(name, depth=arguments.depth)
-    ising, settings = METHODS["ising"]
+    ours = METHODS[OURS]
     settings = replace(
-        settings, epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed,
+        ours.train, epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed,
         device=arguments.device,
     )  # fmt: skip
-    base = RunConfig(name, "ising", arguments.data, vit, ising, settings, __version__)
+    base = RunConfig(name, OURS, arguments.data, vit, ours.ising, settings, __version__)
     data = load_data(**asdict(arguments.data), seed=arguments.seed)
     need(len(data.val), "time to a validation NLL needs validation images: --val-fraction above 0.")
 

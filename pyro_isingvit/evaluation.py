@@ -42,7 +42,7 @@ def evaluate(
     samples, seed = run.config.train.samples, run.config.train.seed
     draws = draw_predictive(run, data.test.images, samples, seed=seed, progress=progress and is_first())
     val_draws = draw_predictive(run, data.val.images, CALIBRATION_SAMPLES, seed=seed) if len(data.val) else None
-    temperature = float(run.network.temperature)
+    temperature = float(run.temperature)
     plain = temper(draws.probs, 1.0 / temperature)  # at T = 1
     fitted = temperature if run.config.train.calibrate else _fit(val_draws, data.val.labels)
     at_one, calibrated = (

@@ -85,7 +85,7 @@ def write_images(folder: Path) -> str:
 def settings(name: str, images: str) -> RunConfig:
     """The settings of a run in ``NAMES``."""
     method, vit, changes = VARIANTS.get(name, (name, SHAPE, {}))
-    ising, train = METHODS[method]
+    ising, train = METHODS[method].ising, METHODS[method].train
     ising = replace(ising, update_every=2, **changes.get("ising", {}))
     train = replace(
         train, epochs=3, finetune_epochs=int(train.finetune_epochs > 0), batch_size=16, samples=3, val_samples=2,

@@ -19,8 +19,9 @@ from pyro_isingvit.data.split import DataInfo, Split
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.layout import MaskLayout
 from pyro_isingvit.ising.model import IsingViT
+from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.nets.vit import ViT, Weights
-from pyro_isingvit.runs.run import build
+from pyro_isingvit.runs.run import Run
 from pyro_isingvit.runs.trainer import Trainer
 
 TINY = ViTConfig(patch_size=2, width=8, heads=2, depth=2, mlp_ratio=2)
@@ -39,12 +40,18 @@ def make_split(count: int, generator: torch.Generator) -> Split:
     return Split(images.to(torch.uint8), labels)
 
 
+def around(model: IsingViT, guide: IsingGuide, config: RunConfig | None = None) -> Run:
+    """A run in memory around a model and its posterior."""
+    config = config or RunConfig()
+    return Run(config, IsingMethod(config, model.info, guide.num_data, model, guide))
+
+
 def make_pair(num_data: int = 50, vit: ViTConfig = TINY, **ising: object) -> tuple[IsingViT, IsingGuide]:
     """Model and guide in the Ising phase, with retention spread between 0.1 and 0.9."""
     config = RunConfig(
         data=DataConfig(), vit=vit, ising=replace(IsingConfig(), **ising), train=TrainConfig(), preset="custom"
     )
-    model, guide = build(config, INFO, num_data)
+    model, guide = IsingMethod(config, INFO, num_data).posterior
     guide.phase = "ising"
     for name in guide.layout.sites:
         guide.field(name).uniform_(-2.1, 2.1)

@@ -14,7 +14,7 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import RunConfig, TrainConfig
 from pyro_isingvit.data.load import load_data, load_inputs
 from pyro_isingvit.data.split import copies
-from pyro_isingvit.methods.classes import BASELINES
+from pyro_isingvit.methods.base import method_class
 from pyro_isingvit.nets.divergence import first_not_finite, not_finite
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.runs.trainer import Trainer, TrainingDiverged
@@ -152,7 +152,7 @@ def test_activations_that_overflow_are_found() -> None:
 
 @pytest.mark.parametrize("name", ["deterministic", "ensemble", "concrete-dropout"])
 def test_baselines_are_searched_too(name: str) -> None:
-    network = BASELINES[name](RunConfig(vit=TINY, method=name), INFO, 50)
+    network = method_class(name)(RunConfig(vit=TINY, method=name), INFO, 50)
     x = torch.randn(3, 1, 4, 4)
     assert first_not_finite(network, x) is None
     with torch.no_grad():

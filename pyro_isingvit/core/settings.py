@@ -172,8 +172,8 @@ class TrainConfig:
     """Arithmetic of the forward pass."""
     engine: Literal["auto", "pyro", "fused"] = "auto"
     """How the ELBO is computed: through Pyro's handlers, by the same formula without them, or auto: fused if it can."""
-    draws: int = 4
-    """Posterior draws a training step; the batch is shared out among them (engine fused; the Pyro path takes one)."""
+    draws: int | None = None
+    """Posterior draws of a training step, which share the batch out; None: 4 with the engine fused, otherwise 1."""
     noise: Literal["weights", "activations"] = "weights"
     """Draw weights, or activations by their two first moments (local reparameterisation; masks on single weights)."""
     compile: bool = False
@@ -226,6 +226,8 @@ class RunConfig:
                 f"use the version that wrote it ({raw.get('version', 'unknown')}) or train again."
             )
         try:
+            if written_before(raw.get("version", ""), (0, 4)) and raw["train"].get("draws") == 4:
+                raw["train"]["draws"] = None  # the default was 4, and 1 where 4 could not be
             parts: dict[str, Any] = {name: kind(**raw.pop(name)) for name, kind in PARTS.items()}
             parts["baseline"] = BaselineConfig(**raw.pop("baseline", {}))  # runs of version 0.1 have none
             config = cls(**parts, **raw)
@@ -233,6 +235,12 @@ class RunConfig:
             return config
         except (KeyError, TypeError, AttributeError, UserError) as error:
             raise UserError(f"{where} lacks or misnames a setting ({why(error)}); train the run again.") from error
+
+
+def written_before(version: str, release: tuple[int, int]) -> bool:
+    """Whether a version, such as "0.3.0", is older than a release; one that cannot be read counts as older."""
+    numbers = version.split(".")[:2]
+    return not all(map(str.isdecimal, numbers)) or len(numbers) < 2 or (int(numbers[0]), int(numbers[1])) < release
 
 
 def check_fields(settings: Any) -> None:

@@ -19,8 +19,8 @@ def count_steps(count: int, size: int, parts: int = 1) -> int:
     return math.ceil(_usable(count, size, parts) / size)
 
 
-def batches(split: Split, size: int, seed: int, epoch: int, parts: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches of an epoch; the order depends on seed and epoch alone.
+def batches(split: Split, size: int, seed: int, epoch: int, parts: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Shuffled batches of an epoch: images, labels, and their row numbers; the order depends on seed and epoch alone.
 
     The last short batch is kept, as far as it can be cut into ``parts`` equal parts; so can the others if ``size`` can.
     """
@@ -28,4 +28,4 @@ def batches(split: Split, size: int, seed: int, epoch: int, parts: int = 1) -> I
     order = order[: _usable(len(order), size, parts)]
     for start in range(0, len(order), size):
         rows = order[start : start + size].to(split.images.device)
-        yield split.images[rows], split.labels[rows]
+        yield split.images[rows], split.labels[rows], rows

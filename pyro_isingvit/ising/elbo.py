@@ -29,22 +29,32 @@ class ClosedFormELBO(TraceMeanField_ELBO):
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
 
-    def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
-        """The terms of one draw; raises NotImplementedError where a KL is not registered."""
-        loss: Tensor | float = 0.0
+    def _terms_particle(self, model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
+        """The terms of one draw by the name of their site; raises NotImplementedError where a KL is not registered."""
+        terms: dict[str, Tensor] = {}
         nodes: dict[str, Any] = dict(model_trace.nodes)
         for name, site in nodes.items():
             if site["type"] != "sample":
                 continue
             if site["is_observed"]:
                 log_prob = site["fn"].log_prob(site["value"])
-                loss = loss - scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
+                terms[name] = -scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
             else:
                 guide_site: Any = guide_trace.nodes[name]
                 kl = kl_divergence(guide_site["fn"], site["fn"])
-                loss = loss + scale_and_mask(kl, guide_site["scale"], guide_site["mask"]).sum()
-        assert isinstance(loss, Tensor), "a model without sample sites"
+                terms[name] = scale_and_mask(kl, guide_site["scale"], guide_site["mask"]).sum()
+        assert terms, "a model without sample sites"
+        return terms
+
+    def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
+        loss = sum(self._terms_particle(model_trace, guide_trace).values(), start=torch.zeros(()))
         return loss.detach(), loss
+
+    def terms(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """The loss of one draw in parts, by the name of their site: -scale log p or KL, nats."""
+        return self._terms_particle(*self._get_trace(model, guide, args, kwargs))
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any

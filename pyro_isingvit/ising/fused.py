@@ -1,12 +1,12 @@
 """The ELBO of ``ClosedFormELBO()(model, guide)`` without effect handlers, in little more than a plain step.
 
-With one draw and noise on the weights, value, gradients and random numbers are the same.
-Only for masks that the guide sets itself (mask_posterior "likelihood_guided"), whose gradient nobody needs, and
-without a log-barrier; everything else takes the Pyro path.
+With one draw and noise on the weights, value, gradients and random numbers are the same, penalties included.
+Only for masks that the guide sets itself (mask_posterior "likelihood_guided"), whose gradient nobody needs; masks that
+are learned take the Pyro path.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,19 @@ from torch.nn import functional as F
 from pyro_isingvit.ising.distributions import bernoulli_kl, slab_kl
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.model import IsingViT
+from pyro_isingvit.nets.penalties import Seen
+from pyro_isingvit.nets.vit import Watch
+
+DRAWS = 4  # posterior draws of a training step where the settings leave it open
 
 
 def fusible(model: IsingViT) -> bool:
     """Whether the fused path computes this model's objective."""
-    return model.ising.mask_posterior == "likelihood_guided" and model.log_barrier == 0
+    return model.ising.mask_posterior == "likelihood_guided"
 
 
 class FusedELBO(nn.Module):
-    """loss = -(N / B) sum_b log p(y_b | W_g(b)) + (weight KL + mask KL) / kappa_weights, nats.
+    """loss = -(N / B) sum_b log p(y_b | W_g(b)) + (weight KL + mask KL) / kappa_weights + N penalties, nats.
 
     The batch is cut into ``draws`` parts, each with its own draw W_g of the guide: the same expectation as with one
     draw for all, at the cost of one forward pass, and with less noise from the draw in its gradient.
@@ -65,12 +69,25 @@ class FusedELBO(nn.Module):
         self._network: Callable[..., Tensor] = torch.compile(model.vit.forward) if compiled else model.vit.forward
         self.part = (0, 1)
         self._seen: tuple[tuple[int, int], ...] = ()
-        self._constant, self._retention = torch.zeros(()), dict[str, Tensor]()
+        self._constant, self._retention = (torch.zeros(()), torch.zeros(())), dict[str, Tensor]()
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss of a batch: x (B, channels, height, width) normalised, y (B,) or (B, C)."""
+    def forward(self, x: Tensor, y: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The loss of a batch, the sum of its ``terms``."""
+        return torch.stack([*self.terms(x, y, rows).values()]).sum()
+
+    def terms(self, x: Tensor, y: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """The parts of the loss, nats over all images.
+
+        Args:
+            x: (B, channels, height, width), normalised.
+            y: (B,) class numbers or (B, C) probabilities.
+            rows: (B,) numbers of the images within the training part, for penalties that read them.
+
+        Returns:
+            nll, weight_kl, mask_kl, and each penalty by its name.
+        """
         model, guide, layout = self.model, self.guide, self.guide.layout
-        kl = self.constant_kl()
+        mask_kl, kl = self.constant_kl()
         for kind in guide.kinds:
             loc, tau_1 = guide.loc[kind], model.tau_1(kind)
             pi = layout.expand(kind, self._retention)
@@ -80,11 +97,17 @@ class FusedELBO(nn.Module):
                 pull = (pi * loc.detach()).div_(tau_1**2)
                 product = torch.dot(pull.flatten(), loc.flatten())
                 kl = kl + product - 0.5 * product.detach()
-        logits = self._by_activations(x) if self.noise == "activations" else self._by_weights(x)
+        watch = model.penalties.watch()
+        logits = (self._by_activations if self.noise == "activations" else self._by_weights)(x, watch).float()
         size = len(x) if model.num_data is None else model.num_data
-        return size * F.cross_entropy(logits.float(), y) + kl / model.kappa_weights
+        return {
+            "nll": size * F.cross_entropy(logits, y),
+            "weight_kl": kl / model.kappa_weights,
+            "mask_kl": mask_kl / model.kappa_weights,
+            **model.penalties.terms(Seen(logits, y, rows, watch or {}), size),
+        }
 
-    def _by_weights(self, x: Tensor) -> Tensor:
+    def _by_weights(self, x: Tensor, watch: Watch | None) -> Tensor:
         """Logits (B, C), each part of the batch under a draw of its own."""
         guide, layout, weights = self.guide, self.guide.layout, {}
         draws, own = self.own_draws(len(x))
@@ -98,9 +121,13 @@ class FusedELBO(nn.Module):
             weights[kind] = torch.addcmul(guide.config.tau_0 * noise, layout.expand(kind, kept), wider)
         mine = len(range(draws)[own])
         images = x if mine == 1 else x.unflatten(0, (mine, -1))
-        return self._network(weights, images).flatten(0, -2)  # from kind -> ([S,] layers, out, in)
+        logits = self._network(weights, images, watch).flatten(0, -2)  # from kind -> ([S,] layers, out, in)
+        if mine > 1 and watch:  # (S, B / S, ...) -> (B, ...): a penalty sees images, whatever draw each had
+            for place, values in watch.items():
+                watch[place] = [_flat(value) for value in values]
+        return logits
 
-    def _by_activations(self, x: Tensor) -> Tensor:
+    def _by_activations(self, x: Tensor, watch: Watch | None) -> Tensor:
         """Logits (B, C) with noise of its own for every token."""
         guide, layout, means, variances = self.guide, self.guide.layout, {}, {}
         for kind in guide.kinds:
@@ -114,7 +141,7 @@ class FusedELBO(nn.Module):
             variance = F.linear(x**2, variances[kind][layer])
             return torch.addcmul(mean, variance.clamp(min=1e-12).sqrt(), torch.randn_like(mean))
 
-        return self._network(means, x, layer_rule=noisy)
+        return self._network(means, x, watch, noisy)
 
     def own_draws(self, batch: int) -> tuple[int, slice]:
         """How many draws the step's batch is shared out among, and which of them this part of ``batch`` images has."""
@@ -128,8 +155,8 @@ class FusedELBO(nn.Module):
         return draws, slice(start, start + max(1, draws // parts))
 
     @torch.no_grad()
-    def constant_kl(self) -> Tensor:
-        """What does not move with the means, in nats: the masks' KL, and the slabs' share of scales that are frozen.
+    def constant_kl(self) -> tuple[Tensor, Tensor]:
+        """What does not move with the means, in nats: the masks' KL; the slabs' share of scales that are frozen.
 
         Computed again, and the retention with it, only when a tensor that it reads was written to (writes through
         ``.data`` are not seen), and always in inference mode, whose tensors could not be kept for training.
@@ -141,13 +168,19 @@ class FusedELBO(nn.Module):
         state = tuple((tensor.data_ptr(), tensor._version) for pair in (*pairs, *slabs) for tensor in pair)
         if state != self._seen or torch.is_inference_mode_enabled():
             self._retention = {name: guide.field(name).sigmoid() for name in layout.sites}
-            total = torch.stack([bernoulli_kl(q, p).sum() for q, p in pairs]).sum()
+            masks = torch.stack([bernoulli_kl(q, p).sum() for q, p in pairs]).sum()
+            total = torch.zeros_like(masks)
             for kind, (log_scale, tau_1) in zip(frozen, slabs, strict=True):
                 scale = guide.scale(kind)
                 cost = layout.expand(kind, self._retention) * slab_kl(torch.zeros_like(scale), scale, tau_1)
                 total = total + cost.expand(log_scale.shape).sum()
-            self._constant, self._seen = total, () if torch.is_inference_mode_enabled() else state
+            self._constant, self._seen = (masks, total), () if torch.is_inference_mode_enabled() else state
         return self._constant
+
+
+def _flat(value: Any) -> Any:
+    """Joins the axes of draws and images, of a tensor or a tuple of tensors."""
+    return tuple(map(_flat, value)) if isinstance(value, tuple) else value.flatten(0, 1)
 
 
 def draw_masks(pi: Tensor, draws: int, own: slice = slice(None)) -> Tensor:

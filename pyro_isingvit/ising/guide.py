@@ -146,7 +146,7 @@ class IsingGuide(nn.Module):
         seen = 1.0 - self.config.curvature_decay ** int(self.curvature_updates)
         return self.get_buffer(f"curvature_{kind}") / max(seen, 1e-12)
 
-    def forward(self, x: Tensor | None = None, y: Tensor | None = None) -> None:
+    def forward(self, x: Tensor | None = None, y: Tensor | None = None, rows: Tensor | None = None) -> None:
         """Samples all mask sites, then all weight sites; the arguments are the model's and unused."""
         masks, retention = {}, {}
         with poutine.scale(scale=1.0 / self.kappa_weights):

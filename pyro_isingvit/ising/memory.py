@@ -1,6 +1,7 @@
 """What training an Ising posterior takes, in bytes."""
 
 from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.ising.fused import DRAWS
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.model import IsingViT
 
@@ -38,7 +39,7 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
     learned_logits = sum(logit.numel() for logit in guide.mask_logit.values())
     r = sum(value.numel() for value in model.parameters()) + learned_logits
     learned = guide.config.posterior_scale == "learned"
-    s = max(1, settings.draws // (processes * settings.accumulate))
+    s = max(1, (settings.draws or DRAWS) // (processes * settings.accumulate))
     trained = p + learned * p + r
     numbers = {
         "weight_means": p, "posterior_scale": p, "curvature": p, "mask_logits": g, "prior_logits": g,

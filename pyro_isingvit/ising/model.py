@@ -19,7 +19,7 @@ from pyro_isingvit.core.settings import IsingConfig, ViTConfig, preset
 from pyro_isingvit.data.split import DataInfo, ImageData
 from pyro_isingvit.ising.distributions import SpikeAndSlab
 from pyro_isingvit.ising.layout import MaskLayout
-from pyro_isingvit.nets.margins import Projections, log_barrier
+from pyro_isingvit.nets.penalties import Penalties, Seen
 from pyro_isingvit.nets.vit import ViT, Weights
 
 CERTAIN = 20.0  # a logit at which float32 sampling never flips a mask
@@ -46,8 +46,7 @@ class IsingViT(nn.Module):
         num_data: N, the size of the training set, by which the data plate scales; set by ``fit``.
         temperature: T of the predictions, fitted on the validation part after training (calibration.py).
         kappa_weights: the KL is weighted by 1/kappa_weights in the objective; set by ``fit``.
-        log_barrier: lambda of the attention log-barrier (barrier.py), 0: none; set by ``fit``.
-        log_margin: mean log|det| that the barrier saw in the last batch; 0 without a barrier.
+        penalties: further loss terms (nets/penalties.py); none unless training asks for some.
     """
 
     def __init__(self, vit: ViTConfig, info: DataInfo, ising: IsingConfig | None = None) -> None:
@@ -57,8 +56,7 @@ class IsingViT(nn.Module):
         self.layout = MaskLayout(self.vit, self.ising.granularity)
         self.num_data: int | None = None
         self.kappa_weights = 1.0
-        self.log_barrier = 0.0
-        self.log_margin = torch.zeros(())
+        self.penalties = Penalties()
         self.temperature: Tensor
         self.register_buffer("temperature", torch.ones(()))
         for name, site in self.layout.sites.items():
@@ -101,25 +99,26 @@ class IsingViT(nn.Module):
                 weights[kind] = weight.squeeze(1) if weight.dim() == 5 else weight
         return weights
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """Runs the model.
 
         Args:
             x: (B, channels, height, width), normalised by ``info.normalise``.
             y: (B,) class numbers or (B, C) probabilities; None samples them (site ``y``) and records ``probs``.
+            rows: (B,) numbers of the images within the training part, which some penalties read.
 
         Returns:
             logits (B, C), or (S, B, C) under a vectorised sample plate; divided by T where y is None.
         """
-        attention: Projections | None = [] if self.log_barrier > 0 and y is not None else None
-        logits = self.vit(self.sample_weights(), x, attention).float()
+        watch = None if y is None else self.penalties.watch()
+        logits = self.vit(self.sample_weights(), x, watch).float()
         if y is None:
             logits = logits / self.temperature
         size = len(x) if y is None or self.num_data is None else self.num_data
-        if attention is not None:  # the loss, divided by N, gets -lambda mean log|det|
-            penalty = with_plate_axis(log_barrier(attention), 0)
-            self.log_margin = -penalty.detach().mean()
-            pyro.factor("log_barrier", -self.log_barrier * size * penalty)
+        if y is not None and self.penalties:  # the loss, divided by N, gets weight * penalty
+            seen = Seen(logits, y, rows, watch or {})
+            for name, term in self.penalties.terms(seen, -size).items():
+                pyro.factor(name, with_plate_axis(term, 0))
         with pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device)):
             if y is None:
                 pyro.deterministic("probs", logits.softmax(-1), event_dim=1)

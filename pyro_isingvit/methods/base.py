@@ -1,24 +1,94 @@
-"""What the trainer minimises, and what it does between the steps: one interface for every method."""
+"""What can be trained: one interface for every method, the Ising posterior and the baselines alike.
 
-from collections.abc import Iterable
+The trainer (runs/trainer.py) calls ``phases``, ``begin``, ``before_step``, ``forward``, ``validated`` and ``finish``,
+in this order; prediction calls ``draw_networks``; pruning and reports ask ``kept``. A method must define
+``parameter_groups``, ``forward``, ``draw_networks`` and ``kept``; the rest has defaults.
+
+Shapes: S samples, B batch, C classes, N data size.
+"""
+
+from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.settings import RunConfig, TrainConfig
+from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.ising.guide import IsingGuide
+from pyro_isingvit.ising.model import IsingViT
+from pyro_isingvit.methods.registry import row
+from pyro_isingvit.nets.penalties import Penalties
+from pyro_isingvit.nets.vit import Weights
+
+Terms = dict[str, Tensor]  # name -> its share of the loss, nats per image; the loss is their sum
+Networks = Callable[[Tensor], Tensor]  # normalised images (B, ...) -> logits (S, B, C)
 
 
-class Objective(nn.Module):
-    """A loss, ``forward(x, y)`` in nats per image, with phases.
+class Method(nn.Module):
+    """A network that can be trained, drawn from and asked what it kept.
 
-    Shapes: x (B, channels, height, width) normalised, y (B,) class numbers or (B, C) probabilities of the C classes.
+    Args:
+        config: all settings of the run.
+        info: what the images look like.
+        num_data: N, training images.
 
     Attributes:
+        info: what the images look like.
+        num_data: N.
+        penalties: further loss terms that the training settings ask for.
+        temperature: T of the predictions, a scalar buffer.
         image_noise: the noise of a step is drawn for each image, not for the batch; equal parts of a batch then need
             different random numbers, otherwise the same.
+        max_draws: how many different networks prediction can draw; None: any number.
     """
 
+    temperature: Tensor
     image_noise = False
+    max_draws: int | None = 1
+
+    def __init__(self, config: RunConfig, info: DataInfo, num_data: int) -> None:
+        super().__init__()
+        self.config, self.info, self.num_data = config, info, num_data
+        self.penalties = Penalties(config.train)
+
+    # Training ---------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, y: Tensor, rows: Tensor | None = None) -> Terms:
+        """The loss of a batch, in parts.
+
+        Args:
+            x: (B, channels, height, width), normalised.
+            y: (B,) class numbers, or (B, C) probabilities.
+            rows: (B,) numbers of the images within the training part.
+
+        Returns:
+            ``nll`` and whatever else the loss is the sum of, nats per image.
+        """
+        raise NotImplementedError
+
+    def logged(self, terms: dict[str, float]) -> dict[str, float]:
+        """The terms as metrics.jsonl shows them: as they are, unless a method has a better unit for some."""
+        return terms
+
+    def check(self, settings: TrainConfig) -> None:
+        """Refuses settings of training that this method cannot honour.
+
+        Raises:
+            UserError: such a setting.
+        """
+        name = self.config.method
+        need(not settings.compile, f"`compile` is for method ising, not {name}.")
+        need(settings.noise == "weights", f"`noise` activations is for method ising, not {name}.")
+        need(settings.draws in (None, 1), f"`draws` {settings.draws} is for method ising; {name} has one draw a step.")
+        need(settings.engine == "auto", f"`engine` {settings.engine} is for method ising, not {name}.")
+
+    @classmethod
+    def leaves_unused(cls, config: RunConfig) -> bool:
+        """Whether some phase trains without some of the parameters, which DistributedDataParallel must know."""
+        return False
 
     def take_part(self, part: int, parts: int) -> None:
         """Called before ``forward`` with one of several equal parts of a step's batch: its number and their count."""
@@ -40,10 +110,6 @@ class Objective(nn.Module):
         """
         return {}
 
-    def terms(self, loss: float) -> dict[str, float]:
-        """What the last loss was made of: nll (nats per image), and penalties in nats over all images."""
-        raise NotImplementedError
-
     def parameter_groups(self, settings: TrainConfig) -> list[dict[str, Any]]:
         """Groups for AdamW."""
         raise NotImplementedError
@@ -54,3 +120,63 @@ class Objective(nn.Module):
 
     def finish(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Called once after the last epoch with the training images in order."""
+
+    # What was trained -------------------------------------------------------------------------------------------
+
+    def make_temperature(self) -> None:
+        """Registers T of the predictions (predictive/calibration.py), 1 until it is fitted."""
+        self.register_buffer("temperature", torch.ones(()))
+
+    def draw_networks(self, count: int, first: int = 0) -> Networks:
+        """Draws networks for prediction.
+
+        Args:
+            count: how many.
+            first: how many were drawn before: a method with a fixed set of networks continues from there.
+
+        Returns:
+            a function from normalised images (B, channels, height, width) to logits (count, B, C) at T = 1.
+        """
+        raise NotImplementedError
+
+    def kept(self) -> Weights:
+        """Probability that each weight is kept, kind -> (layers, out, in); 1 where nothing is selected."""
+        raise NotImplementedError
+
+    @property
+    def network(self) -> nn.Module:
+        """The module whose parameters a prediction reads."""
+        return self
+
+    @property
+    def posterior(self) -> tuple[IsingViT, IsingGuide] | None:
+        """Pyro model and guide, of methods with selection masks."""
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """Tensors for a checkpoint, by part: ``model`` and ``guide``."""
+        return {"model": self.state_dict(), "guide": {}}
+
+    def load_state(self, state: dict[str, Any], strict: bool = True) -> None:
+        """Takes what ``state`` gave.
+
+        Args:
+            state: the parts.
+            strict: every tensor must be there.
+
+        Raises:
+            KeyError, RuntimeError: it does not fit.
+        """
+        self.load_state_dict(state["model"], strict=strict)
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method, imported now.
+
+    Raises:
+        UserError: unknown name.
+    """
+    module, _, attribute = row(name).home.partition(":")
+    found = getattr(import_module(module), attribute)
+    assert issubclass(found, Method), f"{found} is no Method"
+    return found

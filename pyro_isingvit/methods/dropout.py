@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.split import DataInfo
-from pyro_isingvit.methods.plain import Baseline, Networks
+from pyro_isingvit.methods.base import Networks
+from pyro_isingvit.methods.plain import Plain
 from pyro_isingvit.nets.vit import Weights, linear
 
 
-class Dropout(Baseline):
+class Dropout(Plain):
     """Dropout on the embedding, after attention and in the MLP, kept on at prediction (Gal & Ghahramani 2016)."""
 
     max_draws = None
@@ -32,7 +33,7 @@ class Dropout(Baseline):
         return self.noisy_networks(count, self.layer_rule)
 
 
-class DropConnect(Baseline):
+class DropConnect(Plain):
     """Each weight is dropped with a fixed probability, at prediction too (Wan et al. 2013): w M / (1 - p)."""
 
     max_draws = None
@@ -44,7 +45,7 @@ class DropConnect(Baseline):
     draw_weights = weights
 
 
-class ConcreteDropout(Baseline):
+class ConcreteDropout(Plain):
     """Dropout of every layer's inputs with learned rates (Gal, Hron & Kendall 2017, eq. 3 and 4).
 
     penalty = sum_layers [ l^2 / (2 (1 - p)) |W|^2 - K H(p) ],   K inputs, H the Bernoulli entropy in nats

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from pyro_isingvit.core.settings import RunConfig, TrainConfig
 from pyro_isingvit.data.split import DataInfo
-from pyro_isingvit.methods.base import Objective
-from pyro_isingvit.methods.plain import Baseline, Networks, check_baseline
+from pyro_isingvit.methods.base import Method, Networks, Terms
+from pyro_isingvit.methods.plain import Plain, check_baseline
 from pyro_isingvit.nets.vit import Weights
 
 
-class Ensemble(Objective):
+class Ensemble(Method):
     """K networks from different random starts (Lakshminarayanan et al. 2017), trained side by side on the same batches.
 
     Attributes:
@@ -23,21 +23,21 @@ class Ensemble(Objective):
     """
 
     def __init__(self, config: RunConfig, info: DataInfo, num_data: int) -> None:
-        super().__init__()
-        self.info, self.max_draws = info, config.baseline.members
+        super().__init__(config, info, num_data)
         check_baseline(config.baseline)
-        self.networks = [Baseline(config, info, num_data) for _ in range(self.max_draws)]
+        self.max_draws = config.baseline.members
+        self.networks = [Plain(config, info, num_data) for _ in range(self.max_draws)]
         self.members = nn.ModuleList(self.networks)
-        self.temperature: Tensor
-        self.register_buffer("temperature", torch.ones(()))
+        self.make_temperature()
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The sum of the members' losses, so that each is trained as it would be alone."""
-        return torch.stack([member(x, y) for member in self.members]).sum()
+    def forward(self, x: Tensor, y: Tensor, rows: Tensor | None = None) -> Terms:
+        """The sums of the members' terms, so that each is trained as it would be alone."""
+        parts = [member(x, y, rows) for member in self.members]
+        return {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
 
-    def terms(self, loss: float) -> dict[str, float]:
-        """Nll of the mean member."""
-        return {"nll": loss / len(self.members)}
+    def logged(self, terms: dict[str, float]) -> dict[str, float]:
+        """The terms of the mean member."""
+        return {name: value / len(self.members) for name, value in terms.items()}
 
     def parameter_groups(self, settings: TrainConfig) -> list[dict[str, Any]]:
         """All members' groups."""

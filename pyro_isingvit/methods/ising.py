@@ -1,78 +1,118 @@
-"""The likelihood-guided Ising posterior as a method: pilot, Ising and fine-tuning phases."""
+"""The likelihood-guided Ising posterior as a method: pilot, Ising and fine-tuning phases (docs/method.md, Objective).
+
+loss = -(1/N) E_q log p(y | x, W) + (KL of weights + KL of masks) / (kappa_weights N) + penalties
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.core.processes import averaged
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.settings import RunConfig, TrainConfig
+from pyro_isingvit.data.split import DataInfo
 from pyro_isingvit.ising.elbo import ClosedFormELBO
-from pyro_isingvit.ising.fused import FusedELBO, fusible
+from pyro_isingvit.ising.fused import DRAWS, FusedELBO, fusible
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.model import IsingViT
-from pyro_isingvit.methods.base import Objective
+from pyro_isingvit.methods.base import Method, Networks, Terms
+from pyro_isingvit.nets.vit import Weights, stack
 from pyro_isingvit.predictive.calibration import fit_temperature
 
+KINDS_OF_SITE = {"xi": "mask_kl", "w": "weight_kl", "y": "nll"}  # first part of a site's name -> the loss term
 
-class IsingObjective(Objective):
-    """The tempered negative ELBO (METHOD 5), and the alternation of weight and mask updates.
 
-        loss = -(1/N) E_q log p(y | x, W) + (KL of weights + KL of masks) / (kappa_weights N)
+class IsingMethod(Method):
+    """The tempered negative ELBO, and the alternation of weight and mask updates.
 
     Args:
-        model: the generative model.
-        guide: its posterior.
-        num_data: N.
-        settings: of training. ``engine``: "pyro", "fused" (the same numbers without effect handlers), or "auto": fused
-            where it can be; ``draws``: posterior draws that a batch is shared out among, the Pyro path takes one.
+        config: all settings. ``train.engine``: "pyro", "fused" (the same numbers without effect handlers), or "auto":
+            fused where it can be; ``train.draws``: posterior draws that share a batch out, one on the Pyro path.
+        info: what the images look like.
+        num_data: N, training images.
+        model: a model to start from, trained in place; None builds one.
+        guide: its posterior; None starts a fresh one.
 
     Raises:
-        UserError: "fused" for a model that has no fused form.
+        UserError: settings of the posterior out of their range.
     """
 
-    def __init__(self, model: IsingViT, guide: IsingGuide, num_data: int, settings: TrainConfig) -> None:
-        super().__init__()
-        if settings.engine == "fused" and not fusible(model):
-            raise UserError("engine fused needs likelihood-guided masks and no log-barrier; use --engine auto.")
-        fused = fusible(model) and settings.engine != "pyro"
-        for name, asked in (("compile", settings.compile), ("noise activations", settings.noise == "activations")):
-            need(
-                fused or not asked, f"{name} needs --engine fused or auto, likelihood-guided masks and no log-barrier."
-            )
-        if settings.noise == "activations" and model.ising.granularity != "weight":
-            raise UserError("noise activations is for masks on single weights; use --granularity weight.")
-        self.elbo: nn.Module = (
-            FusedELBO(model, guide, settings.draws, settings.noise, settings.compile)
-            if fused
-            else ClosedFormELBO()(model, guide)
-        )
-        self.num_data, self.image_noise = num_data, settings.noise == "activations"
+    max_draws = None
+
+    def __init__(
+        self,
+        config: RunConfig,
+        info: DataInfo,
+        num_data: int,
+        model: IsingViT | None = None,
+        guide: IsingGuide | None = None,
+    ) -> None:
+        super().__init__(config, info, num_data)
+        settings = config.train
+        self.model = model or IsingViT(config.vit, info, config.ising)
+        self.guide = guide or IsingGuide(self.model, num_data)
+        self.model.num_data, self.model.kappa_weights = num_data, self.guide.kappa_weights
+        self.model.penalties = self.penalties
+        self.image_noise = settings.noise == "activations"
+        self.fused = settings.engine != "pyro" and fusible(self.model)
+        self._elbo: list[FusedELBO] = []  # in a list: not a submodule, its parameters are ours already
         # Without an Ising phase nobody reads the curvature.
         self.watches = dict(self.phases(settings))["ising"] > 0
 
     @property
-    def model(self) -> IsingViT:
-        """The generative model."""
-        model = self.elbo.model
-        assert isinstance(model, IsingViT)
-        return model
+    def elbo(self) -> FusedELBO:
+        """The ELBO without effect handlers, made when first used."""
+        if not self._elbo:
+            train = self.config.train
+            self._elbo.append(FusedELBO(self.model, self.guide, train.draws or DRAWS, train.noise, train.compile))
+        return self._elbo[0]
 
-    @property
-    def guide(self) -> IsingGuide:
-        """Its posterior."""
-        guide = self.elbo.guide
-        assert isinstance(guide, IsingGuide)
-        return guide
+    @classmethod
+    def leaves_unused(cls, config: RunConfig) -> bool:
+        """Masks that are learned have no gradient before the Ising phase."""
+        return config.ising.mask_posterior != "likelihood_guided"
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def check(self, settings: TrainConfig) -> None:
+        """Refuses what only the fused engine does where the Pyro path is taken."""
+        why = (
+            "`engine` is pyro"
+            if settings.engine == "pyro"
+            else f"`mask_posterior` is {self.model.ising.mask_posterior}"
+        )
+        need(self.fused or settings.engine != "fused", f"`engine` fused cannot be used: {why}; set `engine` to auto.")
+        for name, asked in (("compile", settings.compile), ("noise", settings.noise == "activations")):
+            need(self.fused or not asked, f"`{name}` needs the fused engine, but {why}.")
+        several = settings.draws is not None and settings.draws > 1
+        need(
+            self.fused or not several,
+            f"`draws` {settings.draws} needs the fused engine, but {why}; the Pyro path takes 1.",
+        )
+        by_weight = self.model.ising.granularity == "weight"
+        need(
+            settings.noise != "activations" or by_weight,
+            "`noise` activations is for masks on single weights; set `granularity` to weight.",
+        )
+
+    def forward(self, x: Tensor, y: Tensor, rows: Tensor | None = None) -> Terms:
         """The loss; the guide is drawn from once, or once for each of ``draws`` parts of the batch."""
-        return self.elbo(x, y) / self.num_data
+        if self.fused:
+            terms = self.elbo.terms(x, y, rows)
+        else:
+            terms = {}
+            for site, value in ClosedFormELBO().terms(self.model, self.guide, x, y, rows).items():
+                name = KINDS_OF_SITE.get(site.partition("_")[0], site)
+                name = site if site in self.penalties.weights else name
+                terms[name] = terms[name] + value if name in terms else value
+        return {name: value / self.num_data for name, value in terms.items()}
+
+    def logged(self, terms: dict[str, float]) -> dict[str, float]:
+        """KLs in nats over the network, untempered: what they are, whatever their weight in the loss."""
+        scale = self.guide.kappa_weights * self.num_data
+        return {name: value * scale if name.endswith("_kl") else value for name, value in terms.items()}
 
     def take_part(self, part: int, parts: int) -> None:
         """Which draws the next batch gets; the Pyro path has one for all."""
-        if isinstance(self.elbo, FusedELBO):
+        if self.fused:
             self.elbo.part = (part, parts)
 
     def phases(self, settings: TrainConfig) -> list[tuple[str, int]]:
@@ -104,17 +144,6 @@ class IsingObjective(Objective):
             self.guide.fit_mask_noise(temperature, 1.0 / epochs)
         return {"val_temperature": temperature, "max_keep": self.guide.max_keep}
 
-    @torch.no_grad()
-    def terms(self, loss: float) -> dict[str, float]:
-        """nll, weight_kl, mask_kl, and log_margin (mean log|det| of the last batch) with a log-barrier."""
-        weight_kl, mask_kl = self.guide.kl_terms(self.model)
-        nll = loss - (weight_kl + mask_kl) / self.guide.kappa_weights / self.num_data
-        terms = {"nll": nll, "weight_kl": weight_kl, "mask_kl": mask_kl}
-        if self.model.log_barrier > 0:
-            terms["log_margin"] = float(averaged(self.model.log_margin))
-            terms["nll"] += self.model.log_barrier * terms["log_margin"]
-        return terms
-
     def parameter_groups(self, settings: TrainConfig) -> list[dict[str, Any]]:
         """Weight means with decay, the network's other parameters, scales and mask logits at their own rate."""
         guide = self.guide
@@ -126,3 +155,40 @@ class IsingObjective(Objective):
         if scales:
             groups.append({"params": scales, "weight_decay": 0.0, "lr": settings.lr * settings.scale_lr_factor})
         return groups
+
+    # What was trained -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def draw_networks(self, count: int, first: int = 0) -> Networks:
+        """Draws masks and weights from the guide."""
+        weights = stack([self.guide.draw() for _ in range(count)])
+        return lambda x: self.model.vit(weights, x).float().view(count, len(x), -1)
+
+    @torch.no_grad()
+    def kept(self) -> Weights:
+        """pi of every weight."""
+        return {kind: self.guide.weight_retention(kind) for kind in self.guide.kinds}
+
+    @property
+    def temperature(self) -> Tensor:  # type: ignore[override]
+        """T of the predictions, a buffer of the model."""
+        return self.model.temperature
+
+    @property
+    def network(self) -> nn.Module:
+        """The generative model."""
+        return self.model
+
+    @property
+    def posterior(self) -> tuple[IsingViT, IsingGuide]:
+        """Model and guide."""
+        return self.model, self.guide
+
+    def state(self) -> dict[str, Any]:
+        """Tensors of the model and of the guide, apart."""
+        return {"model": self.model.state_dict(), "guide": self.guide.state_dict()}
+
+    def load_state(self, state: dict[str, Any], strict: bool = True) -> None:
+        """Takes what ``state`` gave; raises KeyError or RuntimeError where it does not fit."""
+        self.model.load_state_dict(state["model"], strict=strict)
+        self.guide.load_state_dict(state["guide"])

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.split import DataInfo
-from pyro_isingvit.methods.plain import Baseline, Networks
-from pyro_isingvit.nets.vit import Layer, plain
+from pyro_isingvit.methods.base import Networks
+from pyro_isingvit.methods.plain import Plain
+from pyro_isingvit.nets.vit import Watch
 
 
-class LastLayerLaplace(Baseline):
+class LastLayerLaplace(Plain):
     """Deterministic training, then a Laplace posterior of the last layer (Daxberger et al. 2021), by laplace-torch.
 
     Kronecker-factored curvature, prior precision by marginal likelihood; the posterior is kept as a set of draws.
@@ -34,16 +35,9 @@ class LastLayerLaplace(Baseline):
 
     def _features(self, x: Tensor) -> Tensor:
         """What the last layer reads, (B, width)."""
-        seen: list[Tensor] = []
-
-        def rule(kind: str, layer: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            if kind == "head":
-                seen.append(x.squeeze(1))
-            return plain(kind, layer, x, weight, bias)
-
-        keep: Layer = rule
-        self.vit(dict(self.loc.items()), x, layer_rule=keep)
-        return seen[0]
+        watch: Watch = {"features": []}
+        self.vit(dict(self.loc.items()), x, watch)
+        return watch["features"][0]
 
     def finish(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Fits the posterior on the training images and keeps draws of it."""

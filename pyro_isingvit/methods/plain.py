@@ -1,9 +1,8 @@
-"""A ViT with ordinary weights and ordinary training: what the methods of baselines.py start from.
+"""A ViT with ordinary weights and ordinary training: what the other baselines build on.
 
 Shapes: B batch, S samples, T tokens, C classes; x of a layer is (B, T, in), its weight (out, in).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,39 +12,31 @@ from torch.nn import functional as F
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import BaselineConfig, RunConfig, TrainConfig
 from pyro_isingvit.data.split import DataInfo
-from pyro_isingvit.methods.base import Objective
+from pyro_isingvit.methods.base import Method, Networks, Terms
+from pyro_isingvit.nets.penalties import Seen
 from pyro_isingvit.nets.vit import Layer, ViT, Weights, linear, stack
 
-Networks = Callable[[Tensor], Tensor]  # normalised images (B, ...) -> logits (S, B, C)
 
+class Plain(Method):
+    """A ViT with ordinary weights; subclasses add noise, a penalty of their own and what happens after training.
 
-class Baseline(Objective):
-    """A ViT with ordinary weights; subclasses add noise, penalties and what happens after training.
-
-        loss = cross entropy of the noisy network + penalty / N
+        loss = cross entropy of the noisy network + penalty / N + further penalties
 
     Args:
         config: ``vit`` shapes the network, ``baseline`` sets the method.
         info: what the images look like.
         num_data: N, training images.
-
-    Attributes:
-        max_draws: how many different networks prediction can draw; None: any number.
-        temperature: T of the predictions (calibration.py).
     """
 
-    max_draws: int | None = 1
     fast: tuple[str, ...] = ()  # parameters of the noise, on a logarithmic scale: scale_lr_factor times the rate
 
     def __init__(self, config: RunConfig, info: DataInfo, num_data: int) -> None:
-        super().__init__()
+        super().__init__(config, info, num_data)
         check_baseline(config.baseline)
-        self.settings, self.info, self.num_data = config.baseline, info, num_data
+        self.settings = config.baseline
         self.vit = ViT(config.vit, info.channels, info.height, info.width, info.num_classes)
         self.loc = nn.ParameterDict({k: nn.Parameter(w) for k, w in self.vit.initial_weights().items()})
-        self.temperature: Tensor
-        self.register_buffer("temperature", torch.ones(()))
-        self.last_penalty: Tensor | None = None
+        self.make_temperature()
 
     def weights(self) -> Weights:
         """The matrices that a training step uses."""
@@ -59,21 +50,18 @@ class Baseline(Objective):
         """Nats over all images; None: nothing is added."""
         return None
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss, nats per image."""
-        loss = F.cross_entropy(self.vit(self.weights(), x, layer_rule=self.layer_rule).float(), y)
-        penalty = self.penalty()
-        if penalty is None:
-            return loss
-        self.last_penalty = penalty.detach()
-        return loss + penalty / self.num_data
+    def forward(self, x: Tensor, y: Tensor, rows: Tensor | None = None) -> Terms:
+        """Cross entropy, and the method's own penalty as ``penalty``."""
+        watch = self.penalties.watch()
+        logits = self.vit(self.weights(), x, watch, self.layer_rule).float()
+        terms, own = {"nll": F.cross_entropy(logits, y)}, self.penalty()
+        if own is not None:
+            terms["penalty"] = own / self.num_data
+        return terms | self.penalties.terms(Seen(logits, y, rows, watch or {}))
 
-    def terms(self, loss: float) -> dict[str, float]:
-        """Nll, and the penalty of methods that have one."""
-        if self.last_penalty is None:
-            return {"nll": loss}
-        penalty = float(self.last_penalty)
-        return {"nll": loss - penalty / self.num_data, "penalty": penalty}
+    def logged(self, terms: dict[str, float]) -> dict[str, float]:
+        """The method's own penalty in nats over all images."""
+        return {name: value * self.num_data if name == "penalty" else value for name, value in terms.items()}
 
     def parameter_groups(self, settings: TrainConfig) -> list[dict[str, Any]]:
         """Weight matrices with decay, parameters of the noise at their own rate, everything else without."""

@@ -1,8 +1,56 @@
-"""Every method by name: its own default settings, and where its class is. No torch here."""
+"""Every method by name: its class, its own default settings, and what the grid and the command line must know of it.
 
-from dataclasses import replace
+No torch here, so that a command line is read before anything heavy is loaded. A new method is a class
+(``methods/base.py`` has the interface) and a row in ``METHODS``.
+"""
 
-from pyro_isingvit.core.settings import IsingConfig, TrainConfig
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.settings import BaselineConfig, IsingConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method."""
+
+    home: str
+    """Its class, as "module:Class"; imported when first used."""
+    ising: IsingConfig = field(default_factory=IsingConfig)
+    """Default settings of the masks."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Default settings of the training."""
+    knob: tuple[Literal["ising", "baseline"], str] | None = None
+    """Part and field that the number after the colon sets, as in dropout:0.1."""
+    derived_from: str | None = None
+    """A method whose training this one shares: it adds something afterwards, and can take over a finished run."""
+    networks: str | None = None
+    """Field of BaselineConfig that says how many networks are trained and stored; None: one."""
+
+    def with_number(self, text: str) -> tuple[IsingConfig, BaselineConfig]:
+        """The settings with the knob at a number.
+
+        Args:
+            text: the number; "" leaves the defaults.
+
+        Raises:
+            UserError: the method has no knob, or the text is no number.
+        """
+        if not text:
+            return self.ising, BaselineConfig()
+        takers = ", ".join(name for name, row in METHODS.items() if row.knob)
+        need(self.knob is not None, f"the method takes no number; those that do: {takers}.")
+        assert self.knob is not None
+        part, knob = self.knob
+        try:
+            value = (int if knob == "members" else float)(text)
+        except ValueError as error:
+            raise UserError(f"{text!r} is no number for `{knob}`.") from error
+        if part == "ising":
+            return replace(self.ising, **{knob: value}), BaselineConfig()  # type: ignore[arg-type]
+        return self.ising, replace(BaselineConfig(), **{knob: value})  # type: ignore[arg-type]
+
 
 # The paper's equation (3) as its authors' code has it; docs/paper.md says what differs and why.
 PAPER_ISING = IsingConfig(
@@ -10,38 +58,52 @@ PAPER_ISING = IsingConfig(
     tau_0=0.01831563888873418, posterior_scale="shared", init_scale=0.01831563888873418, max_keep=1.0, mask_damping=1.0,
     curvature_batch=64,
 )  # fmt: skip
-
-
 PAPER_TRAIN = TrainConfig(
     epochs=71, pilot_fraction=1 / 71, batch_size=20, lr=1e-3, schedule="halving", warmup_fraction=0.0, samples=100,
     calibrate=False, draws=1,
 )  # fmt: skip
-
-
-PLAIN_TRAIN = TrainConfig(weight_decay=0.05, calibrate=False)
-
-
-# Learning rates: of 2e-3, 4e-3 and 6e-3 the one with the lowest NLL on validation images (docs/method.md).
-METHODS: dict[str, tuple[IsingConfig, TrainConfig]] = {
-    "ising": (IsingConfig(), TrainConfig()),
-    "ising-paper": (PAPER_ISING, PAPER_TRAIN),
+PLAIN = TrainConfig(weight_decay=0.05, calibrate=False)
+HERE = "pyro_isingvit.methods"
+# Learning rates: of 2e-3, 4e-3 and 6e-3 the one with the lowest NLL on validation images (docs/tuning.md).
+METHODS: dict[str, Row] = {
+    "ising": Row(f"{HERE}.ising:IsingMethod", knob=("ising", "target_retention")),
+    "ising-paper": Row(f"{HERE}.ising:IsingMethod", PAPER_ISING, PAPER_TRAIN),
     # Gaussian VI is the pilot phase throughout: every mask at one, a learned scale per weight.
-    "mean-field": (
+    "mean-field": Row(
+        f"{HERE}.ising:IsingMethod",
         IsingConfig(posterior_scale="learned", kappa_weights=5.0),
         TrainConfig(pilot_fraction=1.0, calibrate=False, lr=2e-3),
+        knob=("ising", "kappa_weights"),
     ),
-    "deterministic": (IsingConfig(), PLAIN_TRAIN),
-    "temperature": (IsingConfig(), replace(PLAIN_TRAIN, calibrate=True)),
-    "dropout": (IsingConfig(), replace(PLAIN_TRAIN, lr=4e-3)),
-    "dropconnect": (IsingConfig(), PLAIN_TRAIN),
-    "concrete-dropout": (IsingConfig(), replace(PLAIN_TRAIN, weight_decay=0.0, lr=2e-3)),
-    "sparse-vd": (IsingConfig(), replace(PLAIN_TRAIN, weight_decay=0.0)),
-    "l0": (IsingConfig(), replace(PLAIN_TRAIN, lr=4e-3)),
-    "magnitude": (IsingConfig(), replace(PLAIN_TRAIN, epochs=24, finetune_epochs=6, lr=4e-3)),
-    "ensemble": (IsingConfig(), PLAIN_TRAIN),
-    "laplace": (IsingConfig(), PLAIN_TRAIN),
+    "deterministic": Row(f"{HERE}.plain:Plain", train=PLAIN),
+    "temperature": Row(f"{HERE}.plain:Plain", train=replace(PLAIN, calibrate=True), derived_from="deterministic"),
+    "dropout": Row(f"{HERE}.dropout:Dropout", train=replace(PLAIN, lr=4e-3), knob=("baseline", "drop_rate")),
+    "dropconnect": Row(f"{HERE}.dropout:DropConnect", train=PLAIN, knob=("baseline", "drop_rate")),
+    "concrete-dropout": Row(
+        f"{HERE}.dropout:ConcreteDropout",
+        train=replace(PLAIN, weight_decay=0.0, lr=2e-3),
+        knob=("baseline", "length_scale"),
+    ),
+    "sparse-vd": Row(
+        f"{HERE}.sparse:SparseVD", train=replace(PLAIN, weight_decay=0.0), knob=("baseline", "kl_weight")
+    ),
+    "l0": Row(f"{HERE}.sparse:L0", train=replace(PLAIN, lr=4e-3), knob=("baseline", "l0_penalty")),
+    "magnitude": Row(
+        f"{HERE}.sparse:Magnitude",
+        train=replace(PLAIN, epochs=24, finetune_epochs=6, lr=4e-3),
+        knob=("baseline", "sparsity"),
+    ),
+    "ensemble": Row(f"{HERE}.ensemble:Ensemble", train=PLAIN, knob=("baseline", "members"), networks="members"),
+    "laplace": Row(f"{HERE}.laplace:LastLayerLaplace", train=PLAIN, derived_from="deterministic"),
 }  # fmt: skip
-
-
-ISING_METHODS = ("ising", "ising-paper", "mean-field")  # Pyro models with an IsingGuide; the rest are in baselines.py
 OURS = "ising"  # the method that comparisons hold against the others
+
+
+def row(name: str) -> Row:
+    """The row of a method.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    need(name in METHODS, f"unknown method {name!r}; known: {', '.join(METHODS)}.")
+    return METHODS[name]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.split import DataInfo
-from pyro_isingvit.methods.plain import Baseline
+from pyro_isingvit.methods.plain import Plain
 from pyro_isingvit.nets.vit import Weights, linear
 
 
@@ -24,7 +24,7 @@ def sparse_vd_kl(log_alpha: Tensor) -> Tensor:
     return k1 * (-(k2 + k3 * log_alpha)).sigmoid() + 0.5 * F.softplus(-log_alpha)
 
 
-class SparseVD(Baseline):
+class SparseVD(Plain):
     """Sparse variational dropout (Molchanov, Ashukha & Vetrov 2017), with local reparameterisation.
 
     w ~ N(m, s^2), alpha = s^2 / m^2; weights with log alpha > 3 are pruned. The KL rises over the first half.
@@ -73,7 +73,7 @@ class SparseVD(Baseline):
         return {kind: (self.log_alpha(kind) < self.THRESHOLD).float() for kind in self.loc}
 
 
-class L0(Baseline):
+class L0(Plain):
     """Hard-concrete gates on the inputs of every layer (Louizos, Welling & Kingma 2018, eq. 10 to 13).
 
     s = sigmoid((log u - log(1 - u) + log a) / beta),   gate = clamp(s (zeta - gamma) + gamma, 0, 1)
@@ -122,7 +122,7 @@ class L0(Baseline):
         return {kind: gate.expand_as(self.loc[kind]) for kind, gate in gates.items()}
 
 
-class Magnitude(Baseline):
+class Magnitude(Plain):
     """Train, drop the smallest weights of the whole network, fine-tune the rest (Han et al. 2015)."""
 
     def __init__(self, config: RunConfig, info: DataInfo, num_data: int) -> None:

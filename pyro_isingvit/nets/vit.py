@@ -8,6 +8,7 @@ Shapes: S samples, B batch, T tokens, D width, H heads, C classes, L depth, P pi
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import ViTConfig
-from pyro_isingvit.nets.margins import Projections
 
 log = logging.getLogger(__name__)
 
 Weights = dict[str, Tensor]  # kind -> (layers, out, in) or (S, layers, out, in)
+Watch = dict[str, list[Any]]  # place -> what passes there, one entry a layer, in order
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -113,27 +114,30 @@ class ViT(nn.Module):
         patches = images.unfold(2, size, size).unfold(3, size, size)  # (B, ch, rows, cols, size, size)
         return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
-    def _attention(self, x: Tensor, apply: Callable[..., Tensor], layer: int, attention: Projections | None) -> Tensor:
+    def _attention(self, x: Tensor, apply: Callable[..., Tensor], layer: int, watch: Watch) -> Tensor:
         heads = self.config.heads
         qkv = apply("qkv", layer, x)  # (..., B, T, 3D)
         lead = qkv.shape[:-1]
         qkv = qkv.view(-1, lead[-1], 3, heads, self.config.width // heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (S*B, H, T, D/H)
-        if attention is not None:
-            attention.append((q.unflatten(0, lead[:-1]), k.unflatten(0, lead[:-1])))  # (..., B, H, T, D/H)
+        if "attention" in watch:
+            watch["attention"].append((q.unflatten(0, lead[:-1]), k.unflatten(0, lead[:-1])))  # (..., B, H, T, D/H)
         mixed = F.scaled_dot_product_attention(q, k, v)
         mixed = mixed.transpose(1, 2).reshape(*lead, self.config.width)
         return apply("attn_out", layer, mixed)
 
     def forward(
-        self, weights: Weights, images: Tensor, attention: Projections | None = None, layer_rule: Layer = plain
+        self, weights: Weights, images: Tensor, watch: Watch | None = None, layer_rule: Layer = plain
     ) -> Tensor:
         """Logits of a batch.
 
         Args:
             weights: kind -> (layers, out, in), or (S, layers, out, in) for all kinds alike.
             images: (B, channels, height, width), normalised; with S sampled weights also (S, B, ...), a batch for each.
-            attention: receives queries and keys of each layer, (B, H, T, D/H) or (S, B, H, T, D/H); see barrier.py.
+            watch: receives what passes at the places that it has as keys, appended to their lists:
+                ``tokens``, what the first block reads, (..., B, T, D); ``attention``, queries and keys of each layer,
+                (..., B, H, T, D/H) each; ``blocks``, the output of each block, (..., B, T, D); ``features``, what the
+                last matrix reads, (..., B, its inputs).
             layer_rule: what is computed in place of each linear layer; baselines put their noise there.
 
         Returns:
@@ -148,6 +152,7 @@ class ViT(nn.Module):
                 "(channels, height, width); resize them or build the network for them."
             )
 
+        watch = {} if watch is None else watch
         # Cut once: the gradient of a single index would be a tensor of all layers, zero but for one.
         matrices = {kind: weight.unbind(-3) for kind, weight in weights.items()}
         biases = {kind: bias.unbind(0) for kind, bias in self.bias.items()}
@@ -160,8 +165,11 @@ class ViT(nn.Module):
             return layer_rule(kind, layer, x, matrices[kind][layer], biases[kind][layer])
 
         def block(x: Tensor, layer: int) -> Tensor:
-            x = x + self._attention(norm(x, 2 * layer), apply, layer, attention)
-            return x + apply("fc2", layer, F.gelu(apply("fc1", layer, norm(x, 2 * layer + 1))))
+            x = x + self._attention(norm(x, 2 * layer), apply, layer, watch)
+            x = x + apply("fc2", layer, F.gelu(apply("fc1", layer, norm(x, 2 * layer + 1))))
+            if "blocks" in watch:
+                watch["blocks"].append(x)
+            return x
 
         x = self.patchify(images.flatten(0, -4))  # (B, T, P)
         if images.dim() == 5:
@@ -172,13 +180,17 @@ class ViT(nn.Module):
         if self.config.pool == "cls":
             x = torch.cat([self.cls.expand(*x.shape[:-2], 1, -1), x], dim=-2)
         x = x + self.position
-        again = self.checkpoint_activations and attention is None and torch.is_grad_enabled()
+        if "tokens" in watch:
+            watch["tokens"].append(x)
+        again = self.checkpoint_activations and not watch and torch.is_grad_enabled()
         for layer in range(self.config.depth):
             x = checkpoint(block, x, layer, use_reentrant=False) if again else block(x, layer)
         x = norm(x, 2 * self.config.depth)
         x = x[..., :1, :] if self.config.pool == "cls" else x.mean(dim=-2, keepdim=True)
         if self.config.head == "mlp":
             x = F.relu(apply("head_hidden", 0, x))
+        if "features" in watch:
+            watch["features"].append(x.squeeze(-2))
         return apply("head", 0, x).squeeze(-2)
 
     def initial_weights(self) -> Weights:

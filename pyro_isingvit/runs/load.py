@@ -9,6 +9,7 @@ from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.methods.registry import row
 from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, read_config
 from pyro_isingvit.runs.run import Run, build_run
 
@@ -42,7 +43,7 @@ def _numbers(config: RunConfig, info: DataInfo) -> int:
     vit, patch = config.vit, config.vit.patch_size
     tokens = -(-info.height // patch) * -(-info.width // patch)
     blocks = vit.depth * (4 + 2 * vit.mlp_ratio) * vit.width
-    networks = config.baseline.members if config.method == "ensemble" else 1
+    networks = getattr(config.baseline, row(config.method).networks or "", 1)
     return networks * vit.width * (blocks + tokens + info.channels * patch**2)
 
 

@@ -9,7 +9,8 @@ from tqdm.auto import tqdm
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.processes import gathered, own_rows
-from pyro_isingvit.nets.margins import Projections, log_margins
+from pyro_isingvit.nets.margins import log_margins
+from pyro_isingvit.nets.vit import Watch
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.runs.run import Run
 
@@ -67,7 +68,7 @@ def draw_predictive(
             for start in range(0, len(images), chunk):
                 if (x := ready) is None:
                     x = run.info.normalise(images[start : start + chunk].to(run.device))
-                logits = networks(x) / run.network.temperature  # (S, B, C)
+                logits = networks(x) / run.temperature  # (S, B, C)
                 probs[first : first + size, start : start + chunk] = logits.softmax(-1).cpu()
     return PredictiveDraws(gathered(probs, batch, 1, run.device))
 
@@ -94,7 +95,7 @@ def attention_margins(run: Run, images: Tensor, batch: int = MARGIN_BATCH) -> Te
     config = run.model.vit.config
     margins = torch.empty(len(images), config.depth, config.heads, len(run.model.vit.position))
     for start in range(0, len(images), batch):
-        attention: Projections = []
-        run.model.vit(weights, run.info.normalise(images[start : start + batch].to(run.device)), attention)
-        margins[start : start + batch] = log_margins(attention).exp().cpu()
+        watch: Watch = {"attention": []}
+        run.model.vit(weights, run.info.normalise(images[start : start + batch].to(run.device)), watch)
+        margins[start : start + batch] = log_margins(watch["attention"]).exp().cpu()
     return margins

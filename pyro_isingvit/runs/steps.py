@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.processes import launched, own_rows, rank, world
 from pyro_isingvit.core.settings import RunConfig
-from pyro_isingvit.methods.base import Objective
-from pyro_isingvit.methods.registry import ISING_METHODS
+from pyro_isingvit.methods.base import Method, Terms, method_class
 
 PRECISION = {"32": "32-true", "bf16": "bf16-mixed"}
 FINETUNE_LR = 0.1  # peak learning rate of fine-tuning, as a share of lr
@@ -35,8 +34,7 @@ def set_up_fabric(config: RunConfig) -> lf.Fabric:
         gpus = torch.cuda.device_count()
         if settings.device != "cpu" and 0 < gpus < here:
             raise UserError(f"{here} processes need as many GPUs, and there are {gpus}; start fewer, or --device cpu.")
-        # Masks that are learned have no gradient before the Ising phase.
-        learns = config.method in ISING_METHODS and config.ising.mask_posterior != "likelihood_guided"
+        learns = method_class(config.method).leaves_unused(config)
         # Masks and curvature are the same everywhere; DDP would send them round at every step. torch 2.15 renames this.
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         silent: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
@@ -64,33 +62,39 @@ def learning_rate_factor(step: int, main_steps: int, total_steps: int, warmup: i
     return FINETUNE_LR * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def total(terms: Terms) -> Tensor:
+    """The loss, nats per image: the sum of its terms."""
+    return torch.stack([*terms.values()]).sum()
+
+
 def backward(
-    fabric: lf.Fabric, wrapped: _FabricModule, objective: Objective, x: Tensor, y: Tensor, pieces: int
-) -> Tensor:
+    fabric: lf.Fabric, wrapped: _FabricModule, method: Method, x: Tensor, y: Tensor, rows: Tensor, pieces: int
+) -> Terms:
     """Adds the gradient of a batch's loss to the parameters' gradients.
 
     With W processes the batch has W * pieces equal, contiguous parts; each process computes its own, one after another,
     and DDP averages the gradients after the last. All start from the same random-number state and leave it alike: that
-    of one process that computes the whole batch, unless the objective draws noise for each image.
+    of one process that computes the whole batch, unless the method draws noise for each image.
 
     Args:
         fabric: holds the processes together.
-        wrapped: ``objective`` as Fabric wraps it.
-        objective: what is minimised.
+        wrapped: ``method`` as Fabric wraps it.
+        method: what is trained.
         x: (B, channels, height, width) normalised, the whole batch; W * pieces divides B.
-        y: (B,).
+        y: (B,) or (B, C).
+        rows: (B,) numbers of the images.
         pieces: micro-batches of each process.
 
     Returns:
-        the mean loss of this process's parts.
+        the mean terms of this process's parts, detached.
     """
     parts = world() * pieces
     if parts == 1:
-        loss = wrapped(x, y)
-        fabric.backward(loss)
-        return loss.detach()
+        terms = wrapped(x, y, rows)
+        fabric.backward(total(terms))
+        return {name: term.detach() for name, term in terms.items()}
     cuda = fabric.device.type == "cuda"
-    seed = int(torch.randint(2**62, ())) if objective.image_noise else None
+    seed = int(torch.randint(2**62, ())) if method.image_noise else None
     state, cuda_state = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
 
     def rewind() -> None:
@@ -98,17 +102,19 @@ def backward(
         if cuda_state is not None:
             torch.cuda.set_rng_state(cuda_state)
 
-    mine, total = own_rows(len(x)), torch.zeros((), device=x.device)
-    for piece, (images, labels) in enumerate(zip(x[mine].chunk(pieces), y[mine].chunk(pieces), strict=True)):
+    mine, sums = own_rows(len(x)), dict[str, Tensor]()
+    shares = zip(x[mine].chunk(pieces), y[mine].chunk(pieces), rows[mine].chunk(pieces), strict=True)
+    for piece, (images, labels, numbers) in enumerate(shares):
         part = rank() * pieces + piece
         rewind()
         if seed is not None:
             torch.manual_seed(seed + part)
-        objective.take_part(part, parts)
+        method.take_part(part, parts)
         with nullcontext() if piece == pieces - 1 else fabric.no_backward_sync(wrapped):
-            loss = wrapped(images, labels) / pieces
-            fabric.backward(loss)
-        total += loss.detach()
+            terms = wrapped(images, labels, numbers)
+            fabric.backward(total(terms) / pieces)
+        for name, term in terms.items():
+            sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach() / pieces
     if seed is not None:
         rewind()  # the parts drew different numbers, and the next step's must be the same on every process
-    return total
+    return sums

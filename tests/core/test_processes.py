@@ -58,7 +58,7 @@ def test_parts_of_a_batch_add_up_to_its_loss_and_gradient(draws: int, parts: int
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("laplace", "temperature")])
 def test_every_method_takes_micro_batches(data, method: str) -> None:
     """The same loss where the noise is the batch's; noise of each image differs between the parts, not between runs."""
-    ising, settings = METHODS[method]
+    ising, settings = METHODS[method].ising, METHODS[method].train
     settings = replace(settings, epochs=2, finetune_epochs=0, batch_size=20, draws=1, device="cpu", val_samples=1)
     config = replace(CONFIG, method=method, ising=replace(ising, update_every=2), train=settings)
     whole, parts, again = (trainer(data, config=config, accumulate=n).fit() for n in (1, 2, 2))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import EVIL, INFO, TINY, make_pair, refuses
+from helpers import EVIL, INFO, TINY, around, make_pair, refuses
 from netCDF4 import Dataset
 from PIL import Image
 from safetensors.torch import load, save_file
@@ -227,9 +227,8 @@ def compact(request, tmp_path: Path) -> Path:
         assemble(model.vit, INFO, model.vit.initial_weights()).save_pretrained(tmp_path)
         return tmp_path
     from pyro_isingvit.pruning.choose import choose_masks, from_masks
-    from pyro_isingvit.runs.run import Run
 
-    run = Run(RunConfig(vit=TINY, ising=model.ising), model, guide, None, [])
+    run = around(model, guide, RunConfig(vit=TINY, ising=model.ising))
     from_masks(run, choose_masks(run, 0.3), "bayes").save_pretrained(tmp_path)
     return tmp_path
 

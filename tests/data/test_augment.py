@@ -146,7 +146,7 @@ def train(data: ImageData, method: str = "ising", ising: IsingConfig | None = No
     settings = {"epochs": 4, "batch_size": 16, "val_samples": 2, "device": "cpu", "finetune_epochs": 1} | changes
     config = RunConfig(
         vit=TINY, method=method, ising=ising or IsingConfig(update_every=2),
-        train=replace(METHODS[method][1], **settings),
+        train=replace(METHODS[method].train, **settings),
     )  # fmt: skip
     return Trainer(config, data, None, progress=False).fit()
 
@@ -155,7 +155,7 @@ def train(data: ImageData, method: str = "ising", ising: IsingConfig | None = No
 def test_every_method_trains_on_augmented_and_mixed_images(data, method) -> None:
     if method == "laplace":
         pytest.importorskip("laplace")
-    ising = METHODS[method][0] if method in ("ising-paper", "mean-field") else None
+    ising = METHODS[method].ising if method in ("ising-paper", "mean-field") else None
     run = train(data, method, ising, augment="crop-flip", mix="mixup")  # 60 images: the last batch has 12
     assert all(math.isfinite(record[key]) for record in run.history for key in ("loss", "nll", "val_nll"))
 

@@ -122,7 +122,7 @@ def test_method_numbers_set_the_knobs() -> None:
     assert method_config("ensemble:7", 10, base).baseline.members == 7
     magnitude = method_config("magnitude", 10, base)
     assert (magnitude.train.epochs, magnitude.train.finetune_epochs) == (8, 2)
-    assert method_config("mean-field", 10, base).ising == METHODS["mean-field"][0]
+    assert method_config("mean-field", 10, base).ising == METHODS["mean-field"].ising
 
 
 @pytest.mark.parametrize("spec", ["nope", "deterministic:3", "dropout:many", "ensemble:2.5"])

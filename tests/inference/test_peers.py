@@ -20,7 +20,7 @@ from inference.peer_network import Clock, Job, decayed, train
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
 from pyro_isingvit.data.load import load_data
-from pyro_isingvit.methods.plain import Baseline
+from pyro_isingvit.methods.plain import Plain
 from pyro_isingvit.methods.registry import METHODS as OWN
 from pyro_isingvit.nets.plain import PlainViT
 from pyro_isingvit.nets.vit import ViT
@@ -74,7 +74,7 @@ def test_the_plain_loop_is_our_trainer(job: Job) -> None:
     trainer = TimedTrainer(job.config, job.data, None, False)
     trainer.clock = Clock()
     ours = trainer.fit().network
-    assert isinstance(ours, Baseline)
+    assert isinstance(ours, Plain)
     network, clock = job.network(), Clock()
     loss = lambda x, y: F.cross_entropy(network(x), y)  # noqa: E731
     train(job, network, decayed(network, job.config.train.weight_decay), loss, clock)

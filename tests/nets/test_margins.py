@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from helpers import CONFIG, INFO, TINY, make_pair, make_split, trainer
+from helpers import CONFIG, INFO, TINY, around, make_pair, make_split, trainer
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from torch.autograd.functional import jacobian
@@ -18,11 +18,12 @@ from inference.train import TrainArguments
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import RunConfig, TrainConfig, ViTConfig
 from pyro_isingvit.ising.elbo import ClosedFormELBO
+from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.nets.margins import FLOOR, least_margins, log_barrier, log_margin, log_margins
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.runs import tree as posterior
 from pyro_isingvit.runs.predict import attention_margins, draw_predictive
-from pyro_isingvit.runs.run import Run, build
+from pyro_isingvit.runs.run import Run
 from pyro_isingvit.runs.tree import run_to_datatree
 
 X, Y = torch.randn(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -280,10 +281,10 @@ def test_flag_and_configuration(tmp_path, capsys) -> None:
 
 def make_run(**vit) -> Run:
     config = replace(CONFIG, vit=replace(TINY, **vit))
-    model, guide = build(config, INFO, 50)
+    model, guide = IsingMethod(config, INFO, 50).posterior
     for name in guide.layout.sites:
         guide.logits(name).uniform_(-2.1, 2.1)
-    return Run(config, model, guide, None, [])
+    return around(model, guide, config)
 
 
 def test_margins_are_those_of_the_posterior_mean() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, make_pair
+from helpers import TINY, around, make_pair
 from torch.func import functional_call
 
 from pyro_isingvit import compact
@@ -30,7 +30,7 @@ from pyro_isingvit.pruning.cost import latency, macs, memory, parameters
 from pyro_isingvit.pruning.frontier import Candidate, Point, frontier, kept_share, smallest_within
 from pyro_isingvit.pruning.network import CompactViT
 from pyro_isingvit.runs.predict import draw_predictive
-from pyro_isingvit.runs.run import Run
+from pyro_isingvit.runs.run import Run, build_run
 
 
 def make_run(granularity: str = "unit", seed: int = 0, **shape: object) -> Run:
@@ -46,7 +46,7 @@ def make_run(granularity: str = "unit", seed: int = 0, **shape: object) -> Run:
                 guide.field(name).copy_(guide.field(name).abs() + 0.3)
     model.temperature.fill_(0.8)
     config = RunConfig(data=DataConfig(), vit=vit, ising=model.ising, train=TrainConfig(), preset="custom")
-    return Run(config, model, guide, None, [])
+    return around(model, guide, config)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_bad_input() -> None:
     with pytest.raises(UserError, match=r"nothing is left.*'patch'"):
         compact(run)
     with pytest.raises(UserError, match="no masks"):
-        compact(Run(run.config, run.model, None, None, []))
+        compact(build_run(replace(run.config, method="dropout"), run.info, 50))
     run.guide.phase = "pilot"
     with pytest.raises(UserError, match="at one"):
         compact(run)

@@ -28,7 +28,7 @@ def images(tmp_path_factory) -> str:
 
 def outcome(images: str, method: str, folder: Path, seed: int) -> tuple[dict, dict]:
     """All saved state and all metrics, without the times."""
-    ising, train = METHODS[method]
+    ising, train = METHODS[method].ising, METHODS[method].train
     ising = replace(ising, update_every=2)
     train = replace(
         train, epochs=3, finetune_epochs=int(train.finetune_epochs > 0), batch_size=16, samples=3, val_samples=2,

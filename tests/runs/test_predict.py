@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from helpers import make_pair
+from helpers import around, make_pair
 
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.run import Run
@@ -15,7 +14,7 @@ IMAGES = torch.randint(0, 256, (7, 1, 4, 4)).to(torch.uint8)
 
 def make_run(**ising) -> Run:
     model, guide = make_pair(**ising)
-    return Run(RunConfig(), model, guide, None, [])
+    return around(model, guide)
 
 
 def test_against_a_manual_loop() -> None:

@@ -12,18 +12,19 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
+from helpers import around
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_median
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import IsingConfig, RunConfig, ViTConfig
 from pyro_isingvit.data.split import DataInfo, Split
+from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.predictive.datatree import load_datatree, save_datatree
 from pyro_isingvit.predictive.from_pyro import from_pyro_svi
 from pyro_isingvit.predictive.tree import predictions_to_datatree
 from pyro_isingvit.runs import tree as module
 from pyro_isingvit.runs.predict import draw_predictive
-from pyro_isingvit.runs.run import Run, build
 from pyro_isingvit.runs.tree import run_to_datatree
 
 CLASSES = ("cat", "dog", "été")
@@ -51,13 +52,13 @@ def tiny_run(granularity="weight", depth=2, head="linear", seed=0):
     vit = ViTConfig(patch_size=2, width=8, heads=2, depth=depth, mlp_ratio=2, head=head)
     config = RunConfig(vit=vit, ising=IsingConfig(granularity=granularity, init_scale=0.05))
     info = DataInfo("digits", CLASSES, 1, 6, 6, (0.5,), (0.25,))
-    model, guide = build(config, info, num_data=50)
+    model, guide = IsingMethod(config, info, num_data=50).posterior
     with torch.no_grad():
         for name in guide.layout.sites:
             guide.logits(name).copy_(2 * torch.randn_like(guide.logits(name)))
         for loc in guide.loc.values():  # far from zero: |w| > 0.5 exactly where the mask is 1
             loc.copy_(torch.where(torch.rand_like(loc) < 0.5, -1.0, 1.0))
-    return Run(config, model, guide, None, [])
+    return around(model, guide, config)
 
 
 def tiny_split(count=12):
