@@ -24,19 +24,6 @@ from pyro_isingvit.runs.trainer import Trainer
 Predict = Callable[[Tensor], Tensor]  # images (B, ...) uint8 -> class probabilities (S, B, C)
 
 
-class TimedTrainer(Trainer):
-    """The library's trainer on a clock; validation, which the peers do not have, is left out of its epochs."""
-
-    clock: Clock
-
-    def _epoch(self, epoch: int) -> dict[str, Any]:
-        with self.clock.epoch():
-            return super()._epoch(epoch)
-
-    def _validate(self, epoch: int) -> dict[str, float]:
-        return {}
-
-
 def own(job: Job, clock: Clock, method: str) -> Predict:
     """A method of this library, with its own defaults."""
     asked = job.config.train
@@ -44,11 +31,9 @@ def own(job: Job, clock: Clock, method: str) -> Predict:
         OWN[method].train, epochs=asked.epochs, batch_size=asked.batch_size, lr=asked.lr, seed=asked.seed,
         samples=asked.samples, device=asked.device,
     )  # fmt: skip
-    trainer = TimedTrainer(
-        replace(job.config, method=method, ising=OWN[method].ising, train=settings), job.data, None, False
-    )
-    trainer.clock = clock
-    run = trainer.fit()
+    config = replace(job.config, method=method, ising=OWN[method].ising, train=settings)
+    # Validation, which the peers do not have, is left out of the epochs' times.
+    run = Trainer(config, job.data, None, False, on_epoch=lambda at: clock.note(at.epoch_seconds[-1])).fit()
     return lambda images: draw_predictive(run, images, asked.samples, seed=asked.seed).probs
 
 

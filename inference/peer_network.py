@@ -73,7 +73,11 @@ class Clock:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - start)
+        self.note(time.perf_counter() - start)
+
+    def note(self, seconds: float) -> None:
+        """One more epoch is over."""
+        self.seconds.append(seconds)
         self.pause()
         self.resumed = time.perf_counter()
 

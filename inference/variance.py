@@ -8,8 +8,8 @@ that the first way has trained, with respect to the weight means; the test part 
 """
 
 import sys
-import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,31 +81,16 @@ def measure(arguments: VarianceArguments) -> list[dict[str, Any]]:
     data = load_data(**asdict(arguments.data), seed=arguments.seed)
     need(len(data.val), "time to a validation NLL needs validation images: --val-fraction above 0.")
 
-    class Timed(Trainer):
-        """Notes the wall time of training at the end of every epoch, validation left out."""
-
-        clock: list[float]
-        begun: float
-        away: float
-
-        def _validate(self, epoch: int) -> dict[str, float]:
-            start = time.perf_counter()
-            self.clock.append(start - self.begun - self.away)
-            scores = super()._validate(epoch)
-            self.away += time.perf_counter() - start
-            return scores
-
     rows: list[dict[str, Any]] = []
-    point: Timed | None = None
+    point: Trainer | None = None
     for way, change in WAYS.items():
-        trainer = Timed(replace(base, train=replace(settings, **change)), data, None, True)
-        trainer.clock, trainer.away, trainer.begun = [], 0.0, time.perf_counter()
+        trainer = Trainer(replace(base, train=replace(settings, **change)), data, None, True)
         trainer.fit()
         point = point or trainer
         history = [record["val_nll"] for record in trainer.run.history]
         rows.append({
             "way": way, "settings": change, "val_nll": history, "val_accuracy": trainer.run.history[-1]["val_accuracy"],
-            "seconds": trainer.clock, **gradient_variance(point, change, arguments.gradients),
+            "seconds": [*accumulate(trainer.epoch_seconds)], **gradient_variance(point, change, arguments.gradients),
         })  # fmt: skip
     goal = max(min(row["val_nll"]) for row in rows)  # which every way reaches
     for row in rows:

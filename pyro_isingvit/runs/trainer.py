@@ -88,6 +88,7 @@ class Trainer:
         run: what is trained.
         method: its method.
         session: what is kept, and how far training is.
+        epoch_seconds: wall time of the steps of each epoch of this call of ``fit``, validation left out.
         on_epoch: may be set until ``fit`` is called.
     """
 
@@ -137,6 +138,7 @@ class Trainer:
         device = self.fabric.device
         self.data = replace(data, train=_to(data.train, device), val=_to(data.val, device))
         self.session = Session(self.run, self.optimizer, self.scheduler, len(data.train), steps, device)
+        self.epoch_seconds: list[float] = []
         self.bar: tqdm = tqdm(disable=True)
 
     @property
@@ -222,7 +224,7 @@ class Trainer:
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         phase, first, last = self.phase(epoch)
-        steps, session = self.steps_per_epoch, self.session
+        steps, session, start = self.steps_per_epoch, self.session, time.monotonic()
         self.loss.train()
         sums, count = torch.zeros((), device=self.fabric.device), 0
         looks: list[dict[str, float]] = []  # at the terms, of every tenth step
@@ -246,6 +248,7 @@ class Trainer:
         # The last step of an epoch has no loss after it that would tell.
         mean_loss = math.nan if not_finite(self.method) else float(averaged(sums)) / count
         self._check_finite(mean_loss, {}, epoch)
+        self.epoch_seconds.append(time.monotonic() - start)
         mean_terms = {name: sum(look[name] for look in looks) / len(looks) for name in looks[0]}
         masks = self.run.mask_summary()
         return {

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from inference import peers
-from inference.peer_adapters import METHODS, PEERS, TimedTrainer, deep_getattr
+from inference.peer_adapters import METHODS, PEERS, deep_getattr
 from inference.peer_network import Clock, Job, decayed, train
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
@@ -24,6 +24,7 @@ from pyro_isingvit.methods.plain import Plain
 from pyro_isingvit.methods.registry import METHODS as OWN
 from pyro_isingvit.nets.plain import PlainViT
 from pyro_isingvit.nets.vit import ViT
+from pyro_isingvit.runs.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ViTConfig(patch_size=2, width=16, heads=2, depth=2, mlp_ratio=2)
@@ -71,8 +72,7 @@ def test_another_pooling_or_head_is_refused(change: dict[str, str]) -> None:
 
 def test_the_plain_loop_is_our_trainer(job: Job) -> None:
     # Same initial weights, batches, schedule, decay and clipping: after 32 steps the same network.
-    trainer = TimedTrainer(job.config, job.data, None, False)
-    trainer.clock = Clock()
+    trainer = Trainer(job.config, job.data, None, False)
     ours = trainer.fit().network
     assert isinstance(ours, Plain)
     network, clock = job.network(), Clock()
@@ -82,7 +82,7 @@ def test_the_plain_loop_is_our_trainer(job: Job) -> None:
     # Logits, not weights: the keys' biases have no gradient but rounding, which AdamW blows up, and no effect.
     with torch.no_grad():
         torch.testing.assert_close(network(images), ours.vit(ours.weights(), images), rtol=1e-3, atol=1e-3)
-    assert len(clock.seconds) == len(trainer.clock.seconds) == 8
+    assert len(clock.seconds) == len(trainer.epoch_seconds) == 8
 
 
 @pytest.fixture

@@ -1,18 +1,21 @@
 """The fused path against the plain Pyro path: same seed, same loss, same gradients."""
 
 import shutil
+from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
-from helpers import TINY, make_pair
+from helpers import TINY, around, make_pair
 
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.settings import RunConfig, TrainConfig
 from pyro_isingvit.ising.elbo import ClosedFormELBO
 from pyro_isingvit.ising.fused import FusedELBO, draw_masks, fusible
 from pyro_isingvit.ising.layout import GRANULARITIES
 from pyro_isingvit.ising.model import CERTAIN
-from pyro_isingvit.methods.ising import IsingObjective
+from pyro_isingvit.methods.ising import IsingMethod
+from pyro_isingvit.nets.penalties import PENALTIES, Penalties, Penalty, Seen
 
 HARD = torch.arange(6) % 3
 SOFT = torch.tensor([[0.7, 0.3, 0.0], [0.0, 1.0, 0.0], [0.2, 0.3, 0.5]]).repeat(2, 1)  # as mixup makes them
@@ -67,9 +70,42 @@ def test_what_has_no_fused_form_is_refused() -> None:
     assert fusible(make_pair()[0])
     assert not fusible(make_pair(mask_posterior="learned")[0])
     assert not fusible(make_pair(mask_posterior="hybrid")[0])
-    model, _ = make_pair()
-    model.log_barrier = 0.1
-    assert not fusible(model)
+
+
+@pytest.mark.parametrize("granularity", ["weight", "unit"])
+def test_penalties_give_the_same_terms_and_gradients_as_pyro(granularity) -> None:
+    model, guide = make_pair(vit=TINY, granularity=granularity)
+    model.penalties = Penalties(TrainConfig(log_barrier=0.3))
+    fused, pyro_path = FusedELBO(model, guide), ClosedFormELBO()(model, guide)
+    loss, grads = gradients(fused, model, guide)
+    expected, expected_grads = gradients(pyro_path, model, guide)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
+    x, y, results = torch.randn(6, 1, 4, 4), torch.arange(6) % 3, []
+    for engine in ("fused", "pyro"):
+        config = RunConfig(vit=TINY, ising=model.ising, train=TrainConfig(engine=engine, log_barrier=0.3))
+        torch.manual_seed(2)
+        method = IsingMethod(config, model.info, 50, model, guide)
+        method.elbo.draws = 1
+        results.append(method(x, y))
+    assert set(results[0]) == set(results[1]) == {"nll", "weight_kl", "mask_kl", "log_barrier"}
+    for name, term in results[0].items():
+        torch.testing.assert_close(term, results[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_penalties_of_several_draws_see_every_image_once() -> None:
+    model, guide = make_pair(vit=TINY)
+    seen: list[Seen] = []
+    row = Penalty(lambda found: seen.append(found) or found.logits.pow(2).mean(), ("attention", "features", "tokens"))
+    with patch.dict(PENALTIES, {"log_barrier": row}):
+        model.penalties = Penalties(TrainConfig(log_barrier=0.3))
+        x, y, rows = torch.randn(6, 1, 4, 4), torch.arange(6) % 3, torch.arange(6)
+        terms = FusedELBO(model, guide, draws=3).terms(x, y, rows)
+    assert seen[0].logits.shape == (6, 3) and torch.equal(seen[0].rows, rows)
+    assert seen[0].watched["features"][0].shape == (6, 8) and seen[0].watched["tokens"][0].shape == (6, 4, 8)
+    assert len(seen[0].watched["attention"]) == 2 and seen[0].watched["attention"][0][0].shape == (6, 2, 4, 4)
+    torch.testing.assert_close(terms["log_barrier"], 0.3 * 50 * seen[0].logits.pow(2).mean())
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -154,7 +190,7 @@ def test_noise_on_activations_has_the_moments_of_the_weights() -> None:
     class Spy:
         """Takes the place of the network: sees what noise the first layer's rule makes."""
 
-        def __call__(self, weights, images, layer_rule):
+        def __call__(self, weights, images, watch, layer_rule):
             weight, bias = weights["fc1"][0], model.vit.bias["fc1"][0]
             seen["y"] = torch.stack([layer_rule("fc1", 0, x, weight, bias) for _ in range(20_000)])
             return torch.zeros(6, 3)
@@ -187,7 +223,7 @@ def test_each_token_has_noise_of_its_own() -> None:
     elbo = FusedELBO(model, guide, noise="activations")
     network = elbo._network
 
-    def record(weights, images, layer_rule):
+    def record(weights, images, watch, layer_rule):
         x = torch.ones(2, 4, TINY.width)  # B = 2 images of T = 4 tokens, all alike
         outputs.append(layer_rule("fc1", 0, x, weights["fc1"][0], model.vit.bias["fc1"][0]))
         return network(weights, images, layer_rule=layer_rule)
@@ -201,8 +237,8 @@ def test_each_token_has_noise_of_its_own() -> None:
 @pytest.mark.parametrize("change", [{"mask_posterior": "learned"}, {"granularity": "unit"}])
 def test_noise_on_activations_is_refused_where_it_has_no_form(change) -> None:
     model, guide = make_pair(**change)
-    with pytest.raises(UserError, match="noise activations"):
-        IsingObjective(model, guide, 50, TrainConfig(noise="activations"))
+    with pytest.raises(UserError, match="`noise`"):
+        around(model, guide, RunConfig(ising=model.ising)).method.check(TrainConfig(noise="activations"))
 
 
 # torch.compile -------------------------------------------------------------------------------------------------
@@ -210,8 +246,20 @@ def test_noise_on_activations_is_refused_where_it_has_no_form(change) -> None:
 
 def test_compile_needs_the_fused_engine() -> None:
     model, guide = make_pair()
-    with pytest.raises(UserError, match="compile needs --engine"):
-        IsingObjective(model, guide, 50, TrainConfig(compile=True, engine="pyro"))
+    train = TrainConfig(compile=True, engine="pyro")
+    with pytest.raises(UserError, match="`compile` needs the fused engine"):
+        around(model, guide, RunConfig(ising=model.ising, train=train)).method.check(train)
+
+
+@pytest.mark.parametrize("change", [{"train": {"engine": "pyro"}}, {"ising": {"mask_posterior": "hybrid"}}])
+def test_draws_are_refused_where_the_pyro_path_takes_one(change) -> None:
+    model, guide = make_pair(**change.get("ising", {}))
+    train = TrainConfig(draws=2, **change.get("train", {}))
+    method = around(model, guide, RunConfig(ising=model.ising, train=train)).method
+    with pytest.raises(UserError, match="`draws` 2 needs the fused engine"):
+        method.check(train)
+    method.check(replace(train, draws=None))
+    method.check(replace(train, draws=1))
 
 
 @pytest.mark.filterwarnings("ignore")  # of dynamo itself, which differ by version

@@ -25,6 +25,7 @@ from pyro_isingvit.methods.sparse import L0, SparseVD, sparse_vd_kl
 from pyro_isingvit.nets.vit import linear
 from pyro_isingvit.runs.load import load_run
 from pyro_isingvit.runs.predict import draw_predictive
+from pyro_isingvit.runs.steps import total
 from pyro_isingvit.runs.trainer import Trainer
 
 QUICK = {"epochs": 4, "batch_size": 20, "lr": 1e-2, "device": "cpu", "samples": 4}
@@ -82,8 +83,12 @@ def test_trains_draws_and_reloads(method: str, data: ImageData, tmp_path: Path) 
 def test_resumes_bit_for_bit(method: str, data: ImageData, tmp_path: Path) -> None:
     whole = Trainer(config(method), data, tmp_path / "whole", progress=False).fit()
     broken = Trainer(config(method), data, tmp_path / "broken", progress=False)
-    record = broken._epoch
-    broken._epoch = lambda epoch: record(epoch) if epoch < 2 else (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore
+
+    def stop(at: Trainer) -> None:
+        if at.epoch == 2:
+            raise KeyboardInterrupt
+
+    broken.on_epoch = stop
     with pytest.raises(KeyboardInterrupt):
         broken.fit()
     resumed = Trainer(config(method), data, tmp_path / "broken", progress=False)
@@ -96,7 +101,7 @@ def test_resumes_bit_for_bit(method: str, data: ImageData, tmp_path: Path) -> No
 @pytest.mark.parametrize("method", [m for m in BASELINES if m not in ("laplace", "magnitude")])
 def test_every_parameter_is_trained(method: str) -> None:
     network = method_class(method)(config(method), INFO, 50)
-    network(*batch()).backward()
+    total(network(*batch())).backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 

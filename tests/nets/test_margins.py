@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,13 +21,24 @@ from pyro_isingvit.core.settings import RunConfig, TrainConfig, ViTConfig
 from pyro_isingvit.ising.elbo import ClosedFormELBO
 from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.nets.margins import FLOOR, least_margins, log_barrier, log_margin, log_margins
-from pyro_isingvit.nets.vit import ViT
+from pyro_isingvit.nets.penalties import PENALTIES, Penalties, Penalty, attention_log_barrier
+from pyro_isingvit.nets.vit import ViT, Watch
 from pyro_isingvit.runs import tree as posterior
 from pyro_isingvit.runs.predict import attention_margins, draw_predictive
 from pyro_isingvit.runs.run import Run
 from pyro_isingvit.runs.tree import run_to_datatree
 
 X, Y = torch.randn(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def barrier(strength: float) -> Penalties:
+    return Penalties(TrainConfig(log_barrier=strength))
+
+
+def attention_of(vit, weights, x):
+    watch: Watch = {"attention": []}
+    vit(weights, x, watch)
+    return watch["attention"]
 
 
 def make_layer(tokens: int = 5, width: int = 7, d: int = 3, biased: bool = False):
@@ -130,8 +142,9 @@ def test_the_network_hands_over_queries_and_keys(pool: str) -> None:
     tokens = 4 + (pool == "cls")
     plain = []
     for weights in each:
-        attention = []
-        torch.testing.assert_close(vit(weights, X, attention), vit(weights, X), rtol=0, atol=0)
+        watch: Watch = {"attention": []}
+        torch.testing.assert_close(vit(weights, X, watch), vit(weights, X), rtol=0, atol=0)
+        attention = watch["attention"]
         assert [q.shape for pair in attention for q in pair] == [(6, 2, tokens, 4)] * 4
         plain.append(attention)
     x = vit.patchify(X) @ each[0]["patch"][0].T
@@ -144,8 +157,7 @@ def test_the_network_hands_over_queries_and_keys(pool: str) -> None:
         for head in range(2):
             columns = qkv[..., 8 * part + 4 * head : 8 * part + 4 * head + 4]
             torch.testing.assert_close(got[:, head], columns, rtol=1e-4, atol=1e-5)
-    stacked: list = []
-    vit({kind: torch.stack([w[kind] for w in each]) for kind in each[0]}, X, stacked)
+    stacked = attention_of(vit, {kind: torch.stack([w[kind] for w in each]) for kind in each[0]}, X)
     assert log_margins(stacked).shape == (3, 6, 2, 2, tokens)
     expected = torch.stack([log_margins(attention) for attention in plain])
     torch.testing.assert_close(log_margins(stacked), expected, rtol=1e-4, atol=1e-5)
@@ -161,14 +173,12 @@ def loss(elbo, model, guide, seed: int = 1, **options):
 def test_the_loss_gains_lambda_times_the_penalty_and_kappa_does_not_scale_it(elbo: type) -> None:
     model, guide = make_pair(num_data=50, kappa_weights=7.0)
     without = loss(elbo, model, guide)
-    model.log_barrier = 0.5
+    model.penalties = barrier(0.5)
     with_barrier = loss(elbo, model, guide)
     torch.manual_seed(1)
-    attention: list = []
-    model.vit(drawn_weights(guide), X, attention)
+    attention = attention_of(model.vit, drawn_weights(guide), X)
     expected = -0.5 * torch.stack([log_margin(q, k) for q, k in attention]).mean()
     torch.testing.assert_close((with_barrier - without) / 50, expected, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(model.log_margin, -expected.detach() / 0.5)
 
 
 def drawn_weights(guide):
@@ -179,7 +189,7 @@ def drawn_weights(guide):
 @pytest.mark.parametrize("options", [{}, {"num_particles": 3}])
 def test_both_elbos_agree_on_value_and_gradient(options: dict) -> None:
     model, guide = make_pair()
-    model.log_barrier = 0.5
+    model.penalties = barrier(0.5)
     params = [*model.parameters(), *guide.parameters()]
     params = [p for p in params if p.requires_grad]
     results = []
@@ -194,26 +204,32 @@ def test_vectorised_particles_average_the_penalty() -> None:
     model, guide = make_pair(num_data=50)
     options = {"num_particles": 6, "vectorize_particles": True, "max_plate_nesting": 1}  # 6 is the batch size
     without = loss(TraceMeanField_ELBO, model, guide, **options)
-    model.log_barrier = 0.5
-    gained = loss(TraceMeanField_ELBO, model, guide, **options) - without
-    torch.testing.assert_close(gained / 50, -0.5 * model.log_margin, rtol=1e-3, atol=1e-5)
+    model.penalties = barrier(0.5)
+    seen: list[torch.Tensor] = []
+    recorded = {
+        "log_barrier": Penalty(lambda found: seen.append(attention_log_barrier(found)) or seen[-1], ("attention",))
+    }
+    with patch.dict(PENALTIES, recorded):
+        gained = loss(TraceMeanField_ELBO, model, guide, **options) - without
+    assert seen[0].shape == (6,)  # one for each particle
+    torch.testing.assert_close(gained / 50, 0.5 * seen[0].detach().mean(), rtol=1e-3, atol=1e-5)
 
 
 def test_without_lambda_nothing_changes(monkeypatch) -> None:
     model, guide = make_pair()
-    assert model.log_barrier == TrainConfig().log_barrier == 0.0
+    assert not model.penalties and TrainConfig().log_barrier == 0.0
     plain = loss(ClosedFormELBO, model, guide)
-    model.log_barrier = 0.1
+    model.penalties = barrier(0.1)
     assert not torch.equal(loss(ClosedFormELBO, model, guide), plain)
-    model.log_barrier = 0.0
-    monkeypatch.setattr("pyro_isingvit.ising.model.log_barrier", None)  # calling it would fail
+    model.penalties = barrier(0.0)
+    monkeypatch.setattr("pyro_isingvit.nets.penalties.log_barrier", None)  # calling it would fail
     assert torch.equal(loss(ClosedFormELBO, model, guide), plain)
     assert "log_barrier" not in poutine.trace(model).get_trace(X, Y).nodes
 
 
 def test_predictions_ignore_it() -> None:
     model, _ = make_pair()
-    model.log_barrier = 3.0
+    model.penalties = barrier(3.0)
     assert "log_barrier" in poutine.trace(model).get_trace(X, Y).nodes
     assert "log_barrier" not in poutine.trace(model).get_trace(X).nodes
 
@@ -223,8 +239,7 @@ def test_gradient_through_the_network_against_finite_differences() -> None:
     weights = {kind: weight.double() for kind, weight in vit.initial_weights().items()}
 
     def penalty(qkv):
-        attention: list = []
-        vit(weights | {"qkv": qkv}, X[:2].double(), attention)
+        attention = attention_of(vit, weights | {"qkv": qkv}, X[:2].double())
         return log_barrier(attention)
 
     assert torch.autograd.gradcheck(penalty, weights["qkv"].requires_grad_())
@@ -239,28 +254,28 @@ def test_training_raises_the_margins(data) -> None:
         t = trainer(data, epochs=8, lr=1e-2, log_barrier=strength)
         run = t.fit()
         mean[strength] = float(attention_margins(run, data.test.images).log().mean())
-        assert all(("log_margin" in record) == (strength > 0) for record in run.history)
+        assert all(("log_barrier" in record) == (strength > 0) for record in run.history)
         assert all(math.isfinite(value) for value in run.history[-1].values() if not isinstance(value, str))
     assert mean[0.5] > mean[0.0] + 0.05
-    assert run.history[-1]["log_margin"] > run.history[0]["log_margin"]
+    assert run.history[-1]["log_barrier"] < run.history[0]["log_barrier"]
 
 
 def test_the_record_keeps_the_penalty_out_of_the_nll(data) -> None:
-    settings = {"epochs": 1, "batch_size": 60, "draws": 1}  # with a barrier there is one draw
+    settings = {"epochs": 1, "batch_size": 60}
     nll = [trainer(data, log_barrier=strength, **settings).fit().history[0] for strength in (0.0, 2.0)]
     assert nll[1]["nll"] == pytest.approx(nll[0]["nll"], abs=1e-4)
-    expected = nll[0]["loss"] - 2.0 * nll[1]["log_margin"]
-    assert nll[1]["loss"] == pytest.approx(expected, abs=1e-4) and abs(nll[1]["log_margin"]) > 1e-3
+    expected = nll[0]["loss"] + nll[1]["log_barrier"]
+    assert nll[1]["loss"] == pytest.approx(expected, abs=1e-4) and abs(nll[1]["log_barrier"]) > 1e-3
 
 
 def test_training_in_bfloat16(data) -> None:
     run = trainer(data, epochs=2, precision="bf16", log_barrier=0.1).fit()
-    assert math.isfinite(run.history[-1]["loss"]) and math.isfinite(run.history[-1]["log_margin"])
+    assert math.isfinite(run.history[-1]["loss"]) and math.isfinite(run.history[-1]["log_barrier"])
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan")])
 def test_a_negative_lambda_is_refused(data, value: float) -> None:
-    with pytest.raises(UserError, match=r"log_barrier (must not be negative|cannot be nan)"):
+    with pytest.raises(UserError, match=r"log_barrier`? (must not be negative|cannot be nan)"):
         trainer(data, log_barrier=value)
 
 
@@ -292,8 +307,7 @@ def test_margins_are_those_of_the_posterior_mean() -> None:
     margins = attention_margins(run, images)
     assert margins.shape == (7, 2, 2, 5) and (margins > 0).all() and not margins.requires_grad
     weights = {kind: run.guide.weight_retention(kind) * loc for kind, loc in run.guide.loc.items()}
-    attention: list = []
-    run.model.vit(weights, run.info.normalise(images), attention)
+    attention = attention_of(run.model.vit, weights, run.info.normalise(images))
     torch.testing.assert_close(margins.log(), log_margins(attention).detach(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(attention_margins(run, images, batch=3), margins, rtol=1e-4, atol=1e-6)
     assert attention_margins(run, images[:0]).shape == (0, 2, 2, 5)

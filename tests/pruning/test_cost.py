@@ -33,7 +33,7 @@ def test_what_lasts_is_counted_to_the_byte(data, granularity: str, mode: str, sc
     assert taken["mask_logits"] == size(guide.field(name) for name in guide.layout.sites)
     assert taken["prior_logits"] == size(model.prior_logits(name) for name in guide.layout.sites)
     assert taken["other_parameters"] == size([*model.parameters(), *guide.mask_logit.values()])
-    assert taken["gradients"] == size(p.grad for p in t.objective.parameters() if p.grad is not None)
+    assert taken["gradients"] == size(p.grad for p in t.method.parameters() if p.grad is not None)
     moments = [value for state in t.optimizer.state.values() for name, value in state.items() if name != "step"]
     assert taken["adamw"] == size(moments)
     assert taken["total"] == sum(n for name, n in taken.items() if name not in ("total", "per_masked_weight"))

@@ -22,6 +22,7 @@ from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.data.split import ImageData
+from pyro_isingvit.runs.trainer import Trainer
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -92,14 +93,12 @@ def test_ctrl_c_while_flags_are_read_leaves_without_a_traceback(capsys, monkeypa
 def stopped_after(data, folder: Path, epochs: int, config=CONFIG) -> None:
     """Trains a run that ends as if killed once ``epochs`` are kept."""
     run = trainer(data, folder, config)
-    keep = run._keep
 
-    def stop() -> None:
-        keep()
-        if run.epoch == epochs:
+    def stop(at: Trainer) -> None:
+        if at.epoch == epochs:
             raise RuntimeError("killed")
 
-    run._keep = stop  # type: ignore[method-assign]
+    run.on_epoch = stop
     with pytest.raises(RuntimeError, match="killed"):
         run.fit()
 

@@ -80,17 +80,15 @@ def test_same_seed_same_run_and_another_seed_another(data) -> None:
         (1, {"augment": "crop-flip", "mix": "mixup", "engine": "pyro"}),
     ],
 )  # fmt: skip
-def test_resumed_equals_uninterrupted_bit_for_bit(data, tmp_path, monkeypatch, stop: int, changes: dict) -> None:
+def test_resumed_equals_uninterrupted_bit_for_bit(data, tmp_path, stop: int, changes: dict) -> None:
     whole = trainer(data, tmp_path / "whole", **changes).fit()
     broken = trainer(data, tmp_path / "broken", **changes)
-    keep = broken._keep
 
-    def stop_after() -> None:
-        keep()
-        if broken.epoch == stop:
+    def stop_after(at: Trainer) -> None:
+        if at.epoch == stop:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(broken, "_keep", stop_after)
+    broken.on_epoch = stop_after
     with pytest.raises(KeyboardInterrupt):
         broken.fit()
     torch.manual_seed(99)
@@ -116,15 +114,13 @@ def test_saved_and_reloaded_run_predicts_bit_identically(data, tmp_path) -> None
 
 def test_nan_stops_with_the_cause_and_keeps_the_last_good_epoch(data, tmp_path) -> None:
     t = trainer(data, tmp_path)
-    keep = t._keep
 
-    def poison() -> None:
-        keep()
-        if t.epoch == 3:
+    def poison(at: Trainer) -> None:
+        if at.epoch == 3:
             with torch.no_grad():
-                t.run.guide.log_scale["fc1"].fill_(float("nan"))
+                at.run.guide.log_scale["fc1"].fill_(float("nan"))
 
-    t._keep = poison  # type: ignore[method-assign]
+    t.on_epoch = poison
     with pytest.raises(TrainingDiverged, match=r"epoch 4, step 9: the weight KL.*after epoch 3 is kept"):
         t.fit()
     state = load_checkpoint(tmp_path / "checkpoint.pt")
@@ -180,11 +176,29 @@ def test_learning_rate_rises_falls_and_starts_again_to_finetune() -> None:
 
 def test_batches_cover_the_data_once_and_depend_on_seed_and_epoch(data) -> None:
     def labels(seed: int, epoch: int):
-        return torch.cat([y for _, y in batches(data.train, 16, seed, epoch)])
+        return torch.cat([y for _, y, _ in batches(data.train, 16, seed, epoch)])
 
-    assert [len(y) for _, y in batches(data.train, 16, 0, 0)] == [16, 16, 16, 12]
+    assert [len(y) for _, y, _ in batches(data.train, 16, 0, 0)] == [16, 16, 16, 12]
     assert torch.equal(labels(0, 1).bincount(), data.train.labels.bincount())
     assert torch.equal(labels(0, 1), labels(0, 1)) and not torch.equal(labels(0, 1), labels(0, 2))
+
+
+def test_batches_say_which_rows_they_are(data) -> None:
+    for images, labels, rows in batches(data.train, 16, 0, 0):
+        assert torch.equal(images, data.train.images[rows]) and torch.equal(labels, data.train.labels[rows])
+
+
+def test_on_epoch_is_called_when_the_epoch_is_kept(data, tmp_path) -> None:
+    seen: list[tuple[int, int, int]] = []
+
+    def look(at: Trainer) -> None:
+        kept = load_checkpoint(tmp_path / "checkpoint.pt")["epoch"]
+        seen.append((at.epoch, kept, len(at.run.history)))
+
+    t = trainer(data, tmp_path, epochs=3)
+    t.on_epoch = look
+    t.fit()
+    assert seen == [(1, 1, 1), (2, 2, 2), (3, 3, 3)] and len(t.epoch_seconds) == 3
 
 
 def test_bf16_trains(data) -> None:
