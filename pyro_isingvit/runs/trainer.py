@@ -291,7 +291,9 @@ class Trainer:
     def _check_finite(self, loss: float, terms: dict[str, float], epoch: int) -> None:
         if math.isfinite(loss):
             return
-        names = [TERMS.get(name, name) for name, term in terms.items() if not math.isfinite(term)] or [TERMS["nll"]]
+        # Weights that are not finite spoil the NLL too: another term that is not finite is to blame.
+        blame = [name for name, term in terms.items() if not math.isfinite(term) and name != "nll"] or ["nll"]
+        names = [TERMS.get(name, name) for name in blame]
         images = self.run.info.normalise(self.data.train.images[: self.settings.batch_size])
         first = first_not_finite(self.method, images) or "no layer at the mean weights"
         rate = self.scheduler.get_last_lr()[0]
