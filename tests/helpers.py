@@ -4,15 +4,14 @@ import importlib
 import io
 import os
 import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from forks import ROOT, new_process, script  # noqa: F401
 
 from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
 from pyro_isingvit.data.split import DataInfo, Split
@@ -59,9 +58,6 @@ def make_pair(num_data: int = 50, vit: ViTConfig = TINY, **ising: object) -> tup
     return model, guide
 
 
-ROOT = Path(__file__).parents[1]
-
-
 QUICK_FLAGS = [
     "--epochs",
     "3",
@@ -76,14 +72,6 @@ QUICK_FLAGS = [
     "--device",
     "cpu",
 ]
-
-
-def script(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONWARNINGS": "error::UserWarning"}
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
 
 
 def here(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
