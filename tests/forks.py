@@ -6,6 +6,7 @@ import logging
 import os
 import pkgutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,6 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONWARNINGS": "error::UserWarning"}
@@ -104,6 +104,40 @@ def exit_code(child: int, patience_s: float = PATIENCE_S) -> int:
     raise TimeoutError(f"a fork took longer than {patience_s:.0f} s")
 
 
+class Started:
+    """A script in a fork: ``python -m module arguments`` in the root of the repository, without the imports.
+
+    Args:
+        module: the script.
+        arguments: its words.
+        environment: variables to add; with any, the scripts' own modules are imported anew, as they look at some.
+    """
+
+    def __init__(self, module: str, *arguments: object, **environment: object) -> None:
+        import_everything()
+        self.words = [module, *map(str, arguments)]
+        self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+
+        def action() -> None:
+            os.chdir(ROOT)
+            os.environ.update(ENVIRONMENT | {name: str(value) for name, value in environment.items()})
+            sys.argv = self.words
+            for name in [name for name in sys.modules if name.startswith("inference.") and environment]:
+                del sys.modules[name]
+            importlib.import_module(module).main(self.words[1:])
+
+        self.child = fork(action, self.out.fileno(), self.err.fileno())
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """What came of it."""
+        with self.out, self.err:
+            code, texts = exit_code(self.child), []
+            for stream in (self.out, self.err):
+                stream.seek(0)
+                texts.append(stream.read().decode())
+        return subprocess.CompletedProcess(self.words, code, *texts)
+
+
 def can_fork() -> bool:
     """Whether a fork can train: CUDA and its threads do not live through it."""
     import torch
@@ -112,25 +146,18 @@ def can_fork() -> bool:
 
 
 def script(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """``python -m module arguments`` in the root of the repository, without the ten seconds of imports."""
-    if not can_fork():
-        return new_process(module, *arguments)
-    import_everything()
-    argv = [*map(str, arguments)]
+    """What comes of ``python -m module arguments``; in a fork where that can be."""
+    return Started(module, *arguments).wait() if can_fork() else new_process(module, *arguments)
 
-    def action() -> None:
-        os.chdir(ROOT)
-        os.environ.update(ENVIRONMENT)
-        sys.argv = [module, *argv]
-        importlib.import_module(module).main(argv)
 
-    def text(stream: BinaryIO) -> str:
-        stream.seek(0)
-        return stream.read().decode()
-
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        code = exit_code(fork(action, out.fileno(), err.fileno()))
-        return subprocess.CompletedProcess([module, *argv], code, text(out), text(err))
+def ranks(count: int, module: str, *arguments: object) -> list[Started]:
+    """Processes that train together, with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+              "TORCHELASTIC_RUN_ID": "tests"}  # fmt: skip
+    return [Started(module, *arguments, RANK=rank, LOCAL_RANK=rank, **shared) for rank in range(count)]
 
 
 def new_process(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
