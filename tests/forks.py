@@ -3,6 +3,7 @@
 import gc
 import importlib
 import logging
+import multiprocessing
 import os
 import pkgutil
 import signal
@@ -76,7 +77,7 @@ def _become_a_script(out: int, err: int) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(out, 1)
     os.dup2(err, 2)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.getLogger().handlers.clear()
@@ -85,6 +86,8 @@ def _become_a_script(out: int, err: int) -> None:
     for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", category)
     warnings.simplefilter("error", UserWarning)
+    context = multiprocessing.get_context("fork")  # a script's own workers would import everything again
+    multiprocessing.get_context = lambda method=None: context  # type: ignore[assignment]
 
 
 def exit_code(child: int, patience_s: float = PATIENCE_S) -> int:
@@ -105,28 +108,27 @@ def exit_code(child: int, patience_s: float = PATIENCE_S) -> int:
 
 
 class Started:
-    """A script in a fork: ``python -m module arguments`` in the root of the repository, without the imports.
+    """What was begun in a fork, and goes on beside the test.
 
     Args:
-        module: the script.
-        arguments: its words.
+        action: what it does.
+        words: the command line that it stands for.
         environment: variables to add; with any, the scripts' own modules are imported anew, as they look at some.
     """
 
-    def __init__(self, module: str, *arguments: object, **environment: object) -> None:
+    def __init__(self, action: Callable[[], object], words: list[str], **environment: object) -> None:
         import_everything()
-        self.words = [module, *map(str, arguments)]
-        self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self.words, self.out, self.err = words, tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
 
-        def action() -> None:
+        def act() -> None:
             os.chdir(ROOT)
             os.environ.update(ENVIRONMENT | {name: str(value) for name, value in environment.items()})
-            sys.argv = self.words
+            sys.argv = words
             for name in [name for name in sys.modules if name.startswith("inference.") and environment]:
                 del sys.modules[name]
-            importlib.import_module(module).main(self.words[1:])
+            action()
 
-        self.child = fork(action, self.out.fileno(), self.err.fileno())
+        self.child = fork(act, self.out.fileno(), self.err.fileno())
 
     def wait(self) -> subprocess.CompletedProcess[str]:
         """What came of it."""
@@ -138,6 +140,12 @@ class Started:
         return subprocess.CompletedProcess(self.words, code, *texts)
 
 
+def start(module: str, *arguments: object, **environment: object) -> Started:
+    """``python -m module arguments`` in the root of the repository, without the imports."""
+    argv = [*map(str, arguments)]
+    return Started(lambda: importlib.import_module(module).main(argv), [module, *argv], **environment)
+
+
 def can_fork() -> bool:
     """Whether a fork can train: CUDA and its threads do not live through it."""
     import torch
@@ -147,7 +155,7 @@ def can_fork() -> bool:
 
 def script(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """What comes of ``python -m module arguments``; in a fork where that can be."""
-    return Started(module, *arguments).wait() if can_fork() else new_process(module, *arguments)
+    return start(module, *arguments).wait() if can_fork() else new_process(module, *arguments)
 
 
 def ranks(count: int, module: str, *arguments: object) -> list[Started]:
@@ -157,7 +165,7 @@ def ranks(count: int, module: str, *arguments: object) -> list[Started]:
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
               "TORCHELASTIC_RUN_ID": "tests"}  # fmt: skip
-    return [Started(module, *arguments, RANK=rank, LOCAL_RANK=rank, **shared) for rank in range(count)]
+    return [start(module, *arguments, RANK=rank, LOCAL_RANK=rank, **shared) for rank in range(count)]
 
 
 def new_process(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:

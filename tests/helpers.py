@@ -58,20 +58,16 @@ def make_pair(num_data: int = 50, vit: ViTConfig = TINY, **ising: object) -> tup
     return model, guide
 
 
-QUICK_FLAGS = [
-    "--epochs",
-    "3",
-    "--depth",
-    "1",
-    "--width",
-    "16",
-    "--samples",
-    "5",
-    "--train-size",
-    "100",
-    "--device",
-    "cpu",
-]
+# Every script, and the dataclass of its command line.
+SCRIPTS = {
+    "inference.train": "TrainArguments", "inference.predict": "PredictArguments", "inference.prune": "PruneArguments",
+    "inference.compare": "CompareArguments", "inference.peers": "PeersArguments", "analysis.report": "Arguments",
+    "inference.benchmark": "BenchmarkArguments", "inference.variance": "VarianceArguments",
+    "analysis.benchmark": "BenchmarkFigures",
+    "analysis.ood": "Arguments", "analysis.corruptions": "Arguments", "analysis.comparison": "Arguments",
+}  # fmt: skip
+QUICK_FLAGS = ["--dataset", "digits", "--epochs", "3", "--depth", "1", "--width", "16", "--samples", "5",
+               "--train-size", "100", "--device", "cpu"]  # fmt: skip
 
 
 def here(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -84,6 +84,17 @@ def test_files_stay_short(path: Path) -> None:
     assert path.stem != "utils"
 
 
+# Modules without a test that imports them, and what tries them instead.
+TRIED_ELSEWHERE = {
+    "version": "test_settings.py reads it from config.json",
+}
+
+
+def test_every_module_has_a_test() -> None:
+    tried = {name for path in (ROOT / "tests").rglob("*.py") for name in neighbours(path)}
+    assert NAMES - tried == set(TRIED_ELSEWHERE), "import it in a test, or say what tries it"
+
+
 def test_importing_the_package_loads_no_torch() -> None:
     code = (
         "import sys, pyro_isingvit, pyro_isingvit.core.settings, pyro_isingvit.methods.registry; "
