@@ -2,8 +2,10 @@
 
 import importlib
 import io
+import itertools
 import os
 import subprocess
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from unittest.mock import patch
@@ -151,3 +153,29 @@ def cut(vit: ViT, weights: Weights, granularity: str, share: float, seed: int) -
         if name in masks:
             masks[name].fill_(1.0)
     return {kind: weight * layout.expand(kind, masks) for kind, weight in weights.items()}
+
+
+def every_pair(*columns: Sequence[object]) -> list[tuple[object, ...]]:
+    """Few rows in which every two values of different columns meet."""
+    left = {
+        (i, a, j, b)
+        for (i, first), (j, second) in itertools.combinations(enumerate(columns), 2)
+        for a, b in itertools.product(first, second)
+    }
+    rows = []
+    while left:
+
+        def pairs(row: tuple[object, ...]) -> set[tuple]:
+            return {(i, row[i], j, row[j]) for i, j in itertools.combinations(range(len(row)), 2)}
+
+        best = max(itertools.product(*columns), key=lambda row: len(pairs(row) & left))  # the first of equals
+        left -= pairs(best)
+        rows.append(best)
+    return rows
+
+
+def product(*columns: Sequence[object]) -> list:
+    """Every combination as parameters of a test; what ``every_pair`` leaves out is slow."""
+    kept = every_pair(*columns)
+    slow = [row for row in itertools.product(*columns) if row not in kept]
+    return [*kept, *(pytest.param(*row, marks=pytest.mark.slow) for row in slow)]
