@@ -20,7 +20,7 @@ from pyro_isingvit.ising.curvature import SALIENCY
 from pyro_isingvit.ising.layout import GRANULARITIES
 from pyro_isingvit.methods.registry import PAPER_ISING, PAPER_TRAIN
 from pyro_isingvit.runs.steps import halving_factor, learning_rate_factor
-from pyro_isingvit.runs.trainer import TrainingDiverged
+from pyro_isingvit.runs.trainer import Trainer, TrainingDiverged
 
 MODES = ("likelihood_guided", "learned", "hybrid")
 
