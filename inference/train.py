@@ -84,9 +84,11 @@ def resume(arguments: ResumeArguments) -> None:
 
 
 def _train_and_report(config: RunConfig, folder: Path, resume: bool, full: bool) -> None:
+    from pyro_isingvit.core.processes import part_ways
     from pyro_isingvit.experiment import train_run
 
     metrics = train_run(config, folder, resume=resume, full_posterior=full)
+    part_ways()
     if not REPORTS:
         return
     shown = {
