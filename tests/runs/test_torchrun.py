@@ -79,15 +79,31 @@ def test_two_processes_train_the_run_of_one(single: Path, tmp_path: Path, start)
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == sorted(path.name for path in single.iterdir())
 
 
-def test_begun_by_two_processes_and_finished_by_one(tmp_path: Path) -> None:
-    """Stopped after an epoch, resumed with another number of processes; and resumed by two when it is finished."""
-    processes = ranks(2, "inference.train", *SMALL, "--epochs", 400, "--out", tmp_path / "r")
+def interrupted(folder: Path, start) -> str:
+    """Begins a run by two processes and sends SIGTERM once an epoch is kept; returns what they say."""
+    words = [*SMALL, "--epochs", 400, "--out", folder]
+    if start is torchrun:
+        torchruns = subprocess.Popen(
+            [*TORCHRUN, "-m", "inference.train", *map(str, words)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    else:
+        forks = ranks(2, "inference.train", *words)
     limit = time.monotonic() + 120
-    while not (tmp_path / "r" / "checkpoint.previous.pt").is_file() and time.monotonic() < limit:
+    while not (folder / "checkpoint.previous.pt").is_file() and time.monotonic() < limit:
         time.sleep(0.05)
-    for process in processes:
+    if start is torchrun:
+        torchruns.terminate()
+        return torchruns.communicate(timeout=120)[1]
+    for process in forks:
         os.kill(process.child, signal.SIGTERM)
-    err = "".join(process.wait().stderr for process in processes)
+    return "".join(process.wait().stderr for process in forks)
+
+
+@pytest.mark.parametrize("start", [two_forks, pytest.param(torchrun, marks=pytest.mark.slow)])
+def test_begun_by_two_processes_and_finished_by_one(tmp_path: Path, start) -> None:
+    """Stopped after an epoch, resumed with another number of processes; and resumed by two when it is finished."""
+    err = interrupted(tmp_path / "r", start)
     kept = len(history(tmp_path / "r"))
     assert "go on with: python -m inference.train --resume" in err and err.count("interrupted in epoch") == 1, err
     config = json.loads((tmp_path / "r" / "config.json").read_text())
@@ -97,7 +113,7 @@ def test_begun_by_two_processes_and_finished_by_one(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert len(history(tmp_path / "r")) == kept + 1
     (tmp_path / "r" / "metrics.json").unlink()
-    code, _, err = two_forks("--resume", tmp_path / "r")
+    code, _, err = start("--resume", tmp_path / "r")
     assert code == 0, err
     assert (tmp_path / "r" / "metrics.json").is_file() and len(history(tmp_path / "r")) == kept + 1
 
