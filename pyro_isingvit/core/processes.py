@@ -115,6 +115,6 @@ def on_first(call: Callable[[], object]) -> None:
 
 
 def part_ways() -> None:
-    """Ends the group; a process that exits with its threads alive may abort."""
+    """Ends the group of processes, if there is one."""
     if _joined():
         dist.destroy_process_group()
