@@ -32,7 +32,14 @@ def make_config(folder: Path, ising: IsingConfig) -> RunConfig:
         arrays = {f"{part}_images": made.integers(0, 255, (n, 8, 8), dtype=np.uint8) for part, n in SIZES.items()}
         np.savez(folder / "x.npz", **arrays, **{f"{part}_labels": np.arange(n) % 3 for part, n in SIZES.items()})
     train = TrainConfig(
-        epochs=5, finetune_epochs=2, batch_size=16, samples=3, val_samples=2, device="cpu", lr=1e-2, draws=2
+        epochs=5,
+        finetune_epochs=2,
+        batch_size=16,
+        samples=3,
+        val_samples=2,
+        device="cpu",
+        lr=1e-2,
+        draws=2 if ising is ISING else 1,  # masks that are learned take one
     )
     data = DataConfig(dataset=f"npz:{folder / 'x.npz'}")
     return RunConfig("small", "ising", data, ViTConfig(4, 8, 2, 1, 2), ising, train)

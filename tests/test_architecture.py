@@ -98,7 +98,7 @@ TRIED_ELSEWHERE = {
 
 def test_every_module_has_a_test() -> None:
     tried = {name for path in (ROOT / "tests").rglob("*.py") for name in neighbours(path)}
-    assert NAMES - tried == set(TRIED_ELSEWHERE), "import a module in its test, or say what tries it"
+    assert NAMES - tried <= TRIED_ELSEWHERE.keys() <= NAMES, "import a module in its test, or say what tries it"
     for where in TRIED_ELSEWHERE.values():
         assert all((ROOT / "tests" / file).is_file() for file in re.findall(r"\w+/\w+\.py", where)), where
 
