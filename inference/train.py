@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from inference.cli import REPORTS, print_table, run_script, with_clear_errors
 from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.launcher import by_torchrun
 from pyro_isingvit.core.settings import (
     BaselineConfig,
     DataConfig,
@@ -135,3 +136,7 @@ def tyro_missing() -> Path:
 
 if __name__ == "__main__":
     main()
+    if by_torchrun():  # a process that exits while the group's threads live may abort
+        from pyro_isingvit.core.processes import part_ways
+
+        part_ways()

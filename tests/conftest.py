@@ -1,10 +1,14 @@
 """Small networks and data that the tests share."""
 
+import fcntl
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the networks are small, the workers several
 
 import pytest
 import torch
-from helpers import INFO, TINY, make_split
+from helpers import INFO, QUICK_FLAGS, TINY, make_split, script
 
 from pyro_isingvit.core.checkpoint import save_checkpoint
 from pyro_isingvit.core.settings import DataConfig, RunConfig, TrainConfig
@@ -33,3 +37,18 @@ def folder(tmp_path: Path) -> Path:
     state = {"info": INFO.to_dict(), "num_data": 50, **run.state()}
     save_checkpoint(tmp_path / "run" / "checkpoint.pt", state)
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run on the digits with a mask for each unit, trained once for all workers; copy it to change it."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder = shared / "first"
+    with (shared / "first.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "metrics.json").exists():
+            result = script("inference.train", *QUICK_FLAGS, "--granularity", "unit", "--seed", 3, "--out", folder)
+            assert result.returncode == 0, result.stderr
+            assert "accuracy" in result.stdout and "analysis.report" in result.stdout
+    return folder

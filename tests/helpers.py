@@ -2,17 +2,18 @@
 
 import importlib
 import io
+import itertools
 import os
 import subprocess
-import sys
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from forks import ROOT, new_process, script  # noqa: F401
 
 from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
 from pyro_isingvit.data.split import DataInfo, Split
@@ -25,9 +26,12 @@ from pyro_isingvit.runs.run import Run
 from pyro_isingvit.runs.trainer import Trainer
 
 TINY = ViTConfig(patch_size=2, width=8, heads=2, depth=2, mlp_ratio=2)
-
-
 INFO = DataInfo("made", ("a", "b", "c"), 1, 4, 4, (0.5,), (0.25,))
+QUICK_TRAIN = TrainConfig(epochs=6, batch_size=20, samples=5, val_samples=2, device="cpu", pilot_fraction=0.34)
+CONFIG = RunConfig(vit=TINY, train=QUICK_TRAIN, ising=IsingConfig(update_every=2))
+EVIL = "<script>alert(1)</script>"
+
+# Data ------------------------------------------------------------------------------------------------------------
 
 
 def make_split(count: int, generator: torch.Generator) -> Split:
@@ -40,10 +44,26 @@ def make_split(count: int, generator: torch.Generator) -> Split:
     return Split(images.to(torch.uint8), labels)
 
 
-def around(model: IsingViT, guide: IsingGuide, config: RunConfig | None = None) -> Run:
-    """A run in memory around a model and its posterior."""
-    config = config or RunConfig()
-    return Run(config, IsingMethod(config, model.info, guide.num_data, model, guide))
+def pixels(*shape, seed=0):
+    """Random bytes."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_npz(path, **changes):
+    """Writes a data set of small grey images in three classes; None leaves an array out."""
+    arrays = {
+        "train_images": pixels(30, 6, 6),
+        "train_labels": np.arange(30, dtype=np.uint8)[:, None] % 3,
+        "val_images": pixels(6, 6, 6, seed=1),
+        "val_labels": np.arange(6)[:, None] % 3,
+        "test_images": pixels(9, 6, 6, seed=2),
+        "test_labels": np.arange(9)[:, None] % 3,
+    } | changes
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    return f"npz:{path}"
+
+
+# Networks and training -------------------------------------------------------------------------------------------
 
 
 def make_pair(num_data: int = 50, vit: ViTConfig = TINY, **ising: object) -> tuple[IsingViT, IsingGuide]:
@@ -59,94 +79,10 @@ def make_pair(num_data: int = 50, vit: ViTConfig = TINY, **ising: object) -> tup
     return model, guide
 
 
-ROOT = Path(__file__).parents[1]
-
-
-QUICK_FLAGS = [
-    "--epochs",
-    "3",
-    "--depth",
-    "1",
-    "--width",
-    "16",
-    "--samples",
-    "5",
-    "--train-size",
-    "100",
-    "--device",
-    "cpu",
-]
-
-
-def script(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONWARNINGS": "error::UserWarning"}
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-
-
-def here(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """The same in this process, for input that is refused: the imports of a new one take ten seconds."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with redirect_stdout(out), redirect_stderr(err), patch.dict(os.environ, COLUMNS="200"):
-        try:
-            importlib.import_module(module).main([*map(str, arguments)])
-        except SystemExit as leave:
-            code = int(leave.code or 0)
-    return subprocess.CompletedProcess(module, code, out.getvalue(), err.getvalue())
-
-
-def refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Exit code 2, no traceback, few lines, and the words that name cause and mend."""
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    for word in words:
-        assert word in result.stderr + result.stdout, result.stderr + result.stdout
-
-
-QUICK_TRAIN = TrainConfig(epochs=6, batch_size=20, samples=5, val_samples=2, device="cpu", pilot_fraction=0.34)
-
-
-CONFIG = RunConfig(vit=TINY, train=QUICK_TRAIN, ising=IsingConfig(update_every=2))
-
-
-def trainer(data, folder=None, config=CONFIG, **train) -> Trainer:
-    return Trainer(replace(config, train=replace(config.train, **train)), data, folder, progress=False)
-
-
-def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
-
-
-EVIL = "<script>alert(1)</script>"
-
-
-def refuses(capsys, call, *words: str) -> None:
-    """Exit code 2 and one message, which has the words."""
-    with pytest.raises(SystemExit) as stop:
-        call()
-    shown = capsys.readouterr().err
-    assert stop.value.code == 2 and "Traceback" not in shown and len(shown.splitlines()) <= 3, shown
-    for word in words:
-        assert word in shown, shown
-
-
-def pixels(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def write_npz(path, **changes):
-    arrays = {
-        "train_images": pixels(30, 6, 6),
-        "train_labels": np.arange(30, dtype=np.uint8)[:, None] % 3,
-        "val_images": pixels(6, 6, 6, seed=1),
-        "val_labels": np.arange(6)[:, None] % 3,
-        "test_images": pixels(9, 6, 6, seed=2),
-        "test_labels": np.arange(9)[:, None] % 3,
-    } | changes
-    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
-    return f"npz:{path}"
+def around(model: IsingViT, guide: IsingGuide, config: RunConfig | None = None) -> Run:
+    """A run in memory around a model and its posterior."""
+    config = config or RunConfig()
+    return Run(config, IsingMethod(config, model.info, guide.num_data, model, guide))
 
 
 def network(config: ViTConfig, info: DataInfo, seed: int) -> tuple[ViT, Weights]:
@@ -167,3 +103,85 @@ def cut(vit: ViT, weights: Weights, granularity: str, share: float, seed: int) -
         if name in masks:
             masks[name].fill_(1.0)
     return {kind: weight * layout.expand(kind, masks) for kind, weight in weights.items()}
+
+
+def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that a module would save."""
+    return {key: value for key, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+def trainer(data, folder=None, config=CONFIG, **train) -> Trainer:
+    """A trainer of ``CONFIG``, with changes to its settings of training."""
+    return Trainer(replace(config, train=replace(config.train, **train)), data, folder, progress=False)
+
+
+# Scripts ---------------------------------------------------------------------------------------------------------
+
+# Every script, and the dataclass of its command line.
+SCRIPTS = {
+    "inference.train": "TrainArguments", "inference.predict": "PredictArguments", "inference.prune": "PruneArguments",
+    "inference.compare": "CompareArguments", "inference.peers": "PeersArguments", "analysis.report": "Arguments",
+    "inference.benchmark": "BenchmarkArguments", "inference.variance": "VarianceArguments",
+    "analysis.benchmark": "BenchmarkFigures",
+    "analysis.ood": "Arguments", "analysis.corruptions": "Arguments", "analysis.comparison": "Arguments",
+}  # fmt: skip
+QUICK_FLAGS = ["--dataset", "digits", "--epochs", "3", "--depth", "1", "--width", "16", "--samples", "5",
+               "--train-size", "100", "--device", "cpu"]  # fmt: skip
+
+
+def here(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A script in this process, for input that is refused before anything happens."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err), patch.dict(os.environ, COLUMNS="200"):
+        try:
+            importlib.import_module(module).main([*map(str, arguments)])
+        except SystemExit as leave:
+            code = int(leave.code or 0)
+    return subprocess.CompletedProcess(module, code, out.getvalue(), err.getvalue())
+
+
+def refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """The script left with exit code 2, without a traceback, and its message has the words."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr + result.stdout, result.stderr + result.stdout
+
+
+def refuses(capsys, call, *words: str) -> None:
+    """A call leaves with exit code 2 and one message of at most three lines, which has the words."""
+    with pytest.raises(SystemExit) as stop:
+        call()
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in shown and len(shown.splitlines()) <= 3, shown
+    for word in words:
+        assert word in shown, shown
+
+
+# Parameters of tests ---------------------------------------------------------------------------------------------
+
+
+def every_pair(*columns: Sequence[object]) -> list[tuple[object, ...]]:
+    """Few rows in which every two values of different columns meet."""
+    left = {
+        (i, a, j, b)
+        for (i, first), (j, second) in itertools.combinations(enumerate(columns), 2)
+        for a, b in itertools.product(first, second)
+    }
+    rows = []
+    while left:
+
+        def pairs(row: tuple[object, ...]) -> set[tuple]:
+            return {(i, row[i], j, row[j]) for i, j in itertools.combinations(range(len(row)), 2)}
+
+        best = max(itertools.product(*columns), key=lambda row: len(pairs(row) & left))  # the first of equals
+        left -= pairs(best)
+        rows.append(best)
+    return rows
+
+
+def product(*columns: Sequence[object]) -> list:
+    """Every combination as parameters of a test; what ``every_pair`` leaves out is slow."""
+    kept = every_pair(*columns)
+    slow = [row for row in itertools.product(*columns) if row not in kept]
+    return [*kept, *(pytest.param(*row, marks=pytest.mark.slow) for row in slow)]

@@ -6,20 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from helpers import EVIL
 
 from analysis.run_report import EXPLANATIONS
 from pyro_isingvit.core.settings import DataConfig, RunConfig
 from pyro_isingvit.predictive.datatree import save_datatree
 from pyro_isingvit.runs.folder import to_lines
 
-EVIL = "<script>alert(1)</script>"
 FULL = {"accuracy": 0.9, "nll": 0.3, "ece": 0.02}
-
-
 DENSE = {"parameters": 100, "macs": 1000}
+S = 12  # draws
 
 
 def point(kept: float) -> dict[str, float]:
+    """A row of a frontier."""
     return {
         "threshold": 0.5, "kept": kept, "parameters": int(100 * kept), "nonzero": 10, "macs": int(1000 * kept),
         "latency_1": 0.001, "latency_256": 0.01, "accuracy": 0.8, "nll": 0.5, "ece": 0.03,
@@ -27,6 +27,7 @@ def point(kept: float) -> dict[str, float]:
 
 
 def block(heads: int, units: int, share: float) -> dict[str, list[float]]:
+    """What a pruned block kept of its heads and hidden units."""
     return {
         "value": [share] * heads,
         "score": [0.0] * heads,
@@ -34,10 +35,8 @@ def block(heads: int, units: int, share: float) -> dict[str, list[float]]:
     }
 
 
-S = 12
-
-
 def random_probs(rng, shape, classes, labels=None, skill=3.0):
+    """Probabilities of any shape; with labels, the likelier the more skill."""
     logits = rng.normal(size=(*shape, classes)) + 1.5 * rng.normal(size=(shape[-1], classes))
     if labels is not None:
         logits[..., np.arange(len(labels)), labels] += skill
@@ -46,6 +45,7 @@ def random_probs(rng, shape, classes, labels=None, skill=3.0):
 
 
 def make_history(epochs=10, validation=True):
+    """What metrics.jsonl holds, in three phases."""
     history = []
     for i in range(epochs):
         phase = "pilot" if i < 2 else "ising" if i < epochs - 2 else "finetune"
@@ -66,7 +66,7 @@ def make_history(epochs=10, validation=True):
 
 
 def make_tree(classes, channels=1, side=8, depth=2, heads=4, width=8, images=40, stored=30, seed=0, skill=3.0):
-    """A posterior as pyro_isingvit.predictive.tree describes it, of random numbers."""
+    """A posterior as pyro_isingvit.runs.tree makes it, of random numbers."""
     rng = np.random.default_rng(seed)
     count = len(classes)
     y = rng.integers(0, count, images)
@@ -119,6 +119,7 @@ def make_tree(classes, channels=1, side=8, depth=2, heads=4, width=8, images=40,
 
 
 def make_run(folder: Path, classes=("zero", EVIL, "two & more"), dataset="digits", tree=None, **shape) -> Path:
+    """A run's folder as the report reads it, without a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     config = replace(RunConfig(version="1.2.3"), data=DataConfig(dataset=dataset))
     (folder / "config.json").write_text(config.to_json())

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".venv-matrix"
 PYTHONS = ("3.12", "3.13")
 PINNED = ("torch", "torchvision")  # at their lower bounds in pyproject.toml
-PYTEST = ["-m", "pytest", "-n", "auto", "--dist", "loadfile"]
+PYTEST = ["-m", "pytest", "-n", "auto", "--dist", "worksteal"]
 
 
 def oldest() -> list[str]:

@@ -1,6 +1,7 @@
 """The house rules that a machine can check: imports go down, no circle in a room, files stay short."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -82,6 +83,24 @@ def test_scripts_and_analysis_import_one_way() -> None:
 def test_files_stay_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 430
     assert path.stem != "utils"
+
+
+# Modules without a test that imports them, and what tries them instead.
+TRIED_ELSEWHERE = {
+    "core.launcher": "core/test_processes.py, through core.processes, and runs/test_torchrun.py",
+    "data.files": "data/test_data.py, through data.load",
+    "evaluation": "inference/test_scripts.py and runs/test_determinism.py, through the runs that they train",
+    "nets.penalties": "nets/test_margins.py, through the settings of training",
+    "runs.session": "runs/test_trainer.py and runs/test_robustness.py, through the trainer",
+    "version": "core/test_settings.py, as it stands in config.json",
+}
+
+
+def test_every_module_has_a_test() -> None:
+    tried = {name for path in (ROOT / "tests").rglob("*.py") for name in neighbours(path)}
+    assert NAMES - tried <= TRIED_ELSEWHERE.keys() <= NAMES, "import a module in its test, or say what tries it"
+    for where in TRIED_ELSEWHERE.values():
+        assert all((ROOT / "tests" / file).is_file() for file in re.findall(r"\w+/\w+\.py", where)), where
 
 
 def test_importing_the_package_loads_no_torch() -> None:

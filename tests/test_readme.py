@@ -2,18 +2,15 @@
 
 import os
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
-from helpers import script
+from forks import ROOT, Started, new_process, ranks, script
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
 SHELL = "\n".join(text for language, text in BLOCKS if not language)
@@ -36,16 +33,19 @@ SHORTER = {"14": "1", "16": "1", "6000": "100", "../shared/data": str(ROOT.paren
 
 
 def test_the_five_lines_run_as_shown(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", PYTHON[0]], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600
-    )
+    def example() -> None:
+        os.chdir(tmp_path)
+        exec(compile(PYTHON[0], "README.md", "exec"), {})
+
+    result = Started(example, ["README.md"]).wait()
     assert result.returncode == 0, result.stderr
     assert len([line for line in PYTHON[0].splitlines() if line.strip()]) == 5
     accuracy = float(re.search(r"tensor\((0\.\d+)\)", result.stdout).group(1))
     assert accuracy > 0.9
 
 
-def test_commands_on_own_images_run_as_shown(tmp_path: Path) -> None:
+@pytest.mark.parametrize("run", [script, pytest.param(new_process, marks=pytest.mark.slow)])
+def test_commands_on_own_images_run_as_shown(tmp_path: Path, run) -> None:
     generator = np.random.default_rng(0)
     for number, name in enumerate(("round", "square")):
         for folder, count in ((tmp_path / "images" / name, 30), (tmp_path / "new", 2)):
@@ -62,7 +62,7 @@ def test_commands_on_own_images_run_as_shown(tmp_path: Path) -> None:
         line = " ".join(words[3:])
         for written, meant in ARGUMENTS.items():
             line = line.replace(written, str(tmp_path / meant) if not meant.startswith("--") else meant)
-        result = script(words[2], *line.split(), *QUICKER.get(words[2], []))
+        result = run(words[2], *line.split(), *QUICKER.get(words[2], []))
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "small" / "compact.onnx").is_file() and (tmp_path / "grid" / "table.md").is_file()
     assert (tmp_path / "predictions.csv").is_file() and (tmp_path / "mine" / "report" / "index.html").is_file()
@@ -79,14 +79,20 @@ def test_the_line_behind_the_figures_runs(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_the_line_for_several_processes_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("run", [ranks, pytest.param(new_process, marks=pytest.mark.slow)])
+def test_the_line_for_several_processes_runs(tmp_path: Path, run) -> None:
     (line,) = [line for line in SHELL.splitlines() if "torchrun" in line]
     words = line.replace("runs/two", str(tmp_path / "r")).replace("--epochs 60", "--epochs 1 --train-size 100").split()
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words[1:], "--samples", "2", "--device", "cpu"], cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    words += ["--samples", "2", "--device", "cpu"]
+    assert Path(words[0]).name == "torchrun"
+    assert words[1:6] == ["--standalone", "--nproc-per-node", "2", "-m", "inference.train"]
+    if run is ranks:
+        for process in ranks(2, *words[5:]):
+            result = process.wait()
+            assert result.returncode == 0, result.stderr
+    else:
+        result = new_process("torch.distributed.run", *words[1:])
+        assert result.returncode == 0, result.stderr
     assert (tmp_path / "r" / "metrics.json").is_file()
 
 

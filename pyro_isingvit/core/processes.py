@@ -112,3 +112,9 @@ def on_first(call: Callable[[], object]) -> None:
         raise error
     if message[0] is not None:
         raise UserError(message[0])
+
+
+def part_ways() -> None:
+    """Ends the group of processes, if there is one."""
+    if _joined():
+        dist.destroy_process_group()

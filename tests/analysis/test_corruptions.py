@@ -12,7 +12,6 @@ from PIL import Image
 
 from analysis.corruptions import main
 from analysis.spoil import CORRUPTIONS, METRICS, corrupt
-from inference.train import main as train
 from pyro_isingvit.core.errors import UserError
 
 SHAPES = [(1, 8, 8), (3, 32, 32), (1, 28, 20)]
@@ -24,11 +23,8 @@ def quiet(caplog) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "first"
-    tiny = "--dataset digits --train-size 100 --epochs 3 --depth 1 --width 16 --heads 2 --patch-size 4 --samples 3"
-    train(["--out", str(folder), *tiny.split(), "--device", "cpu"])
-    return folder
+def run(digits_run: Path, tmp_path_factory) -> Path:
+    return Path(shutil.copytree(digits_run, tmp_path_factory.mktemp("runs") / "first"))
 
 
 def made(shape: tuple[int, int, int], count: int = 6) -> torch.Tensor:
@@ -61,7 +57,7 @@ def test_two_runs(run: Path, tmp_path: Path, capsys) -> None:
 def test_the_clean_value_is_that_of_the_evaluation_and_runs_repeat(run: Path) -> None:
     written = []
     for _ in range(2):
-        main(["--run", str(run), "--samples", "3", "--device", "cpu"])
+        main(["--run", str(run), "--samples", "5", "--seed", "3", "--device", "cpu"])
         written.append((run / "corruptions" / "results.json").read_text())
     assert written[0] == written[1]
     metrics, clean = json.loads((run / "metrics.json").read_text()), json.loads(written[0])["runs"]["first"]["clean"]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from made import EVIL, S, make_history, make_run, make_tree, random_probs
+from helpers import EVIL
+from made import S, make_history, make_run, make_tree, random_probs
 from markupsafe import escape
 from matplotlib.figure import Figure
 

@@ -11,15 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
-
-SCRIPTS = {
-    "inference.train": "TrainArguments", "inference.predict": "PredictArguments", "inference.prune": "PruneArguments",
-    "inference.compare": "CompareArguments", "inference.peers": "PeersArguments", "analysis.report": "Arguments",
-    "inference.benchmark": "BenchmarkArguments", "inference.variance": "VarianceArguments",
-    "analysis.benchmark": "BenchmarkFigures",
-    "analysis.ood": "Arguments", "analysis.corruptions": "Arguments", "analysis.comparison": "Arguments",
-}  # fmt: skip
-ROOT = Path(__file__).parents[2]
+from helpers import ROOT, SCRIPTS
 
 
 def test_every_script_is_here() -> None:

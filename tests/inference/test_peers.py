@@ -1,8 +1,6 @@
 """The comparison with other libraries: the same network, the same training, and rows for what cannot run."""
 
 import json
-import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
+from forks import ROOT, script
 from torch.nn import functional as F
 
 from inference import peers
@@ -26,7 +25,6 @@ from pyro_isingvit.nets.plain import PlainViT
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.runs.trainer import Trainer
 
-ROOT = Path(__file__).parents[2]
 SHAPE = ViTConfig(patch_size=2, width=16, heads=2, depth=2, mlp_ratio=2)
 TINY = [
     "--dataset",
@@ -165,17 +163,15 @@ def test_a_peer_that_raises_leaves_a_row(error, status: str, words: str, job: Jo
     assert isinstance(row, dict) and row["status"] == status and words in row["reason"] and "\n" not in row["reason"]
 
 
-def test_the_script_goes_on_past_peers_that_cannot_run(tmp_path: Path) -> None:
+def test_the_script_goes_on_past_peers_that_cannot_run(tmp_path: Path, monkeypatch) -> None:
     """One is not installed, one takes its process down."""
     (tmp_path / "tyxe.py").write_text("raise ImportError(\"No module named 'tyxe'\")")
     (tmp_path / "laplace.py").write_text("import os; os._exit(9)")
     out = tmp_path / "out"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-m", "inference.peers", *TINY, "--device", "cpu", "--out", str(out),
-         "--peers", "tyxe", "laplace"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("tyxe", "laplace")]:
+        monkeypatch.delitem(sys.modules, name)
+    result = script("inference.peers", *TINY, "--device", "cpu", "--out", out, "--peers", "tyxe", "laplace")
     assert result.returncode == 0, result.stderr
     rows = {row["peer"]: row for row in json.loads((out / peers.RESULTS).read_text())}
     assert list(rows) == ["ising", "deterministic", "tyxe", "laplace"]

@@ -2,11 +2,12 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import QUICK_FLAGS, here, refused, script
+from helpers import QUICK_FLAGS, SCRIPTS, here, new_process, refused, script
 
 from pyro_isingvit.predictive.datatree import load_datatree
 
@@ -17,12 +18,8 @@ KEYS = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "r"
-    result = script("inference.train", "--dataset", "digits", *QUICK_FLAGS, "--seed", 3, "--out", folder)
-    assert result.returncode == 0, result.stderr
-    assert "accuracy" in result.stdout and "analysis.report" in result.stdout
-    return folder
+def run(digits_run: Path, tmp_path_factory) -> Path:
+    return Path(shutil.copytree(digits_run, tmp_path_factory.mktemp("runs") / "r"))
 
 
 def test_train_fills_the_folder(run: Path) -> None:
@@ -45,7 +42,7 @@ def test_a_run_is_not_overwritten_unless_asked(run: Path) -> None:
 
 def test_overwrite_with_bad_data_loses_nothing(run: Path) -> None:
     before = (run / "checkpoint.pt").read_bytes()
-    result = script("inference.train", "--dataset", "npz:none.npz", *QUICK_FLAGS, "--out", run, "--overwrite")
+    result = script("inference.train", *QUICK_FLAGS, "--dataset", "npz:none.npz", "--out", run, "--overwrite")
     refused(result, "none.npz")
     assert (run / "checkpoint.pt").read_bytes() == before
 
@@ -119,8 +116,6 @@ def test_bad_predictions_are_refused(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_cut_short_or_of_another_version_is_refused(run: Path, tmp_path: Path) -> None:
-    import shutil
-
     def broken(name: str) -> Path:
         return Path(shutil.copytree(run, tmp_path / name))
 
@@ -173,7 +168,20 @@ def test_out_is_required() -> None:
     refused(script("inference.train", "--dataset", "digits"), "--out")
 
 
-@pytest.mark.parametrize("module", ["inference.train", "inference.predict", "analysis.report"])
-def test_help(module: str) -> None:
-    result = script(module, "--help")
+@pytest.mark.parametrize("module", SCRIPTS)
+def test_help_in_a_new_process(module: str) -> None:
+    result = new_process(module, "--help")
     assert result.returncode == 0 and "--" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_run_in_new_processes(tmp_path: Path) -> None:
+    """What the other tests do in forks, as a user does it."""
+    run = tmp_path / "r"
+    for module, *arguments in (
+        ("inference.train", *QUICK_FLAGS, "--out", run), ("analysis.report", "--run", run),
+        ("inference.predict", "--run", run, "--input", "digits", "--out", tmp_path / "p.nc"),
+        ("inference.prune", "--run", run, "--keep", 0.6, "--repeats", 1, "--no-plot", "--out", tmp_path / "small"),
+    ):  # fmt: skip
+        result = new_process(module, *arguments)
+        assert result.returncode == 0, result.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kill_driver import same
+from kills import same
 
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.settings import BaselineConfig, DataConfig, RunConfig, ViTConfig

@@ -1,7 +1,6 @@
 """Kills, signals, damaged checkpoints, full and read-only disks: nothing is lost, and what goes on goes on exactly."""
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -14,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONFIG, INFO, ROOT, here, make_split, trainer
-from kill_driver import KILLS, same
+from forks import ROOT, import_everything
+from helpers import CONFIG, INFO, here, make_split, refused, trainer
+from kills import Reference, killed_chains, same, signalled, uninterrupted
 
 from inference.cli import run_script, with_clear_errors
 from pyro_isingvit.core.checkpoint import load_checkpoint
@@ -36,25 +36,22 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory) -> dict:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "kill_driver.py"), str(tmp_path_factory.mktemp("kills"))],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr + result.stdout
-    return json.loads(result.stdout.splitlines()[-1])
+def references(tmp_path_factory) -> list[Reference]:
+    import_everything()
+    return uninterrupted(tmp_path_factory.mktemp("kills"))
 
 
-def test_killed_at_twenty_moments_and_resumed_is_bit_identical_to_uninterrupted(killed: dict) -> None:
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_and_resumed_is_bit_identical_to_uninterrupted(references, tmp_path, kills: int) -> None:
     """Weights, masks, curvature, phase, optimiser, schedule, random numbers, history, metrics, and no litter."""
-    kills = killed["kills"]
-    assert kills["timed"] + kills["aimed"] == KILLS and kills["aimed"] >= 2 and len(kills["hits"]) == kills["aimed"]
-    assert kills["errors"] == [] and kills["differences"] == [] and kills["runs"] >= 2, kills
+    found = killed_chains(tmp_path, references, kills)
+    assert found["timed"] + found["aimed"] == kills and found["aimed"] >= 2 and len(found["hits"]) == found["aimed"]
+    assert found["errors"] == [] and found["differences"] == [] and found["runs"] >= 2, found
 
 
-@pytest.mark.parametrize(("name", "code"), [("ctrl-c", 130), ("sigterm", 143)])
-def test_signals_leave_with_a_line_that_says_how_to_go_on(killed: dict, name: str, code: int) -> None:
-    outcome = killed[name]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_with_a_line_that_says_how_to_go_on(references, tmp_path, number: int, code: int) -> None:
+    outcome = signalled(tmp_path, references[0], number, epochs=2)
     assert outcome["code"] == code, outcome["text"]
     line = outcome["text"].splitlines()[-1]
     kept = int(line.split("epochs 1 to ")[1].split()[0])
@@ -64,8 +61,8 @@ def test_signals_leave_with_a_line_that_says_how_to_go_on(killed: dict, name: st
     assert outcome["again"] == 0 and outcome["differences"] == []
 
 
-def test_ctrl_c_before_the_first_epoch_ends_says_how_to_start_again(killed: dict) -> None:
-    outcome = killed["early"]
+def test_ctrl_c_before_the_first_epoch_ends_says_how_to_start_again(references, tmp_path) -> None:
+    outcome = signalled(tmp_path, references[0], signal.SIGINT, epochs=0)
     assert outcome["code"] == 130 and "Traceback" not in outcome["text"]
     assert "no epoch is finished: start again with the same command and --overwrite" in outcome["text"]
     assert outcome["again"] == 0 and outcome["differences"] == []
@@ -211,12 +208,6 @@ SCRIPT = ["--dataset", "digits", "--depth", "1", "--width", "16", "--samples", "
           "3", "--device", "cpu"]  # fmt: skip
 
 
-def script_refuses(arguments: list[str], *words: str) -> None:
-    result = here("inference.train", *arguments)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert all(word in result.stderr for word in words), result.stderr
-
-
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
     """A file system of 260 kB: room for some checkpoints of the small network, not for three."""
@@ -233,13 +224,13 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 def test_a_disk_that_is_really_full_and_really_read_only(small_disk: Path) -> None:
     run = small_disk / "r"
-    script_refuses([*SCRIPT, "--out", str(run)], "cannot write", "No space left on device")
+    refused(here("inference.train", *SCRIPT, "--out", run), "cannot write", "No space left on device")
     kept = load_checkpoint(run / "checkpoint.pt")["epoch"]
     assert kept >= 1 and not [path for path in run.glob(".*")]
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     for arguments in (["--resume", str(run)], [*SCRIPT, "--out", str(run), "--overwrite"],
                       [*SCRIPT, "--out", str(small_disk / "new")]):  # fmt: skip
-        script_refuses(arguments, "cannot write", "Read-only file system")
+        refused(here("inference.train", *arguments), "cannot write", "Read-only file system")
     assert load_checkpoint(run / "checkpoint.pt")["epoch"] == kept
 
 
@@ -248,7 +239,7 @@ def test_a_read_only_folder_is_named_before_training(tmp_path, monkeypatch) -> N
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("tempfile.mkstemp", fail)
-    script_refuses([*SCRIPT, "--out", str(tmp_path / "r")], "cannot write", "config.json", "Read-only")
+    refused(here("inference.train", *SCRIPT, "--out", tmp_path / "r"), "cannot write", "config.json", "Read-only")
 
 
 # Workers --------------------------------------------------------------------------------------------------------

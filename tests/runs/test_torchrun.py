@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, script
+from forks import ROOT, ranks, script
 
 from pyro_isingvit.core.checkpoint import load_checkpoint
 
@@ -23,15 +23,19 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
 
 
-def torchrun(*arguments: object, background: bool = False) -> subprocess.Popen[str]:
-    """Two gloo processes of inference.train on the CPU."""
-    words = [*TORCHRUN, "-m", "inference.train", *map(str, arguments)]
-    process = subprocess.Popen(
-        words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    if not background:
-        process.texts = process.communicate(timeout=240)  # type: ignore[attr-defined]
-    return process
+def torchrun(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, output and messages of two gloo processes of inference.train on the CPU."""
+    done = subprocess.run(
+        [*TORCHRUN, "-m", "inference.train", *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
+        text=True, check=False, timeout=240,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def two_forks(*arguments: object) -> tuple[int, str, str]:
+    """The same without torchrun and ten seconds of imports for each process."""
+    done = [process.wait() for process in ranks(2, "inference.train", *arguments)]
+    return max(abs(r.returncode) for r in done), "".join(r.stdout for r in done), "".join(r.stderr for r in done)
 
 
 def history(folder: Path) -> list[dict]:
@@ -65,23 +69,41 @@ def single(tmp_path_factory) -> Path:
     return folder
 
 
-def test_two_processes_train_the_run_of_one(single: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [two_forks, pytest.param(torchrun, marks=pytest.mark.slow)])
+def test_two_processes_train_the_run_of_one(single: Path, tmp_path: Path, start) -> None:
     """Pilot, Ising and frozen phase; two processes with one micro-batch each, validation and evaluation shared out."""
-    done = torchrun(*SMALL, "--out", tmp_path / "r")
-    out, err = done.texts
-    assert done.returncode == 0, err
+    code, out, err = start(*SMALL, "--out", tmp_path / "r")
+    assert code == 0, err
     assert_alike(tmp_path / "r", single)
     assert out.count("accuracy") == 1 and out.count("run: ") == 1 and err.count("training, ") == 1
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == sorted(path.name for path in single.iterdir())
 
 
-def test_begun_by_two_processes_and_finished_by_one(single: Path, tmp_path: Path) -> None:
-    """Killed after an epoch, resumed with another number of processes; and resumed by two when it is finished."""
-    process = torchrun(*SMALL, "--epochs", 400, "--out", tmp_path / "r", background=True)
-    while not (tmp_path / "r" / "checkpoint.previous.pt").is_file() and process.poll() is None:
+def interrupted(folder: Path, start) -> str:
+    """Begins a run by two processes and sends SIGTERM once an epoch is kept; returns what they say."""
+    words = [*SMALL, "--epochs", 400, "--out", folder]
+    if start is torchrun:
+        torchruns = subprocess.Popen(
+            [*TORCHRUN, "-m", "inference.train", *map(str, words)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    else:
+        forks = ranks(2, "inference.train", *words)
+    limit = time.monotonic() + 120
+    while not (folder / "checkpoint.previous.pt").is_file() and time.monotonic() < limit:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
+    if start is torchrun:
+        torchruns.terminate()
+        return torchruns.communicate(timeout=120)[1]
+    for process in forks:
+        os.kill(process.child, signal.SIGTERM)
+    return "".join(process.wait().stderr for process in forks)
+
+
+@pytest.mark.parametrize("start", [two_forks, pytest.param(torchrun, marks=pytest.mark.slow)])
+def test_begun_by_two_processes_and_finished_by_one(tmp_path: Path, start) -> None:
+    """Stopped after an epoch, resumed with another number of processes; and resumed by two when it is finished."""
+    err = interrupted(tmp_path / "r", start)
     kept = len(history(tmp_path / "r"))
     assert "go on with: python -m inference.train --resume" in err and err.count("interrupted in epoch") == 1, err
     config = json.loads((tmp_path / "r" / "config.json").read_text())
@@ -91,18 +113,18 @@ def test_begun_by_two_processes_and_finished_by_one(single: Path, tmp_path: Path
     assert result.returncode == 0, result.stderr
     assert len(history(tmp_path / "r")) == kept + 1
     (tmp_path / "r" / "metrics.json").unlink()
-    again = torchrun("--resume", tmp_path / "r")
-    assert again.returncode == 0, again.texts[1]
+    code, _, err = start("--resume", tmp_path / "r")
+    assert code == 0, err
     assert (tmp_path / "r" / "metrics.json").is_file() and len(history(tmp_path / "r")) == kept + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "word"),
     [(["--lr", -1], "lr must be"), (["--batch-size", 33], "multiple of that"), (["--epochs", "x"], "Error parsing")],
 )
 def test_bad_input_is_one_message(wrong: list, word: str, tmp_path: Path) -> None:
-    done = torchrun(*SMALL, *wrong, "--out", tmp_path / "r")
-    out, err = done.texts
-    assert done.returncode != 0 and not (tmp_path / "r").exists()
+    code, out, err = torchrun(*SMALL, *wrong, "--out", tmp_path / "r")
+    assert code != 0 and not (tmp_path / "r").exists()
     assert (out + err).count(word) == 1, err
     assert "exitcode  : 2" in err and 'File "' not in err.split(word)[0]

@@ -1,31 +1,25 @@
-"""Trains in forked children that are killed or sent signals, and goes on; prints as JSON what came of it.
-
-A process of its own, so that the import is paid for once and nothing but the children trains. Run by
-test_robustness.py: python kill_driver.py FOLDER
-"""
+"""Runs in forks that are killed or get signals, and go on; what came of them, as bits."""
 
 import json
 import os
 import random
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from forks import exit_code, fork
 
 from inference.train import main as train_script
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
 from pyro_isingvit.experiment import holds_run, train_run
 
-KILLS = 20
 SIZES = {"train": 48, "val": 12, "test": 12}
 ISING = IsingConfig(update_every=2)
 HYBRID = replace(ISING, mask_posterior="hybrid", posterior_scale="learned", granularity="unit", empirical_tau_1=True)
@@ -38,38 +32,23 @@ def make_config(folder: Path, ising: IsingConfig) -> RunConfig:
         arrays = {f"{part}_images": made.integers(0, 255, (n, 8, 8), dtype=np.uint8) for part, n in SIZES.items()}
         np.savez(folder / "x.npz", **arrays, **{f"{part}_labels": np.arange(n) % 3 for part, n in SIZES.items()})
     train = TrainConfig(
-        epochs=5, finetune_epochs=2, batch_size=16, samples=3, val_samples=2, device="cpu", lr=1e-2, draws=2
+        epochs=5,
+        finetune_epochs=2,
+        batch_size=16,
+        samples=3,
+        val_samples=2,
+        device="cpu",
+        lr=1e-2,
+        draws=2 if ising is ISING else 1,  # masks that are learned take one
     )
     data = DataConfig(dataset=f"npz:{folder / 'x.npz'}")
     return RunConfig("small", "ising", data, ViTConfig(4, 8, 2, 1, 2), ising, train)
 
 
-def fork(action: Callable[[], object], log: Path) -> int:
-    """Runs ``action`` in a child, which exits as a script would; returns its process id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        action()
-        code = 0
-    except SystemExit as leave:
-        code = int(leave.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def exit_code(child: int) -> int:
-    """Waits; negative: the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def forked(action: Callable[[], object], log: Path) -> int:
+    """Runs ``action`` in a fork that prints to a file; returns its process id."""
+    with log.open("w") as file:
+        return fork(action, file.fileno(), file.fileno())
 
 
 def die_at_call(count: int, hits: Path) -> None:
@@ -130,26 +109,36 @@ def differences(folder: Path, whole: Path) -> list[str]:
     return wrong + [f"{what}: {a} {b}" if what == "files" else what for what, (a, b) in pairs.items() if a != b]
 
 
-def killed_chains(root: Path) -> dict[str, Any]:
-    """Runs that are killed again and again until KILLS are spent; every other kill is aimed at a file."""
-    chance = random.Random(0)
-    report: dict[str, Any] = {"timed": 0, "aimed": 0, "errors": [], "differences": [], "runs": 0, "seconds": {}}
+class Reference(NamedTuple):
+    """An uninterrupted run."""
+
+    config: RunConfig
+    folder: Path
+    seconds: float
+
+
+def uninterrupted(root: Path) -> list[Reference]:
+    """One run whose masks follow the likelihood, one whose masks are learned as well."""
     references = []
     for name, ising in (("ising", ISING), ("hybrid", HYBRID)):
-        config, whole, log = make_config(root, ising), root / f"{name}-whole", root / "log"
-        start = time.monotonic()
-        if exit_code(fork(partial(train_run, config, whole, progress=False), log)):
-            raise SystemExit(log.read_text())
-        references.append((config, whole, time.monotonic() - start))
-        report["seconds"][name] = references[-1][2]
-    while report["timed"] + report["aimed"] < KILLS:
-        config, whole, seconds = references[report["runs"] % len(references)]
-        folder, log = root / f"run{report['runs']}", root / "log"
-        for life in range(2 * KILLS):
-            kind = ("timed", "aimed")[life % 2] if report["timed"] + report["aimed"] < KILLS else ""
+        config, folder, start = make_config(root, ising), root / f"{name}-whole", time.monotonic()
+        if exit_code(forked(partial(train_run, config, folder, progress=False), root / "log")):
+            raise RuntimeError((root / "log").read_text())
+        references.append(Reference(config, folder, time.monotonic() - start))
+    return references
 
+
+def killed_chains(root: Path, references: list[Reference], kills: int) -> dict[str, Any]:
+    """Runs that are killed again and again until ``kills`` are spent; every other kill is aimed at a file."""
+    chance, log = random.Random(0), root / "log"
+    report: dict[str, Any] = {"timed": 0, "aimed": 0, "errors": [], "differences": [], "runs": 0, "hits": []}
+    while report["timed"] + report["aimed"] < kills or report["runs"] < len(references):
+        config, whole, seconds = references[report["runs"] % len(references)]
+        folder = root / f"run{report['runs']}"
+        for life in range(2 * kills):
+            kind = ("timed", "aimed")[life % 2] if report["timed"] + report["aimed"] < kills else ""
             aim = chance.randrange(1, 35) if kind == "aimed" else 0
-            child = fork(partial(go_on, config, folder, aim, root / "hits"), log)
+            child = forked(partial(go_on, config, folder, aim, root / "hits"), log)
             if kind == "timed":
                 time.sleep(chance.uniform(0, 0.7 * seconds))
                 os.kill(child, signal.SIGKILL)
@@ -161,21 +150,21 @@ def killed_chains(root: Path) -> dict[str, Any]:
                 report["errors"].append(log.read_text())
             break
         report["runs"] += 1
-        report["hits"] = (root / "hits").read_text().split() if (root / "hits").exists() else []
         report["differences"] += differences(folder, whole) if not report["errors"] else []
+    if (root / "hits").exists():
+        report["hits"] = (root / "hits").read_text().split()
     return report
 
 
-def signalled(root: Path, number: int, epochs: int) -> dict[str, Any]:
+def signalled(root: Path, whole: Reference, number: int, epochs: int) -> dict[str, Any]:
     """``inference.train`` gets a signal once ``epochs`` are on disk, then --resume."""
-    config, whole = make_config(root, ISING), root / "ising-whole"
     folder, log = root / f"signal{number}-{epochs}", root / "log"
-    words = {"--dataset": config.data.dataset, "--preset": "small", "--patch-size": 4, "--width": 8, "--heads": 2,
+    words = {"--dataset": whole.config.data.dataset, "--preset": "small", "--patch-size": 4, "--width": 8, "--heads": 2,
              "--depth": 1, "--epochs": 5, "--finetune-epochs": 2, "--batch-size": 16, "--samples": 3,
              "--val-samples": 2, "--device": "cpu", "--lr": 1e-2, "--draws": 2, "--update-every": 2,
              "--out": folder}  # fmt: skip
     argv = [str(word) for pair in words.items() for word in pair]
-    child = fork(lambda: train_script(argv), log)
+    child = forked(partial(train_script, argv), log)
     waits_for = folder / ("metrics.jsonl" if epochs else "config.json")
     limit = time.monotonic() + 60
     while time.monotonic() < limit:
@@ -185,24 +174,6 @@ def signalled(root: Path, number: int, epochs: int) -> dict[str, Any]:
     os.kill(child, number)
     report: dict[str, Any] = {"code": exit_code(child), "text": log.read_text(), "folder": str(folder)}
     again = ["--resume", str(folder)] if epochs else [*argv, "--overwrite"]
-    report["again"] = exit_code(fork(lambda: train_script(again), log))
-    report["differences"] = differences(folder, whole) if report["again"] == 0 else [log.read_text()]
+    report["again"] = exit_code(forked(partial(train_script, again), log))
+    report["differences"] = differences(folder, whole.folder) if report["again"] == 0 else [log.read_text()]
     return report
-
-
-def main() -> None:
-    """Kills, then signals."""
-    torch.set_num_threads(1)
-    root = Path(sys.argv[1])
-    report = {"kills": killed_chains(root)}
-    for name, number, epochs in (
-        ("ctrl-c", signal.SIGINT, 2),
-        ("sigterm", signal.SIGTERM, 2),
-        ("early", signal.SIGINT, 0),
-    ):
-        report[name] = signalled(root, number, epochs)
-    print(json.dumps(report))
-
-
-if __name__ == "__main__":
-    main()
