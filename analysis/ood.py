@@ -39,8 +39,8 @@ def ood(arguments: Arguments) -> None:
     from pyro_isingvit.predictive.detection import ood_metrics, uncertainty_scores
     from pyro_isingvit.runs.predict import draw_predictive
 
-    need(arguments.ood, f"--ood needs one of: {KNOWN}.")
-    need(len(set(arguments.ood)) == len(arguments.ood), "--ood names the same images twice.")
+    need(arguments.ood, f"`ood` needs one of: {KNOWN}.")
+    need(len(set(arguments.ood)) == len(arguments.ood), "`ood` names the same images twice.")
     runs = load_runs(arguments.run, arguments.device)
     first = next(iter(runs.values()))
     inside = own_test_part(first, arguments.data_root, arguments.max_images, arguments.seed).images

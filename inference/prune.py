@@ -46,7 +46,7 @@ class PruneArguments:
     peers: bool = False
     """Compare with magnitude pruning and Torch-Pruning's GroupTaylor at the same multiply-accumulates (slow)."""
     data_root: str | None = None
-    """Folder of the torchvision data sets, where it is no longer the one that the run names."""
+    """Folder of the torchvision data sets, where it is not the folder that the run names."""
     repeats: int = 15
     """Repeats of each time measurement; medians count."""
     plot: bool = True
@@ -204,7 +204,7 @@ def _evaluated(run: "Run") -> dict[str, float] | None:
 
 
 def _cost(run: "Run", model: "CompactViT", arguments: PruneArguments, data: "ImageData") -> dict[str, Any]:
-    """Parameters, multiply-accumulates, times and bytes, compact beside dense."""
+    """Parameters, multiply-accumulates, times and bytes, compact and dense."""
     import torch
 
     from pyro_isingvit.pruning.choose import dense_network
@@ -239,7 +239,7 @@ def _cost(run: "Run", model: "CompactViT", arguments: PruneArguments, data: "Ima
 def _frontier_file(
     run: "Run", masks: "Kept", found: "list[Candidate]", full: dict[str, float], metrics: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the figures read: the points, the one that was chosen, the dense network, and what is left of each layer."""
+    """What the figures read: the points, the chosen one, the dense network, and what is left of each layer."""
     from pyro_isingvit.pruning.assembly import structure
     from pyro_isingvit.pruning.choose import masked_weights
 
@@ -308,7 +308,7 @@ def _show(arguments: PruneArguments, metrics: dict[str, Any]) -> None:
     print_table("cost", shown)
     print_table("test part: accuracy, NLL (nats), ECE", scores)
     print(f"compact network: {arguments.out}\nreport: python -m analysis.report --run {arguments.out}")
-    if arguments.plot:  # the figures are a room of their own, which this one does not import
+    if arguments.plot:  # analysis is a folder of its own, which this one does not import
         done = subprocess.run([sys.executable, "-m", "analysis.report", "--run", str(arguments.out)], check=False)
         need(done.returncode == 0, f"the network is written, its report is not: see above ({arguments.out}).")
 

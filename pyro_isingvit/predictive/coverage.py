@@ -29,7 +29,7 @@ def uncertainty_metrics(draws: PredictiveDraws, labels: Tensor) -> Metrics:
 
     The true class probabilities of an image are never seen, so an interval of them cannot be checked image by
     image; bins can. The first interval holds the uncertainty of the weights alone, while A_b also has the scatter of
-    a few labels: expect less than 90 % of it. The second has both and is the one to hold against 90 %; the share of
+    a few labels: expect less than 90 % of it. The second has both: compare it with 90 %; the share of
     right answers of few images is coarse, which makes the interval a little wide.
 
     Args:

@@ -60,7 +60,7 @@ def ood_metrics(scores_in: np.ndarray, scores_out: np.ndarray) -> Metrics:
     """How well a score tells strange images (positive) from those of the training distribution.
 
     Args:
-        scores_in: (B,) of in-distribution images, higher is stranger.
+        scores_in: (B,) of in-distribution images; higher means less familiar.
         scores_out: (B',) of out-of-distribution images.
 
     Returns:

@@ -60,7 +60,10 @@ def fit_relative_uncertainty(
     Raises:
         UserError: weight or temperature out of range, or counts that differ.
     """
-    need(0 < weight < 1 and temperature > 0, f"Rel-U needs 0 < weight < 1 and T > 0, got {weight}, {temperature}.")
+    need(
+        0 < weight < 1 and temperature > 0,
+        f"Rel-U needs 0 < `weight` < 1 and `temperature` > 0, not {weight} and {temperature}.",
+    )
     need(len(probs) == len(labels), f"{len(labels)} labels for {len(probs)} predictions.")
     wrong = probs.argmax(-1) != labels.to(probs.device)
     p = temper(probs.double(), temperature)

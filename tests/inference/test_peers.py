@@ -66,7 +66,7 @@ def test_the_plain_network_has_our_logits(patch: int) -> None:
 
 @pytest.mark.parametrize("change", [{"pool": "cls"}, {"head": "mlp"}])
 def test_another_pooling_or_head_is_refused(change: dict[str, str]) -> None:
-    with pytest.raises(UserError, match="--pool mean --head linear"):
+    with pytest.raises(UserError, match="`pool` mean and `head` linear"):
         PlainViT(ViT(replace(SHAPE, **change), 1, 8, 8, 10))
 
 
