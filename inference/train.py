@@ -91,7 +91,7 @@ def _train_and_report(config: RunConfig, folder: Path, resume: bool, full: bool)
         metrics = train_run(config, folder, resume=resume, full_posterior=full)
     except KeyboardInterrupt as stop:
         if stop.args:  # the library says what is kept
-            stop.args = (f"{str(stop).rstrip('.')}; {_how_to_go_on(folder)}",)
+            stop.args = (f"{stop}{_how_to_go_on(folder)}",)
         raise
     if not REPORTS:
         return
@@ -110,8 +110,8 @@ def _how_to_go_on(folder: Path) -> str:
     from pyro_isingvit.runs.folder import CHECKPOINT
 
     if (folder / CHECKPOINT).exists():
-        return f"go on with: python -m inference.train --resume {folder}"
-    return "start again with the same command and --overwrite"
+        return f"; go on with: python -m inference.train --resume {folder}"
+    return ": start again with the same command and --overwrite"
 
 
 def main(argv: list[str] | None = None) -> None:
