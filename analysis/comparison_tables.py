@@ -1,6 +1,6 @@
 """The cells of a grid that inference.compare ran, as tables: means, paired tests, Markdown.
 
-Names come from a file that may be anyone's: they are made harmless where they enter.
+The file may come from anyone: names are made harmless when they are read.
 """
 
 import json

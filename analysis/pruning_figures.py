@@ -82,7 +82,7 @@ def frontier(
     dense: Mapping[str, float],
     narrow: bool = False,
 ) -> Figure:
-    """What smaller networks cost and give, against the share of the weights that is kept.
+    """Cost and quality of smaller networks, against the share of the weights that is kept.
 
     Args:
         points: ``kept``, ``parameters``, ``macs``, ``latency_1`` and ``latency_256`` (seconds), ``accuracy``, ``nll``,

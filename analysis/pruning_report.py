@@ -1,4 +1,4 @@
-"""The page of a compact network: what is left, what it costs, what it gives."""
+"""The page of a compact network: structure, cost, quality."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""What the analyses of shifted images share: runs to compare, their test images, images fitted to a run.
+"""Shared by the analyses of shifted images: runs to compare, their test images, images fitted to a run.
 
 Shapes: B images, C channels (1 or 3), H height, W width; images are (B, C, H, W) uint8.
 """

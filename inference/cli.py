@@ -93,11 +93,11 @@ def _parsed[T](parse: Callable[[], T]) -> T:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled like Ctrl-C: what is open is closed, what is half written is removed."""
+    """SIGTERM, handled like Ctrl-C: open files are closed, half-written ones removed."""
 
 
 def with_clear_errors(call: Callable[[], object], arguments: type | None = None) -> None:
-    """Runs ``call``; errors and signals that have a message leave with it alone, in the script's own words.
+    """Runs ``call``; errors and signals end the script with their message alone, in the script's own words.
 
     Exit codes: 2 for a ``UserError``, 130 for Ctrl-C, 143 for SIGTERM.
 

@@ -1,4 +1,4 @@
-"""What every peer gets to work with, and the training loop for any module.
+"""The job that every peer gets, and a training loop for any module.
 
 Shapes: S samples, B batch, C classes.
 """
@@ -26,7 +26,7 @@ CHUNK = 500  # images that are predicted at a time
 
 @dataclass(frozen=True)
 class Job:
-    """What every method gets: the same data, shape, schedule and seed.
+    """The same data, shape, schedule and seed for every method.
 
     Attributes:
         config: of the deterministic method; ``config.train`` has epochs, batch size, rates, seed and draws S.

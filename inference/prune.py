@@ -176,7 +176,7 @@ def _quality(run: "Run", model: "CompactViT", bayes: "CompactViT", data: "ImageD
         "dense_": dense_network(run, data.val).predict(test.images).mean(0),
     }
     scores = {name: classification_metrics(mean, test.labels) for name, mean in probs.items()}
-    held = _evaluated(run)  # the run has looked already: the same draws would give the same numbers
+    held = _evaluated(run)  # the run was evaluated already: the same draws would give the same numbers
     if held is None:
         held = classification_metrics(
             draw_predictive(run, test.images, samples, seed=seed, progress=True).mean, test.labels
@@ -191,7 +191,7 @@ def _quality(run: "Run", model: "CompactViT", bayes: "CompactViT", data: "ImageD
 
 
 def _evaluated(run: "Run") -> dict[str, float] | None:
-    """The full posterior's metrics as the run's own evaluation left them; None where it did not."""
+    """The full posterior's metrics from the run's own evaluation; None without one."""
     from pyro_isingvit.runs.folder import METRICS
 
     assert run.folder is not None
@@ -274,7 +274,7 @@ def _print_frontier(points: "list[Point]", full: dict[str, float]) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Removes an earlier compact network's files, and those alone."""
+    """Removes an earlier compact network's files and nothing else."""
     from pyro_isingvit.pruning.export import ONNX, PROGRAM
 
     for name in ("compact.json", "compact.safetensors", ONNX, PROGRAM, "metrics.json", FRONTIER):

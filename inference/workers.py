@@ -28,7 +28,7 @@ def workers(count: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _follow() -> None:
-    """Leaves Ctrl-C, which reaches the whole group, to the script, and ends when the script ends."""
+    """Ignores Ctrl-C, which the script handles for the whole group; ends when the script ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

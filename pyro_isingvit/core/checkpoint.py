@@ -32,7 +32,7 @@ class DamagedError(UserError):
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C and SIGTERM back until the block is done; in other threads than the main one it does nothing.
+    """Delays Ctrl-C and SIGTERM until the block is done; does nothing outside the main thread.
 
     A netCDF library that is interrupted keeps its locks; its next call would then wait for ever.
     """
@@ -121,7 +121,7 @@ def previous_of(path: Path) -> Path:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Saves tensors, numbers, strings and containers of them, atomically; the checkpoint before is kept."""
+    """Saves tensors, numbers, strings and containers of them, atomically; the previous checkpoint is kept."""
     content = io.BytesIO()  # in memory first: torch reports a full disk as an error of its own
     torch.save(state, content)
     checksum = hashlib.sha256(content.getbuffer()).digest()
@@ -155,7 +155,7 @@ def load_checkpoint(path: Path, repair: bool = False) -> dict[str, Any]:
     try:
         state = _read(previous)
     except DamagedError as error:
-        raise UserError(f"{trouble} The one before it is no better: {error} Train the run again.") from error
+        raise UserError(f"{trouble} The previous checkpoint is no better: {error} Train the run again.") from error
     log.warning("%s; %s is used, written after epoch %s", trouble.rstrip("."), previous.name, state.get("epoch", "?"))
     if repair:
         write_atomically(path, lambda temporary: temporary.write_bytes(previous.read_bytes()))

@@ -14,8 +14,6 @@ from pyro_isingvit.predictive.calibration import temper
 from pyro_isingvit.predictive.detection import check_labels, detects_wrong
 from pyro_isingvit.predictive.draws import PredictiveDraws
 
-# -- Rel-U ---------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class RelativeUncertainty:
