@@ -71,7 +71,8 @@ def ood(arguments: Arguments) -> None:
         "samples": arguments.samples, "seed": arguments.seed, "ood": results,
     }  # fmt: skip
     write_json(folder / RESULTS, summary)
-    title = f"{first.info.dataset}, {len(inside)} test images against out-of-distribution ones (positive), {arguments.samples} draws"
+    against = f"{len(inside)} test images against out-of-distribution ones (positive)"
+    title = f"{first.info.dataset}, {against}, {arguments.samples} draws"
     print_columns(title, ("images", "run", "score", "AUROC", "FPR95", "AUPR"), rows)
     for name, result in results.items():
         print(f"{name}: {result['images']} images, {result['adapted']}")
