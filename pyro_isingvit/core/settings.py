@@ -309,7 +309,7 @@ PRESETS: dict[str, Preset] = {
     "small": Preset(ViTConfig(patch_size=7, width=64, heads=4, depth=4, mlp_ratio=2)),
     "cifar": Preset(ViTConfig(patch_size=4, width=192, heads=6, depth=6, mlp_ratio=2), lr=1e-3),
     "paper-28": Preset(ViTConfig(patch_size=7, width=64, heads=8, depth=2, mlp_ratio=16, head="mlp")),
-    "paper-32": Preset(ViTConfig(patch_size=4, width=128, heads=16, depth=2, mlp_ratio=16, head="mlp")),
+    "paper-32": Preset(ViTConfig(patch_size=4, width=128, heads=16, depth=2, mlp_ratio=16, head="mlp"), lr=1e-3),
 }
 
 

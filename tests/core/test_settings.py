@@ -72,7 +72,7 @@ def test_presets() -> None:
 
 # Learning rates ---------------------------------------------------------------------------------------------------
 
-WIDE = ["cifar"]  # presets with a rate of their own
+WIDE = ["cifar", "paper-32"]  # presets with a rate of their own
 
 
 def trained_by_script(monkeypatch, *words: str) -> RunConfig:

@@ -46,7 +46,7 @@ TINY = [
 
 @pytest.fixture
 def job() -> Job:
-    settings = replace(OWN["deterministic"][1], epochs=8, lr=5e-3, samples=4, device="cpu")
+    settings = replace(OWN["deterministic"].train, epochs=8, lr=5e-3, samples=4, device="cpu")
     config = RunConfig("digits", "deterministic", DataConfig("digits", train_size=200), SHAPE, train=settings)
     return Job(config, load_data("digits", train_size=200), torch.device("cpu"))
 
@@ -197,7 +197,7 @@ def test_the_script_goes_on_past_peers_that_cannot_run(tmp_path: Path) -> None:
         (["--peers", "blitz"], "unknown peer 'blitz'; known: tyxe"),
         (["--peers"], "at least one of"),
         (["--peers", "laplace", "laplace"], "distinct"),
-        (["--preset", "huge"], "unknown preset"),
+        (["--preset", "huge"], "unknown --preset"),
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--dataset", "npz:none.npz"], "none.npz"),
     ],
