@@ -1,12 +1,16 @@
-# make demo: set up, train on real handwritten digits, open the posterior.   make test: set up, lint, types, tests.
+# make alone lists what there is to make; every target sets up its own virtual environment first.
 VENV := .venv
 PY := $(VENV)/bin/python
 DEMO := runs/demo
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
 SOAK_MINUTES ?= 30
 
-.PHONY: demo test soak clean test-matrix
-.DEFAULT_GOAL := demo
+.PHONY: help lint format test test-all test-matrix demo soak clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The first interpreter of version 3.12 or later that really runs; a version manager's own folders come last.
 $(VENV)/.installed: pyproject.toml
@@ -20,23 +24,31 @@ $(VENV)/.installed: pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[test]'; \
 	touch $@
 
-demo: $(VENV)/.installed
-	$(PY) -m inference.train --dataset digits --preset digits --epochs 140 --target-retention 0.6 --lr 0.002 --draws 1 --curvature-batch 64 --samples 100 --out $(DEMO) --overwrite
-	$(PY) -m analysis.report --run $(DEMO)
-
-test: $(VENV)/.installed
+lint: $(VENV)/.installed ## style and types: ruff, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
-# Train, kill, resume, predict, prune, over and over: memory and open files must not grow.
-soak: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(PY) tests/soak.py --minutes $(SOAK_MINUTES) --out runs/soak.json
+format: $(VENV)/.installed ## rewrite the code in the project's style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
 
-# Every supported Python with the oldest and the newest torch: long, for every now and then.
-test-matrix: $(VENV)/.installed
+test: lint ## lint, and the quick tests
+	$(PYTEST) -m "not slow"
+
+test-all: lint ## lint, every test, and the examples of the docstrings
+	$(PYTEST) --doctest-modules tests pyro_isingvit
+
+test-matrix: $(VENV)/.installed ## every supported Python with the oldest and the newest torch (long)
 	$(PY) tests/matrix.py
 
-clean:
-	rm -rf $(VENV) .venv-matrix runs .pytest_cache .mypy_cache .ruff_cache
+demo: $(VENV)/.installed ## train on real handwritten digits, write the report
+	$(PY) -m inference.train --dataset digits --preset digits --epochs 140 --target-retention 0.6 --lr 0.002 --draws 1 --curvature-batch 64 --samples 100 --out $(DEMO) --overwrite
+	$(PY) -m analysis.report --run $(DEMO)
+
+soak: $(VENV)/.installed ## train, kill, resume, predict, prune for SOAK_MINUTES=30: memory and open files must not grow
+	OMP_NUM_THREADS=1 $(PY) tests/soak.py --minutes $(SOAK_MINUTES) --out runs/soak.json
+
+clean: ## remove environments, caches and build outputs; runs/ stays
+	rm -rf $(VENV) .venv-matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +

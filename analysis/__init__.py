@@ -1,1 +1,1 @@
-"""Scripts that read a finished run: report."""
+"""Scripts that read finished runs: reports, figures, tables."""

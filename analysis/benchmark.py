@@ -2,7 +2,7 @@
 
 python -m analysis.benchmark --results runs/benchmark
 
-Reads benchmark.json (inference.benchmark) and writes scaling.png, steps.png, memory.png and benchmark.md beside it.
+Reads benchmark.json (inference.benchmark); writes scaling.png, steps.png, memory.png and benchmark.md to its folder.
 docs/speed.md says how to read them.
 """
 

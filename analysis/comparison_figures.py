@@ -118,7 +118,7 @@ def _panels(count: int, height: float) -> tuple[Figure, np.ndarray]:
 
 @styled
 def reliability(predictions: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str) -> Figure:
-    """Accuracy against confidence of several methods side by side.
+    """Accuracy against confidence of several methods, a panel each.
 
     Args:
         predictions: method -> mean probabilities (B, C) and labels (B,).
@@ -140,7 +140,7 @@ def reliability(predictions: Mapping[str, tuple[np.ndarray, np.ndarray]], title:
 
 @styled
 def entropies(predictions: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str) -> Figure:
-    """Entropy of right and of wrong predictions of several methods side by side."""
+    """Entropy of right and of wrong predictions of several methods, a panel each."""
     figure, axes = _panels(len(predictions), 2.4)
     for ax, (method, (probs, labels)) in zip(axes, predictions.items(), strict=False):
         entropy = entropy_of(probs)

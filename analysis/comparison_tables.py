@@ -1,6 +1,6 @@
 """The cells of a grid that inference.compare ran, as tables: means, paired tests, Markdown.
 
-Names come from a file that may be anyone's: they are made harmless where they enter.
+The file may come from anyone: names are made harmless when they are read.
 """
 
 import json
@@ -35,7 +35,7 @@ def load_results(path: Path) -> pd.DataFrame:
         UserError: no such file, damaged, or without a single finished cell.
     """
     if not path.is_file():
-        raise UserError(f"there is no {path}; --results takes a folder that inference.compare wrote.")
+        raise UserError(f"there is no {path}; `results` takes a folder that inference.compare wrote.")
     try:
         cells: list[dict[str, Any]] = json.loads(path.read_text())
         rows = [
@@ -68,7 +68,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 def against_best(frame: pd.DataFrame, ours: str = OURS) -> pd.DataFrame:
     """Our method against the best other single network, by data set, size and metric.
 
-    The best is the one of the best mean. ``difference`` is ours minus best, its standard error and the p-value are
+    The best has the best mean. ``difference`` is ours minus best, its standard error and the p-value are
     those of a paired t-test over the seeds that both have; ``behind`` is by how much ours is worse, 0 if it leads.
     """
     rows = []

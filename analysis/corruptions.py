@@ -1,4 +1,4 @@
-"""How a run's accuracy and calibration bear corrupted images: five corruptions, five severities.
+"""Accuracy and calibration of a run on corrupted images: five corruptions, five severities.
 
 python -m analysis.corruptions --run runs/digits
 
@@ -34,7 +34,7 @@ def corruptions(arguments: Arguments) -> None:
     from analysis.spoil import CORRUPTIONS, corrupt, judge, summary_rows
     from pyro_isingvit.core.checkpoint import write_json
 
-    need(arguments.samples >= 1, f"--samples must be at least 1, got {arguments.samples}.")
+    need(arguments.samples >= 1, f"`samples` must be at least 1, not {arguments.samples}.")
     runs = load_runs(arguments.run, arguments.device)
     first = next(iter(runs.values()))
     split = own_test_part(first, arguments.data_root, arguments.max_images, arguments.seed)

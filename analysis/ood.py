@@ -1,8 +1,8 @@
-"""Do a run's uncertainties tell strange images from those of its own test part?
+"""How well a run's uncertainties tell out-of-distribution images from its own test part.
 
 python -m analysis.ood --run runs/digits --ood mnist noise shuffled --data-root ../shared/data
 
-``DIR/ood`` receives results.json and a figure for each kind of strange images. docs/shift.md says how to read them.
+``DIR/ood`` receives results.json and a figure for each kind of images. docs/shift.md says how to read them.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(ShiftArguments):
-    """Which runs, and which images are strange to them."""
+    """Which runs, and which images they were not trained for."""
 
     ood: tuple[str, ...]
     """Names of data sets (their test parts), noise (uniform pixels), shuffled (the test images' pixels in another
@@ -39,8 +39,8 @@ def ood(arguments: Arguments) -> None:
     from pyro_isingvit.predictive.detection import ood_metrics, uncertainty_scores
     from pyro_isingvit.runs.predict import draw_predictive
 
-    need(arguments.ood, f"--ood needs one of: {KNOWN}.")
-    need(len(set(arguments.ood)) == len(arguments.ood), "--ood names the same images twice.")
+    need(arguments.ood, f"`ood` needs one of: {KNOWN}.")
+    need(len(set(arguments.ood)) == len(arguments.ood), "`ood` names the same images twice.")
     runs = load_runs(arguments.run, arguments.device)
     first = next(iter(runs.values()))
     inside = own_test_part(first, arguments.data_root, arguments.max_images, arguments.seed).images
@@ -71,9 +71,8 @@ def ood(arguments: Arguments) -> None:
         "samples": arguments.samples, "seed": arguments.seed, "ood": results,
     }  # fmt: skip
     write_json(folder / RESULTS, summary)
-    title = (
-        f"{first.info.dataset}, {len(inside)} test images against strange ones (positive), {arguments.samples} draws"
-    )
+    against = f"{len(inside)} test images against out-of-distribution ones (positive)"
+    title = f"{first.info.dataset}, {against}, {arguments.samples} draws"
     print_columns(title, ("images", "run", "score", "AUROC", "FPR95", "AUPR"), rows)
     for name, result in results.items():
         print(f"{name}: {result['images']} images, {result['adapted']}")

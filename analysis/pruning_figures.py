@@ -59,7 +59,7 @@ def kept_structure(layers: Sequence[Mapping[str, Sequence[float]]], narrow: bool
 
 
 def _heads(ax: Axes, value: np.ndarray, score: np.ndarray) -> None:
-    """Two columns a head, filled as far as channels are left."""
+    """Two columns a head, filled by the share of the channels that is left."""
     for h, shares in enumerate(zip(value, score, strict=True)):
         for side, (share, colour) in enumerate(zip(shares, (BLUE, SKY), strict=True)):
             x = h + 0.06 + 0.44 * side
@@ -82,7 +82,7 @@ def frontier(
     dense: Mapping[str, float],
     narrow: bool = False,
 ) -> Figure:
-    """What smaller networks cost and give, against the share of the weights that is kept.
+    """Cost and quality of smaller networks, against the share of the weights that is kept.
 
     Args:
         points: ``kept``, ``parameters``, ``macs``, ``latency_1`` and ``latency_256`` (seconds), ``accuracy``, ``nll``,

@@ -1,4 +1,4 @@
-"""The page of a compact network: what is left, what it costs, what it gives."""
+"""The page of a compact network: structure, cost, quality."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ PAGE, FRONTIER = "index.html", "frontier.json"
 CAPTIONS = {
     "structure": (
         "What is left, block by block",
-        "Left, the attention heads: filled as far as value channels (dark) and query-key channels (light) are left; an "
+        "Left, the attention heads: filled where value channels (dark) and query-key channels (light) are left; an "
         "empty head is gone, one without query-key channels averages over the patches. Right, the hidden units of the "
         "MLP. A block whose halves are both empty costs nothing.",
     ),
@@ -55,7 +55,7 @@ def write_pruning_report(folder: Path) -> Path:
     """Writes ``report/index.html`` and the figures as PNG into the folder of a compact network.
 
     Args:
-        folder: what ``--out`` of inference.prune named.
+        folder: where the compact network was saved.
 
     Returns:
         the page.

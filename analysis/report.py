@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inference.cli import print_table, run_script
+from pyro_isingvit.core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,17 @@ class Arguments:
 def report(arguments: Arguments) -> None:
     """Write one self-contained page about a run: metrics, calibration, uncertainty, masks; or a compact network."""
     from analysis.pruning_report import is_compact, write_pruning_report
-    from analysis.run_report import metric_rows, read_metrics, write_report
+    from analysis.run_report import is_cut_short, metric_rows, read_metrics, write_report
 
     if is_compact(arguments.run):
         print(f"report: {write_pruning_report(arguments.run)}")
         return
-    page = write_report(arguments.run)
+    try:
+        page = write_report(arguments.run)
+    except UserError as error:
+        if is_cut_short(arguments.run):
+            raise UserError(f"{error}: python -m inference.train --resume {arguments.run}") from error
+        raise
     metrics = metric_rows(read_metrics(arguments.run))
     chosen = ("Accuracy", "F1, macro", "NLL", "Brier score", "ECE", "Mean retention", "Pruned weights")
     print_table("test part", {title: value for title, value, _ in metrics if title in chosen})

@@ -21,7 +21,7 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.pruning.assembly import structure
-from pyro_isingvit.runs.folder import HISTORY, METRICS, POSTERIOR, read_config, read_history
+from pyro_isingvit.runs.folder import CONFIG, HISTORY, METRICS, POSTERIOR, read_config, read_history
 
 PAGE = "index.html"
 THRESHOLD = 0.5  # retention below it: pruned
@@ -173,11 +173,14 @@ def _draw(section: Section, target: Path) -> dict[str, Any]:
     return {"section": section, "images": images}
 
 
+def is_cut_short(folder: Path) -> bool:
+    """Whether a run was trained, but its evaluation is not finished."""
+    evaluated = (folder / METRICS).is_file() and (folder / POSTERIOR).is_file()
+    return (folder / CONFIG).is_file() and (folder / HISTORY).is_file() and not evaluated
+
+
 def _cut_short(folder: Path, name: str) -> str:
-    return (
-        f"{folder / name} is missing: the run was cut short before its evaluation; "
-        f"finish it with: python -m inference.train --resume {folder}"
-    )
+    return f"{folder / name} is missing: the run was cut short before its evaluation; resume the run to finish it"
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -333,7 +336,7 @@ def _sections(tree: xr.DataTree, history: list[dict[str, Any]], config: RunConfi
             "is the support token, the position of the image's smallest margin. The theory is that of causal "
             "attention; for images it is a heuristic. "
             + (f"Trained with the log-barrier, λ = {config.train.log_barrier:g}." if config.train.log_barrier
-               else "Trained without the log-barrier (--log-barrier)."),
+               else "Trained without the log-barrier (setting log_barrier)."),
             _margins(tree, config.vit.patch_size),
         ),
     ]  # fmt: skip
@@ -366,10 +369,9 @@ def _structure(retention: dict[str, np.ndarray], config: RunConfig) -> list[Sect
     return [
         Section(
             "structure", "What the masks leave of each block",
-            "Left, the attention heads: filled as far as value channels (dark) and query-key channels (light) have a "
+            "Left, the attention heads: filled where value channels (dark) and query-key channels (light) have a "
             "retention above 0.5. Right, the hidden units of the MLP, each above 0.5 in colour. Blocks whose halves "
-            "are both empty are bypassed by the skip connections. python -m inference.prune cuts the network down to "
-            "what is left.",
+            "are both empty are bypassed by the skip connections. Pruning cuts the network down to what is left.",
             partial(pruning_figures.kept_structure, structure(alive, config.vit.heads)),
         )
     ]  # fmt: skip

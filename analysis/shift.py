@@ -1,4 +1,4 @@
-"""What the analyses of shifted images share: runs to compare, their test images, images fitted to a run.
+"""Shared by the analyses of shifted images: runs to compare, their test images, images fitted to a run.
 
 Shapes: B images, C channels (1 or 3), H height, W width; images are (B, C, H, W) uint8.
 """
@@ -35,13 +35,14 @@ def load_runs(folders: Sequence[Path], device: str) -> dict[str, Run]:
         device: auto, cpu or cuda.
 
     Raises:
-        UserError: no folder, one named twice, one that holds no run, runs of different data, or no CUDA device.
+        UserError: no folder, a folder named twice or without a run, runs of different data, or no CUDA device.
     """
-    need(folders, "--run needs the folder of a run.")
-    need(device != "cuda" or torch.cuda.is_available(), "no CUDA device is available here; use --device cpu or auto.")
-    place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    need(folders, "`run` needs the folder of a run.")
+    available = torch.cuda.is_available()
+    need(device != "cuda" or available, "no CUDA device is available here; choose `device` cpu or auto.")
+    place = "cuda" if device != "cpu" and available else "cpu"
     paths = [folder.resolve() for folder in folders]
-    need(len(set(paths)) == len(paths), "--run names a folder twice.")
+    need(len(set(paths)) == len(paths), "`run` names a folder twice.")
     short = [path.name for path in paths]
     names = [
         name if short.count(name) == 1 else f"{path.parent.name}/{name}"
@@ -74,7 +75,7 @@ def own_test_part(run: Run, data_root: str | None, max_images: int, seed: int) -
     Raises:
         UserError: neither the data nor posterior.nc can be read, or max_images below 1.
     """
-    need(max_images >= 1, f"--max-images must be at least 1, got {max_images}.")
+    need(max_images >= 1, f"`max_images` must be at least 1, not {max_images}.")
     config = run.config.data
     config = replace(config, download=False, data_root=data_root or config.data_root)
     try:
@@ -93,7 +94,7 @@ def _stored(path: Path) -> Split:
         pixels, labels = (np.asarray(tree[group][name]) for group, name in STORED)
     except KeyError as error:
         raise UserError(
-            f"{path} keeps no test images ({error}); give the folder of the data by --data-root."
+            f"{path} keeps no test images ({error}); give the folder of the data as `data_root`."
         ) from error
     finally:
         tree.close()

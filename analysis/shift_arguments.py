@@ -1,4 +1,4 @@
-"""Arguments that the analyses of shifted images share."""
+"""Shared arguments of the analyses of shifted images."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Figures of shifted images, one function each: plain arrays in, a matplotlib ``Figure`` out.
 
-Shapes: B images. Entropies in nats. Runs are told apart by colour, and by line style beyond six.
+Shapes: B images. Entropies in nats. Runs differ by colour, and by line style beyond six.
 """
 
 import math
@@ -39,11 +39,11 @@ def ood_figure(
     inside: Scores, outside: Scores, found: Mapping[str, Mapping[str, Mapping[str, float | None]]],
     title: str, classes: int,
 ) -> Figure:  # fmt: skip
-    """Histograms of three scores on test images and on strange ones, a row for each run; ROC curves below.
+    """Histograms of three scores on test and out-of-distribution images, a row for each run; ROC curves below.
 
     Args:
         inside: (B,) scores of the test images, by run and score.
-        outside: (B',) scores of the strange images.
+        outside: (B',) scores of the out-of-distribution images.
         found: auroc of each.
         title: of the figure.
         classes: C; the entropy is log C at most.
@@ -60,7 +60,7 @@ def ood_figure(
     for row, run in zip(axes, inside, strict=False):
         for ax, (score, name) in zip(row, names.items(), strict=True):
             edges = np.linspace(0, ends[score], 31)
-            groups = [(inside[run][score], "test part", BLUE), (outside[run][score], "strange images", RED)]
+            groups = [(inside[run][score], "test part", BLUE), (outside[run][score], "out of distribution", RED)]
             for values, text, colour in groups:
                 share = np.histogram(np.clip(values, 0, ends[score]), edges)[0] / len(values)
                 ax.stairs(share, edges, fill=True, color=colour, alpha=0.25)
@@ -76,7 +76,7 @@ def ood_figure(
         ax.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
         ax.axhline(0.95, color=GREY, linewidth=0.6)
         ax.set(xlim=(-0.01, 1), ylim=(0, 1.01), aspect="equal", title=f"ROC by {name.split(' (')[0]}")
-        ax.set(xlabel="share of the test part flagged", ylabel="share of the strange flagged")
+        ax.set(xlabel="share of the test part flagged", ylabel="share of the others flagged")
         ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 0.95])  # FPR95 is read where a curve crosses the last
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), title="AUROC", ncols=min(2, len(inside)))
         percent(ax.xaxis)

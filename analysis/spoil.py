@@ -1,4 +1,4 @@
-"""Corruptions of images in five severities, and how a run bears them.
+"""Corruptions of images in five severities, and how a run copes with them.
 
 Shapes: B images, C channels, H height, W width; images are (B, C, H, W) uint8. The side of an image is min(H, W).
 """

@@ -27,7 +27,7 @@ def strange_images(
     """Out-of-distribution images in the run's channels and size.
 
     Args:
-        spec: as ``--ood`` takes it.
+        spec: as the setting ``ood`` takes it.
         info: what the run expects.
         inside: (B, C, H, W) uint8, the test images; ``noise`` and ``shuffled`` make as many.
         data_root: folder of the torchvision data sets.
@@ -54,7 +54,7 @@ def strange_images(
     if kind == "npz" and path:
         images = _from_npz(Path(path).expanduser())
     else:
-        need(spec in DATASETS, f"unknown images {spec!r}; --ood takes {KNOWN}.")
+        need(spec in DATASETS, f"unknown images {spec!r}; `ood` takes {KNOWN}.")
         images = load_data(spec, data_root=data_root, val_fraction=0).test.images
     return fit_images(images[torch.from_numpy(choose(len(images), most, seed))], info)
 

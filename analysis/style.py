@@ -1,4 +1,4 @@
-"""How figures look and are written: one style for all, SVG for the page, PNG for the folder.
+"""Style and formats of all figures: SVG for the page, PNG for the folder.
 
 Colours are Okabe and Ito's, which readers with any colour vision tell apart; colour maps are cividis and Blues.
 """

@@ -1,1 +1,1 @@
-"""Scripts that run inference: train, predict."""
+"""Scripts that run inference: train, predict, prune, compare, time."""

@@ -2,7 +2,7 @@
 
 python -m inference.benchmark --device cpu --out runs/benchmark
 
-Repeats of what is compared take turns; ratios of medians are what to read, seconds hold for this machine and its load.
+Compared cases take turns. Read the ratios of medians; the seconds hold for this machine and its load only.
 Figures of what it wrote: python -m analysis.benchmark --results runs/benchmark
 """
 
@@ -75,7 +75,7 @@ def benchmark(arguments: BenchmarkArguments) -> None:
     if arguments.peers:
         from inference.benchmark_parts import peer_config
 
-        peer_config(arguments.device)  # complains where none is installed
+        peer_config(arguments.device)  # raises where none is installed
     import torch
 
     from pyro_isingvit.core.checkpoint import write_json, write_text

@@ -1,11 +1,12 @@
 """What the benchmark times: a training step, a mask update and posterior draws, ours and those of a plain ViT.
 
-Both steps are loss, backward pass, clipping of the gradient norm, and AdamW in its fast form. Training has besides: the
-learning rate's schedule, and every tenth step a look at the loss and its terms.
+Both steps are loss, backward pass, clipping of the gradient norm, and the optimiser and schedule of training. Training
+also looks at the loss and its terms every tenth step.
 Shapes: S samples, B batch, C classes.
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,15 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from inference.peer_network import decayed
 from pyro_isingvit.core.settings import IsingConfig, RunConfig, TrainConfig, ViTConfig
 from pyro_isingvit.data.split import DataInfo
 from pyro_isingvit.methods.ising import IsingMethod
+from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.plain import PlainViT
+from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule
 from pyro_isingvit.runs.predict import CHUNK, draw_predictive
 from pyro_isingvit.runs.run import Run, build_run
 from pyro_isingvit.runs.steps import total
 
 Case = Callable[[], object]
+LR = 1e-4  # low: thousands of steps on one batch of noise must stay finite
 
 
 @dataclass(frozen=True)
@@ -84,29 +89,32 @@ def _batch(shape: Shape) -> tuple[Tensor, Tensor]:
     return shape.info.normalise(shape.images(shape.batch)), labels
 
 
-def _stepper(network: nn.Module, groups: list, loss: Callable[[], Tensor]) -> Case:
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, foreach=True)  # the fast form also on a CPU
+def _stepper(shape: Shape, network: nn.Module, groups: list, settings: TrainConfig, loss: Callable[[], Tensor]) -> Case:
+    optimizer = make_optimizer(groups, settings)
+    schedule = make_schedule(optimizer, settings, math.ceil(shape.num_data / shape.batch))
 
     def step() -> None:
         value = loss()
         optimizer.zero_grad(set_to_none=True)
         value.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
         optimizer.step()
+        schedule.step()
 
     return step
 
 
 def plain_step(shape: Shape) -> Case:
-    """A step of the plain ViT: cross entropy and AdamW."""
+    """A step of the plain ViT as the library trains its deterministic method: cross entropy and AdamW."""
     network, (x, y) = plain_network(shape), _batch(shape)
+    settings = replace(METHODS["deterministic"].train, lr=LR)
     forward = torch.compile(network) if shape.compiled else network
 
     def loss() -> Tensor:
         with shape.autocast():
             return F.cross_entropy(forward(x).float(), y)
 
-    return _stepper(network, [{"params": list(network.parameters())}], loss)
+    return _stepper(shape, network, decayed(network, settings.weight_decay), settings, loss)
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,7 @@ class IsingStep:
 
 def ising_step(shape: Shape, ising: IsingConfig | None = None, settings: TrainConfig | None = None) -> IsingStep:
     """A step of SVI with the fused ELBO unless the settings say otherwise."""
-    settings = replace(settings or TrainConfig(), compile=shape.compiled)
+    settings = replace(settings or TrainConfig(), compile=shape.compiled, lr=LR)
     run = ising_run(shape, ising)
     config = replace(run.config, train=settings)
     method = IsingMethod(config, shape.info, shape.num_data, run.model, run.guide).to(shape.device)
@@ -138,7 +146,7 @@ def ising_step(shape: Shape, ising: IsingConfig | None = None, settings: TrainCo
         with shape.autocast():
             return total(method(x, y))
 
-    step = _stepper(method, method.parameter_groups(settings), loss)
+    step = _stepper(shape, method, method.parameter_groups(settings), settings, loss)
 
     def update() -> None:
         run.guide.observe(run.model, x, y)

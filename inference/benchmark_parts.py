@@ -89,7 +89,7 @@ def curves(
 
 
 def input_path(shape: Shape, turns: Turns) -> dict[str, Any]:
-    """An epoch of steps on batches as training takes them, from uint8, against as many on one batch that is ready."""
+    """An epoch of steps on uint8 batches, as in training, against as many steps on one prepared batch."""
     ours, count = ising_step(shape), 10 * shape.batch
     split = Split(shape.images(count), torch.arange(count, device=shape.device) % shape.classes)
 
@@ -123,7 +123,7 @@ def memory(shape: Shape, chunks: Sequence[int], draws: int, images: int) -> dict
 
 
 def in_fresh_process[**P, T](function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Calls a function of this module in a process that does nothing else."""
+    """Calls a function of this module in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args, **kwargs).result()
 
@@ -152,7 +152,7 @@ def _peak(shape: Shape) -> float:
         most = torch.cuda.max_memory_allocated() / 1e6
         torch.cuda.reset_peak_memory_stats()
         return most
-    need(Path("/proc/self/clear_refs").exists(), "peak memory is read from Linux's /proc; add --no-memory here.")
+    need(Path("/proc/self/clear_refs").exists(), "peak memory is read from Linux's /proc; set `memory` to False.")
     status = Path("/proc/self/status").read_text()
     Path("/proc/self/clear_refs").write_text("5")  # resets the high water mark
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6

@@ -1,14 +1,20 @@
-"""What every script shares: arguments by tyro, errors that are the user's to mend, a closing table."""
+"""What every script shares: arguments by tyro, errors that the user can fix, a closing table.
+
+The library knows nothing of command lines: its messages name settings in backticks, such as `patch_size`. Where a
+script has that setting, the message shows its flag, --patch-size; other names lose their backticks.
+"""
 
 import contextlib
+import dataclasses
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +28,7 @@ from pyro_isingvit.core.untrusted import printable
 # torchrun starts a script several times; the first process on each machine speaks, the first of all reports.
 SPEAKS = not by_torchrun() or os.environ["LOCAL_RANK"] == "0"
 REPORTS = not by_torchrun() or os.environ["RANK"] == "0"
-PATIENCE_S = 30.0  # for which the others keep their message back
+PATIENCE_S = 30.0  # how long the other processes hold their message back
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
@@ -46,7 +52,31 @@ def run_script[T](
         check_fields(parsed)
         main(parsed)
 
-    with_clear_errors(everything)
+    with_clear_errors(everything, arguments)
+
+
+def in_flags(message: str, arguments: type | None) -> str:
+    """A library's message in the words of a command line.
+
+    Args:
+        message: names settings and arguments in backticks.
+        arguments: the script's dataclass; its fields, nested ones included, become flags. None: no name does.
+    """
+    names = set() if arguments is None else set(_field_names(arguments))
+
+    def word(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"--{name.replace('_', '-')}" if name in names else name
+
+    return re.sub(r"`([A-Za-z_][\w.]*)`", word, message)
+
+
+def _field_names(arguments: type) -> Iterator[str]:
+    for field in dataclasses.fields(arguments):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            yield from _field_names(field.type)
+        else:
+            yield field.name
 
 
 def _parsed[T](parse: Callable[[], T]) -> T:
@@ -63,13 +93,17 @@ def _parsed[T](parse: Callable[[], T]) -> T:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled like Ctrl-C: what is open is closed, what is half written is removed."""
+    """SIGTERM, handled like Ctrl-C: open files are closed, half-written ones removed."""
 
 
-def with_clear_errors(call: Callable[[], object]) -> None:
-    """Runs ``call``; errors and signals that have a message leave with it alone.
+def with_clear_errors(call: Callable[[], object], arguments: type | None = None) -> None:
+    """Runs ``call``; errors and signals end the script with their message alone, in the script's own words.
 
     Exit codes: 2 for a ``UserError``, 130 for Ctrl-C, 143 for SIGTERM.
+
+    Args:
+        call: takes nothing; its result is dropped.
+        arguments: the script's dataclass; its fields become flags in the message (``in_flags``).
     """
 
     def terminate(*_: object) -> NoReturn:
@@ -80,10 +114,10 @@ def with_clear_errors(call: Callable[[], object]) -> None:
     try:
         call()
     except UserError as error:
-        _fail(f"error: {error}\n")
+        _fail(f"error: {in_flags(str(error), arguments)}\n")
     except KeyboardInterrupt as stop:
         if SPEAKS:
-            sys.stderr.write(f"\n{stop}\n" if stop.args else "\ninterrupted\n")
+            sys.stderr.write(f"\n{in_flags(str(stop), arguments)}\n" if stop.args else "\ninterrupted\n")
         raise SystemExit(143 if isinstance(stop, Terminated) else 130) from None
     finally:
         if main:
@@ -93,8 +127,8 @@ def with_clear_errors(call: Callable[[], object]) -> None:
 def _fail(text: str) -> NoReturn:
     """Leaves with a message and exit code 2.
 
-    torchrun ends all processes when the first one fails. Those that do not speak hence wait to be ended; one that is
-    still there afterwards failed alone, and says why.
+    torchrun terminates all processes when the first one fails. Processes that do not speak therefore wait to be
+    terminated. A process that is still there afterwards failed alone, and says why.
     """
     if not SPEAKS:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

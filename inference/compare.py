@@ -1,9 +1,9 @@
-"""Train several methods on the same network, data and seeds, and put them side by side.
+"""Train several methods on the same network, data and seeds, and compare them.
 
 python -m inference.compare --dataset digits --train-sizes 300 1000 --methods ising dropout:0.1 ensemble:5 \
     --seeds 0 1 2 --out runs/compare
 
-A killed grid goes on where it was with the same command. The number after a method sets its main knob.
+Re-run the same command to resume an interrupted grid. The number after a method sets its main knob.
 """
 
 import json
@@ -22,7 +22,7 @@ from inference.cli import run_script
 from inference.workers import workers
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import DataConfig, RunConfig, check_fields, default_preset, preset
-from pyro_isingvit.methods.registry import OURS, row
+from pyro_isingvit.methods.registry import OURS, row, train_defaults
 from pyro_isingvit.version import __version__
 
 RESULTS = "results.json"
@@ -82,7 +82,7 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, int, str, int]:
-        """What tells it from the others."""
+        """What distinguishes the cell from the others."""
         return self.dataset, self.train_size, self.method, self.seed
 
 
@@ -98,7 +98,7 @@ def method_config(spec: str, epochs: int, base: RunConfig) -> RunConfig:
         ising, baseline = chosen.with_number(number)
     except UserError as error:
         raise UserError(f"{spec!r}: {error}") from error
-    train = chosen.train
+    train = train_defaults(name, base.vit)
     last = round(0.2 * epochs) if train.finetune_epochs else 0
     own = base.train
     train = replace(
@@ -171,21 +171,37 @@ def run_cell(cell: Cell, threads: int) -> dict[str, Any]:
     import torch
 
     from pyro_isingvit.experiment import train_run
-    from pyro_isingvit.runs.folder import CHECKPOINT, METRICS
+    from pyro_isingvit.runs.folder import CHECKPOINT
 
     torch.set_num_threads(threads)
-    trained = cell.folder.with_name(cell.folder.name.replace(f"-{cell.method}-", "-deterministic-"))
-    derived = cell.derived_from is not None and (trained / METRICS).exists()
-    resume = not derived and (cell.folder / CHECKPOINT).exists() and _same_settings(cell)
-    return train_run(
-        cell.config, cell.folder, resume=resume, progress=False, trained=trained if derived else None
-    )  # fmt: skip
+    trained = sibling(cell)
+    resume = trained is None and (cell.folder / CHECKPOINT).exists() and _same_settings(cell)
+    return train_run(cell.config, cell.folder, resume=resume, progress=False, trained=trained)
+
+
+def sibling(cell: Cell) -> Path | None:
+    """The finished run in the grid's folder whose weights a derived method takes, found by its settings.
+
+    None where the method is not derived, or no such run is there.
+    """
+    from pyro_isingvit.runs.folder import METRICS, read_config, trained_alike
+
+    if cell.derived_from is None:
+        return None
+    for metrics in sorted(cell.folder.parent.glob(f"*/{METRICS}")):
+        try:
+            config = read_config(metrics.parent)
+        except UserError:  # a damaged run is no sibling
+            continue
+        if config.method == cell.derived_from and trained_alike(config, cell.config):
+            return metrics.parent
+    return None
 
 
 def run_grid(cells: list[Cell], jobs: int) -> Iterator[tuple[Cell, dict[str, Any] | Exception]]:
     """Runs the cells in ``jobs`` processes; yields each with its metrics or what stopped it.
 
-    A process that dies (out of memory, killed) fails the cells it may have held; the rest goes on in new ones.
+    A process that dies (out of memory, killed) fails the cells that it may have held; new processes run the rest.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     waves = [[c for c in cells if c.derived_from is None], [c for c in cells if c.derived_from is not None]]
@@ -201,7 +217,7 @@ def run_grid(cells: list[Cell], jobs: int) -> Iterator[tuple[Cell, dict[str, Any
                     cell = futures[future]
                     error = future.exception()
                     if isinstance(error, BrokenProcessPool):
-                        # Its own fault or a neighbour's: those nearest the front of the queue were running.
+                        # Its own fault or a neighbour's: the cells nearest the front of the queue were running.
                         running = [c for c in left if c not in done][:jobs]
                         for lost in running:
                             done.append(lost)
@@ -228,9 +244,9 @@ def compare(arguments: CompareArguments) -> None:
     try:
         failed = _run_and_record(todo, arguments, results)
     except KeyboardInterrupt as stop:
-        stop.args = ("interrupted; finished cells and epochs are kept; the same command goes on from there",)
+        stop.args = ("interrupted; finished cells and epochs are kept; re-run the same command to resume",)
         raise
-    # The figures and tables live with the other analysis; scripts of this folder do not import it.
+    # Figures and tables belong to analysis, which scripts of this folder do not import.
     if any(row["status"] == "done" for row in results.values()):
         subprocess.run([sys.executable, "-m", "analysis.comparison", "--results", str(arguments.out)], check=True)
     print(f"grid: {arguments.out}, {len(cells) - failed} cells done, {failed} failed")

@@ -1,4 +1,4 @@
-"""Each peer, trained and asked for predictions the way its own documentation has it (docs/peers.md).
+"""Each peer, trained and asked for predictions as its own documentation says (docs/peers.md).
 
 A method is a function and a line in METHODS. Peers are imported inside their function: none is needed elsewhere.
 
@@ -39,7 +39,7 @@ def own(job: Job, clock: Clock, method: str) -> Predict:
 
 @contextmanager
 def deep_getattr() -> Iterator[None]:
-    """Gives Pyro back the function that TyXe 0.0.2 calls and Pyro 1.9 no longer has, and takes it away again."""
+    """Lends Pyro 1.9 the function that it no longer has and TyXe 0.0.2 calls."""
     from pyro import util
 
     missing = not hasattr(util, "deep_getattr")
@@ -106,7 +106,7 @@ def bayesian_torch(job: Job, clock: Clock) -> Predict:
         "moped_enable": False, "moped_delta": 0.5,
     })  # fmt: skip
     layers: dict[str, Any] = {name: layer for name, layer in network.named_modules() if hasattr(layer, "mu_weight")}
-    with torch.no_grad():  # the initial weights of everybody, in place of N(0, 0.1)
+    with torch.no_grad():  # the same initial weights for all, in place of N(0, 0.1)
         for name, layer in layers.items():
             layer.mu_weight.copy_(means[f"{name}.weight"])
             layer.mu_bias.copy_(means[f"{name}.bias"])

@@ -1,4 +1,4 @@
-"""What every peer gets to work with, and the training loop for any module.
+"""The job that every peer gets, and a training loop for any module.
 
 Shapes: S samples, B batch, C classes.
 """
@@ -18,15 +18,15 @@ from pyro_isingvit.data.batches import batches
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.plain import Plain
 from pyro_isingvit.nets.plain import PlainViT
+from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule
 from pyro_isingvit.runs.run import build_run
-from pyro_isingvit.runs.steps import learning_rate_factor
 
 CHUNK = 500  # images that are predicted at a time
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every method gets: the same data, shape, schedule and seed.
+    """The same data, shape, schedule and seed for every method.
 
     Attributes:
         config: of the deterministic method; ``config.train`` has epochs, batch size, rates, seed and draws S.
@@ -106,12 +106,8 @@ def train(
         FloatingPointError: the loss was not finite.
     """
     settings, split = job.config.train, job.data.train
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr)
-    total = settings.epochs * math.ceil(len(split) / settings.batch_size)
-    warmup = int(settings.warmup_fraction * total)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, total, total, warmup)
-    )
+    optimizer = make_optimizer(groups, settings)
+    scheduler = make_schedule(optimizer, settings, math.ceil(len(split) / settings.batch_size))
     value = torch.zeros(())
     module.train()
     for epoch in range(settings.epochs):

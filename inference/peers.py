@@ -1,10 +1,10 @@
-"""Train what other libraries offer on the same network and split, and put quality and seconds per epoch in one table.
+"""Train methods of other libraries on the same network and split; one table of quality and seconds per epoch.
 
 python -m inference.peers --dataset fashion-mnist --data-root data --train-size 6000 --preset small --epochs 30 \
     --seed 0 --samples 50 --peers tyxe bayesian-torch laplace torch-uncertainty --out runs/peers
 
-Each method has a process of its own, so that nothing a peer patches, warns of or breaks reaches another. The processes
-take turns, an epoch each, so that whatever else the machine does slows all of them alike.
+Each method runs in a process of its own, so that a peer's patches, warnings and errors stay there. The processes take
+turns, an epoch each, so that other load on the machine slows all of them alike.
 """
 
 import importlib.util
@@ -22,13 +22,14 @@ from typing import Any, Literal
 
 from inference.cli import results_file, run_script
 from pyro_isingvit.core.errors import need, why
-from pyro_isingvit.core.settings import DataConfig, RunConfig, default_preset, preset
+from pyro_isingvit.core.settings import DataConfig, RunConfig, default_preset, fitting_rate, preset
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.version import __version__
 
 RESULTS = "peers.json"
 OURS = ("ising", "deterministic")
 REFERENCE = "deterministic"  # whose seconds per epoch are 1
+LR = 2e-3  # at which every peer and both of ours train well on narrow networks
 PATIENCE = 20.0  # seconds that a process has to end by itself
 INSTALL = "pip install 'pyro-isingvit[peers]'"
 SHOWN = {"accuracy": "accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE", "nll_calibrated": "NLL, T fitted"}
@@ -54,8 +55,8 @@ class PeersArguments:
     """Epochs of every method."""
     batch_size: int = 64
     """Images per step."""
-    lr: float = 2e-3
-    """Peak learning rate of AdamW."""
+    lr: float | None = None
+    """Peak learning rate of AdamW, the same for all; by default 2e-3, or less for wide networks."""
     seed: int = 0
     """Of split, initial weights, order of batches and noise."""
     samples: int = 50
@@ -87,8 +88,9 @@ def make_config(arguments: PeersArguments) -> RunConfig:
     name = arguments.preset or default_preset(arguments.data.dataset)
     vit = preset(name, **{key: getattr(arguments, key) for key in ("depth", "patch_size", "width")})
     train = replace(
-        METHODS[REFERENCE].train, epochs=arguments.epochs, batch_size=arguments.batch_size, lr=arguments.lr,
-        seed=arguments.seed, samples=arguments.samples, device=arguments.device,
+        METHODS[REFERENCE].train, epochs=arguments.epochs, batch_size=arguments.batch_size,
+        lr=fitting_rate(LR, vit) if arguments.lr is None else arguments.lr, seed=arguments.seed,
+        samples=arguments.samples, device=arguments.device,
     )  # fmt: skip
     return RunConfig(name, REFERENCE, arguments.data, vit, train=train, version=__version__)
 
@@ -202,7 +204,7 @@ class Worker:
             return {"status": "failed", "reason": "the process died (out of memory, or killed)"}
 
     def end(self) -> None:
-        """Ends it: by itself where it waits for its turn, by force in the middle of one."""
+        """Ends the process: a waiting one ends by itself, one in the middle of an epoch is terminated."""
         self.pipe.close()
         self.process.join(PATIENCE)
         if self.process.is_alive():

@@ -27,7 +27,7 @@ class PredictArguments:
     input: str
     """A folder of images, an npz file, or the name of a data set (its test part)."""
     out: Path = Path("predictions.nc")
-    """ArviZ DataTree to write; a CSV of the same name is written beside it."""
+    """ArviZ DataTree to write; a CSV of the same name is written to the same folder."""
     samples: int = 100
     """Posterior predictive draws."""
     chunk: int = 2048

@@ -46,7 +46,7 @@ class PruneArguments:
     peers: bool = False
     """Compare with magnitude pruning and Torch-Pruning's GroupTaylor at the same multiply-accumulates (slow)."""
     data_root: str | None = None
-    """Folder of the torchvision data sets, where it is no longer the one that the run names."""
+    """Folder of the torchvision data sets, where it is not the folder that the run names."""
     repeats: int = 15
     """Repeats of each time measurement; medians count."""
     plot: bool = True
@@ -176,7 +176,7 @@ def _quality(run: "Run", model: "CompactViT", bayes: "CompactViT", data: "ImageD
         "dense_": dense_network(run, data.val).predict(test.images).mean(0),
     }
     scores = {name: classification_metrics(mean, test.labels) for name, mean in probs.items()}
-    held = _evaluated(run)  # the run has looked already: the same draws would give the same numbers
+    held = _evaluated(run)  # the run was evaluated already: the same draws would give the same numbers
     if held is None:
         held = classification_metrics(
             draw_predictive(run, test.images, samples, seed=seed, progress=True).mean, test.labels
@@ -191,7 +191,7 @@ def _quality(run: "Run", model: "CompactViT", bayes: "CompactViT", data: "ImageD
 
 
 def _evaluated(run: "Run") -> dict[str, float] | None:
-    """The full posterior's metrics as the run's own evaluation left them; None where it did not."""
+    """The full posterior's metrics from the run's own evaluation; None without one."""
     from pyro_isingvit.runs.folder import METRICS
 
     assert run.folder is not None
@@ -204,7 +204,7 @@ def _evaluated(run: "Run") -> dict[str, float] | None:
 
 
 def _cost(run: "Run", model: "CompactViT", arguments: PruneArguments, data: "ImageData") -> dict[str, Any]:
-    """Parameters, multiply-accumulates, times and bytes, compact beside dense."""
+    """Parameters, multiply-accumulates, times and bytes, compact and dense."""
     import torch
 
     from pyro_isingvit.pruning.choose import dense_network
@@ -239,7 +239,7 @@ def _cost(run: "Run", model: "CompactViT", arguments: PruneArguments, data: "Ima
 def _frontier_file(
     run: "Run", masks: "Kept", found: "list[Candidate]", full: dict[str, float], metrics: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the figures read: the points, the one that was chosen, the dense network, and what is left of each layer."""
+    """What the figures read: the points, the chosen one, the dense network, and what is left of each layer."""
     from pyro_isingvit.pruning.assembly import structure
     from pyro_isingvit.pruning.choose import masked_weights
 
@@ -274,7 +274,7 @@ def _print_frontier(points: "list[Point]", full: dict[str, float]) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Removes an earlier compact network's files, and those alone."""
+    """Removes an earlier compact network's files and nothing else."""
     from pyro_isingvit.pruning.export import ONNX, PROGRAM
 
     for name in ("compact.json", "compact.safetensors", ONNX, PROGRAM, "metrics.json", FRONTIER):
@@ -308,7 +308,7 @@ def _show(arguments: PruneArguments, metrics: dict[str, Any]) -> None:
     print_table("cost", shown)
     print_table("test part: accuracy, NLL (nats), ECE", scores)
     print(f"compact network: {arguments.out}\nreport: python -m analysis.report --run {arguments.out}")
-    if arguments.plot:  # the figures are a room of their own, which this one does not import
+    if arguments.plot:  # analysis is a folder of its own, which this one does not import
         done = subprocess.run([sys.executable, "-m", "analysis.report", "--run", str(arguments.out)], check=False)
         need(done.returncode == 0, f"the network is written, its report is not: see above ({arguments.out}).")
 

@@ -1,7 +1,7 @@
-"""What else a user might prune with, at the same multiply-accumulates: Torch-Pruning's group magnitude and GroupTaylor.
+"""Other ways to prune, at the same multiply-accumulates: Torch-Pruning's group magnitude and GroupTaylor.
 
-The network they prune is the same vision transformer trained plainly, by cross entropy, for as many epochs as the run;
-they remove hidden units and head channels, and are fine-tuned and calibrated as the compact network was.
+They prune the same vision transformer, trained by cross entropy for as many epochs as the run. They remove hidden units
+and head channels. The result is fine-tuned and calibrated like the compact network.
 """
 
 import copy
@@ -28,7 +28,7 @@ MOST = 0.95  # share of a layer that may go
 
 
 def need_peers() -> None:
-    """Complains of a missing package before any work.
+    """Checks for the package before any work.
 
     Raises:
         UserError: Torch-Pruning is not installed.
@@ -140,7 +140,7 @@ def compare_peers(run: Run, data: ImageData, model: CompactViT, epochs: int, rep
 def check_peers(config: ViTConfig) -> None:
     """Raises UserError where the comparison is not written for such a network."""
     fits = config.pool == "mean" and config.head == "linear"
-    need(fits, "the comparison with peers is written for mean pooling and a linear head; leave out --peers.")
+    need(fits, "the comparison with peers is written for mean pooling and a linear head; leave out `peers`.")
 
 
 @torch.no_grad()

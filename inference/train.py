@@ -24,7 +24,7 @@ from pyro_isingvit.core.settings import (
     default_preset,
     preset,
 )
-from pyro_isingvit.methods.registry import METHODS
+from pyro_isingvit.methods.registry import METHODS, train_defaults
 from pyro_isingvit.version import __version__
 
 
@@ -69,7 +69,8 @@ def train(arguments: TrainArguments) -> None:
     )  # fmt: skip
     if holds_run(arguments.out) and not arguments.overwrite:
         raise UserError(
-            f"{arguments.out} already holds a run; continue it with --resume or replace it with --overwrite."
+            f"{arguments.out} already holds a run; continue it with --resume {arguments.out} alone, or replace it with "
+            "--overwrite."
         )
     if arguments.out.exists() and not arguments.out.is_dir():
         raise UserError(f"{arguments.out} is a file; --out takes a folder.")
@@ -87,7 +88,12 @@ def resume(arguments: ResumeArguments) -> None:
 def _train_and_report(config: RunConfig, folder: Path, resume: bool, full: bool) -> None:
     from pyro_isingvit.experiment import train_run
 
-    metrics = train_run(config, folder, resume=resume, full_posterior=full)
+    try:
+        metrics = train_run(config, folder, resume=resume, full_posterior=full)
+    except KeyboardInterrupt as stop:
+        if stop.args:  # the library says what is kept
+            stop.args = (f"{stop}{_how_to_go_on(folder)}",)
+        raise
     if not REPORTS:
         return
     shown = {
@@ -101,8 +107,16 @@ def _train_and_report(config: RunConfig, folder: Path, resume: bool, full: bool)
     print(f"run: {folder}\nreport: python -m analysis.report --run {folder}")
 
 
+def _how_to_go_on(folder: Path) -> str:
+    from pyro_isingvit.runs.folder import CHECKPOINT
+
+    if (folder / CHECKPOINT).exists():
+        return f"; go on with: python -m inference.train --resume {folder}"
+    return ": start again with the same command and --overwrite"
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Parses the command line; the preset decides the defaults of the network's shape."""
+    """Parses the command line; the preset decides the defaults of the shape, the width that of the learning rate."""
     argv = sys.argv[1:] if argv is None else argv
     if any(word == "--resume" or word.startswith("--resume=") for word in argv):
         run_script(resume, ResumeArguments, argv)
@@ -111,19 +125,16 @@ def main(argv: list[str] | None = None) -> None:
     peek.add_argument("--dataset", default=DataConfig.dataset)
     peek.add_argument("--preset", default=None)
     peek.add_argument("--method", default="ising")
+    peek.add_argument("--width", default="")
     known, _ = peek.parse_known_args(argv)
     name: Any = known.preset or default_preset(known.dataset)
-    with_clear_errors(lambda: preset(name))
+    with_clear_errors(lambda: preset(name), TrainArguments)
     method: Any = known.method if known.method in METHODS else "ising"  # tyro refuses what is not a method
-    row = METHODS[method]
+    width = int(known.width) if known.width.isdecimal() else None
     default = TrainArguments(
-        out=tyro_missing(),
-        preset=name,
-        method=method,
-        vit=preset(name),
-        ising=row.ising,
-        train=row.train,
-    )
+        out=tyro_missing(), preset=name, method=method, vit=preset(name), ising=METHODS[method].ising,
+        train=train_defaults(method, preset(name, width=width)),
+    )  # fmt: skip
     run_script(train, TrainArguments, argv, default)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from inference.cli import results_file, run_script
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.settings import DataConfig, RunConfig, default_preset, preset
-from pyro_isingvit.methods.registry import METHODS, OURS
+from pyro_isingvit.methods.registry import METHODS, OURS, train_defaults
 from pyro_isingvit.version import __version__
 
 RESULTS = "variance.json"
@@ -65,19 +65,24 @@ def compare_ways(arguments: VarianceArguments) -> None:
     print(f"rows: {path}")
 
 
+def make_config(arguments: VarianceArguments) -> RunConfig:
+    """The settings that all ways share."""
+    name = arguments.preset or default_preset(arguments.data.dataset)
+    vit = preset(name, depth=arguments.depth)
+    settings = replace(
+        train_defaults(OURS, vit), epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed,
+        device=arguments.device,
+    )  # fmt: skip
+    return RunConfig(name, OURS, arguments.data, vit, METHODS[OURS].ising, settings, __version__)
+
+
 def measure(arguments: VarianceArguments) -> list[dict[str, Any]]:
     """A row for each way: its history with seconds, and the variance of its gradient."""
     from pyro_isingvit.data.load import load_data
     from pyro_isingvit.runs.trainer import Trainer
 
-    name = arguments.preset or default_preset(arguments.data.dataset)
-    vit = preset(name, depth=arguments.depth)
-    ours = METHODS[OURS]
-    settings = replace(
-        ours.train, epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed,
-        device=arguments.device,
-    )  # fmt: skip
-    base = RunConfig(name, OURS, arguments.data, vit, ours.ising, settings, __version__)
+    base = make_config(arguments)
+    settings = base.train
     data = load_data(**asdict(arguments.data), seed=arguments.seed)
     need(len(data.val), "time to a validation NLL needs validation images: --val-fraction above 0.")
 

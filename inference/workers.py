@@ -11,9 +11,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def workers(count: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of ``count`` fresh processes; whatever leaves the block early (Ctrl-C, an error) ends their work at once.
+    """A pool of ``count`` fresh processes. Ctrl-C or an error in the block terminates them at once.
 
-    A script that is killed takes them with it too.
+    They also end when the script is killed.
     """
     others = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")
@@ -23,12 +23,12 @@ def workers(count: int) -> Iterator[ProcessPoolExecutor]:
         except BaseException:
             for child in multiprocessing.active_children():
                 if child not in others:
-                    child.terminate()  # the pool alone would first let them finish
+                    child.terminate()  # the pool alone would let them finish first
             raise
 
 
 def _follow() -> None:
-    """Leaves Ctrl-C, which reaches the whole group, to the script, and ends when the script ends."""
+    """Ignores Ctrl-C, which the script handles for the whole group; ends when the script ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -37,4 +37,4 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)  # from a thread nothing gentler ends the process; files are written atomically
+    os._exit(1)  # nothing gentler ends a process from a thread; files are written atomically

@@ -1,7 +1,7 @@
 """Bayesian vision transformers in Pyro with a likelihood-guided Ising mask posterior.
 
-The public names stand in ``__init__.pyi`` and are loaded when first used, so that importing the package, and any
-script's ``--help``, is quick.
+The public names stand in ``__init__.pyi`` and are loaded when first used: importing the package is quick, and so is the
+help of every script.
 """
 
 import lazy_loader

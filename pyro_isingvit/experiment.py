@@ -14,6 +14,7 @@ from pyro_isingvit.data.load import load_data
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.evaluation import evaluate
 from pyro_isingvit.ising.model import IsingViT
+from pyro_isingvit.methods.registry import train_defaults
 from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, HISTORY, METRICS, POSTERIOR
 from pyro_isingvit.runs.run import Run
 from pyro_isingvit.runs.trainer import Trainer
@@ -88,10 +89,7 @@ def train_run(
     try:
         return evaluate(run, data, trainer.seconds, full_posterior, progress)
     except KeyboardInterrupt as stop:
-        stop.args = (
-            f"interrupted in the evaluation; the trained network is kept; go on with: python -m inference.train "
-            f"--resume {folder}",
-        )
+        stop.args = (f"interrupted in the evaluation; the trained network is kept in {folder}",)
         raise
 
 
@@ -110,7 +108,7 @@ def fit(
     Args:
         model: an ``IsingViT``.
         data: what ``load_data`` returns.
-        train: training settings; None takes the defaults.
+        train: training settings; None takes the defaults of the method for a network of this width.
         progress: show a progress bar.
         **settings: single fields of ``TrainConfig``, such as ``epochs=60``.
 
@@ -119,7 +117,7 @@ def fit(
         TrainingDiverged: the loss was not finite.
     """
     try:
-        chosen = replace(train or TrainConfig(), **settings)
+        chosen = replace(train or train_defaults("ising", model.vit.config), **settings)
     except TypeError as error:
         raise UserError(f"{error}; the training settings are the fields of TrainConfig.") from error
     config = RunConfig(

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -109,6 +110,19 @@ def test_importing_the_package_loads_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_wheel_says_that_it_is_typed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert (LIBRARY / "py.typed").is_file()  # hatchling packs every file of the package
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["pyro_isingvit"]}
+    assert "Typing :: Typed" in project["project"]["classifiers"]
+
+
+def test_the_paper_has_one_address() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["urls"]["Paper"] in (ROOT / "CITATION.cff").read_text()
+    assert project["urls"]["Paper"] in (ROOT / "README.md").read_text()
 
 
 def test_every_public_name_exists() -> None:

@@ -96,13 +96,44 @@ def test_the_line_for_several_processes_runs(tmp_path: Path, run) -> None:
     assert (tmp_path / "r" / "metrics.json").is_file()
 
 
-def test_make_targets_are_those_of_the_readme_and_of_ci() -> None:
-    makefile, ci = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text()
-    targets = re.findall(r"^make (\w+)", SHELL, re.M)
-    assert targets == ["demo", "test"]
-    for target in targets:
-        assert f"\n{target}: $(VENV)/.installed" in makefile
-        assert f"\nmake {target}" in ci
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = re.findall(r"^([a-z-]+):[^=\n]*## \S", MAKEFILE, re.M)  # with a line of help each
+
+
+def made(*words: str) -> str:
+    """What make prints."""
+    done = subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_make_targets_of_the_readme_and_of_ci_exist() -> None:
+    assert TARGETS == ["help", "lint", "format", "test", "test-all", "test-matrix", "demo", "soak", "clean"]
+    (phony,) = re.findall(r"^\.PHONY: (.*)", MAKEFILE, re.M)
+    assert phony.split() == TARGETS
+    assert set(re.findall(r"^make ([\w-]+)", SHELL, re.M)) <= set(TARGETS)
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert re.findall(r"^make ([\w-]+)", ci, re.M) == ["test-all", "demo"]
+
+
+def test_make_alone_lists_its_targets() -> None:
+    assert [line.split()[:2] for line in made().splitlines()] == [["make", target] for target in TARGETS]
+
+
+def test_make_clean_leaves_the_runs_alone() -> None:
+    commands = made("--dry-run", "clean")
+    removed = [word for line in commands.splitlines() if line.startswith("rm") for word in line.split()]
+    assert ".venv" in removed and not any(word.startswith(("runs", "./runs", "data")) for word in removed)
+    assert "./runs/*" in commands  # the caches inside runs stay too
+
+
+def test_make_test_is_lint_and_the_quick_tests_and_test_all_everything() -> None:
+    quick, full = (made("--dry-run", target) for target in ("test", "test-all"))
+    for commands in (quick, full):
+        for tool in ("ruff check .", "ruff format --check .", "-m mypy", "-m pytest"):
+            assert tool in commands, tool
+    assert '-m "not slow"' in quick and "slow" not in full.split("-m pytest")[1]
+    assert "--doctest-modules tests pyro_isingvit" in full
 
 
 def test_arviz_example_runs_as_shown(tmp_path: Path, monkeypatch) -> None:

@@ -1,6 +1,6 @@
 """Files of a run: written whole or not at all, read without running code from them.
 
-A checkpoint is torch's zip file, then the SHA-256 of its bytes, then SEAL. The one before it is kept beside it.
+A checkpoint is torch's zip file, then the SHA-256 of its bytes, then SEAL. The previous checkpoint is kept too.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ class DamagedError(UserError):
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C and SIGTERM back until the block is done; in other threads than the main one it does nothing.
+    """Delays Ctrl-C and SIGTERM until the block is done; does nothing outside the main thread.
 
-    netCDF libraries that are interrupted keep their locks, and wait for themselves for ever.
+    A netCDF library that is interrupted keeps its locks; its next call would then wait for ever.
     """
     came: list[int] = []
     held: dict[int, Any] = {}
@@ -54,7 +54,7 @@ def uninterrupted() -> Iterator[None]:
 
 @uninterrupted()
 def write_atomically(path: Path, write: Callable[[Path], object], previous: Path | None = None) -> None:
-    """Lets ``write`` fill a temporary file beside ``path``, flushes it to disk, then renames it into place.
+    """Lets ``write`` fill a temporary file in the same folder, flushes it to disk, then renames it to ``path``.
 
     Ctrl-C waits until that is done.
 
@@ -109,19 +109,19 @@ def _flush_names(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
-    """Removes the temporary files that a process killed while writing any of ``names`` left behind."""
+    """Removes temporary files of ``names`` that a killed process left behind."""
     for name in names:
         for path in folder.glob(f".{name}.*"):
             path.unlink(missing_ok=True)
 
 
 def previous_of(path: Path) -> Path:
-    """Where the checkpoint before the one at ``path`` is kept."""
+    """Where the previous checkpoint is kept."""
     return path.with_stem(f"{path.stem}.previous")
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Saves tensors, numbers, strings and containers of them, atomically; the checkpoint before is kept."""
+    """Saves tensors, numbers, strings and containers of them, atomically; the previous checkpoint is kept."""
     content = io.BytesIO()  # in memory first: torch reports a full disk as an error of its own
     torch.save(state, content)
     checksum = hashlib.sha256(content.getbuffer()).digest()
@@ -133,15 +133,15 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path, repair: bool = False) -> dict[str, Any]:
     """Loads what ``save_checkpoint`` wrote, to the CPU, without unpickling code.
 
-    Where it is damaged the one before it is used, with a warning.
+    A damaged checkpoint is replaced by the previous one, with a warning.
 
     Args:
         path: the checkpoint.
-        repair: put a copy of the one before it in its place, so that two good ones are there again.
+        repair: overwrite a damaged checkpoint with a copy of the previous one.
 
     Raises:
-        UserError: missing, cut short, damaged, or holding anything but plain data, and so is the one before it; or
-            the repair cannot be written.
+        UserError: missing, cut short, damaged, or holding anything but plain data, and the previous one is no better;
+            or the repair cannot be written.
     """
     previous = previous_of(path)
     try:
@@ -155,7 +155,7 @@ def load_checkpoint(path: Path, repair: bool = False) -> dict[str, Any]:
     try:
         state = _read(previous)
     except DamagedError as error:
-        raise UserError(f"{trouble} The one before it is no better: {error} Train the run again.") from error
+        raise UserError(f"{trouble} The previous checkpoint is no better: {error} Train the run again.") from error
     log.warning("%s; %s is used, written after epoch %s", trouble.rstrip("."), previous.name, state.get("epoch", "?"))
     if repair:
         write_atomically(path, lambda temporary: temporary.write_bytes(previous.read_bytes()))

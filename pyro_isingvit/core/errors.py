@@ -1,8 +1,10 @@
-"""The one error that is the user's to mend."""
+"""The one error that the user can fix."""
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong; the message names the cause and the mend.
+    """Something the user gave is wrong; the message names the cause and the fix.
+
+    Settings and arguments stand in backticks, such as `patch_size`; a script shows them as its flags.
 
     Scripts print the message alone and leave with exit code 2.
     """

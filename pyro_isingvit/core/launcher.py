@@ -7,5 +7,5 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 
 def by_torchrun() -> bool:
-    """Whether torchrun did: this process then is one of several, perhaps."""
+    """Whether torchrun started this process; it may then be one of several."""
     return all(name in os.environ for name in TORCHRUN)

@@ -1,4 +1,4 @@
-"""Several processes that train one network: what they share out, what they bring together, who writes.
+"""Several processes that train one network: how they divide the work, gather results, and who writes.
 
 Every process holds the whole data set, the whole network and the same random-number state. It works on its own rows
 of each batch, and what depends on the rows is averaged over the processes, so that all stay equal. Without
@@ -39,7 +39,7 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files, logs and shows bars."""
+    """Whether this process writes files, logs and shows bars: the first one does."""
     return rank() == 0
 
 
@@ -55,7 +55,7 @@ def averaged(value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def follow_first(tensors: Iterable[Tensor]) -> None:
-    """Overwrites tensors with those of process 0: machines of different kinds may round differently."""
+    """Overwrites tensors with those of process 0: machines of different kinds round differently."""
     if world() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)

@@ -22,7 +22,7 @@ class DataConfig:
     dataset: str = "digits"
     """digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH or npz:PATH."""
     data_root: str = "data"
-    """Folder that holds (or, with --download, receives) the torchvision data sets."""
+    """Folder that holds the torchvision data sets, or receives them with download."""
     download: bool = False
     """Fetch a missing torchvision data set into data_root."""
     train_size: int | None = None
@@ -111,7 +111,7 @@ class IsingConfig:
 
 @dataclass(frozen=True)
 class BaselineConfig:
-    """What the methods without Ising masks need; each reads its own (baselines.py)."""
+    """What the methods without Ising masks need; each reads its own (methods/)."""
 
     drop_rate: float = 0.1
     """dropout, dropconnect: probability of a drop; concrete-dropout, l0: the same at the start."""
@@ -253,10 +253,10 @@ def check_fields(settings: Any) -> None:
         value = getattr(settings, each.name)
         if dataclasses.is_dataclass(each.type):
             if not isinstance(value, each.type):  # type: ignore[arg-type]
-                raise UserError(f"{each.name} holds no settings.")
+                raise UserError(f"`{each.name}` holds no settings.")
             check_fields(value)
         elif not _fits(value, each.type):
-            raise UserError(f"{each.name} cannot be {value!r:.60}; --help says what it takes.")
+            raise UserError(f"`{each.name}` cannot be {value!r:.60}; it takes {_takes(each.type)}.")
 
 
 def _fits(value: object, kind: Any) -> bool:
@@ -273,16 +273,43 @@ def _fits(value: object, kind: Any) -> bool:
     return value is None if kind is type(None) else isinstance(value, kind)
 
 
+WORDS = {int: "a whole number below 2^31", float: "a finite number", bool: "True or False", str: "a text"}
+
+
+def _takes(kind: Any) -> str:
+    """What ``_fits`` accepts, in words."""
+    origin, choices = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(_takes(choice) for choice in choices)
+    if origin is Literal:
+        return ", ".join(map(str, choices))
+    if origin is tuple:
+        return f"a tuple, each {_takes(choices[0])}"
+    return WORDS.get(kind, "None" if kind is type(None) else f"a {kind.__name__}")
+
+
 PARTS: dict[str, type] = {"data": DataConfig, "vit": ViTConfig, "ising": IsingConfig, "train": TrainConfig}
 
 
-# Shapes the presets give; every field can still be overridden one by one.
-PRESETS: dict[str, ViTConfig] = {
-    "digits": ViTConfig(patch_size=2, width=64, heads=4, depth=2, mlp_ratio=2),
-    "small": ViTConfig(patch_size=7, width=64, heads=4, depth=4, mlp_ratio=2),
-    "cifar": ViTConfig(patch_size=4, width=192, heads=6, depth=6, mlp_ratio=2),
-    "paper-28": ViTConfig(patch_size=7, width=64, heads=8, depth=2, mlp_ratio=16, head="mlp"),
-    "paper-32": ViTConfig(patch_size=4, width=128, heads=16, depth=2, mlp_ratio=16, head="mlp"),
+@dataclass(frozen=True)
+class Preset:
+    """A network's shape, and the highest learning rate that its width allows.
+
+    Attributes:
+        vit: the shape; every field can be overridden by itself.
+        lr: methods with a higher rate of their own take this one for networks of this width; None: they keep their own.
+    """
+
+    vit: ViTConfig
+    lr: float | None = None
+
+
+PRESETS: dict[str, Preset] = {
+    "digits": Preset(ViTConfig(patch_size=2, width=64, heads=4, depth=2, mlp_ratio=2)),
+    "small": Preset(ViTConfig(patch_size=7, width=64, heads=4, depth=4, mlp_ratio=2)),
+    "cifar": Preset(ViTConfig(patch_size=4, width=192, heads=6, depth=6, mlp_ratio=2), lr=1e-3),
+    "paper-28": Preset(ViTConfig(patch_size=7, width=64, heads=8, depth=2, mlp_ratio=16, head="mlp")),
+    "paper-32": Preset(ViTConfig(patch_size=4, width=128, heads=16, depth=2, mlp_ratio=16, head="mlp"), lr=1e-3),
 }
 
 
@@ -298,6 +325,18 @@ def preset(name: str, **changes: int | None) -> ViTConfig:
         UserError: unknown name.
     """
     if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}.")
+        raise UserError(f"unknown `preset` {name!r}; known: {', '.join(PRESETS)}.")
     given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
-    return replace(PRESETS[name], **given)
+    return replace(PRESETS[name].vit, **given)
+
+
+def fitting_rate(lr: float, vit: ViTConfig) -> float:
+    """A learning rate for the width of a network: at most that of the widest preset that is no wider.
+
+    Args:
+        lr: what a method would take for a narrow network.
+        vit: the network.
+    """
+    narrower = [row for row in PRESETS.values() if row.vit.width <= vit.width]
+    widest = max(narrower, key=lambda row: row.vit.width, default=Preset(vit))
+    return lr if widest.lr is None else min(lr, widest.lr)

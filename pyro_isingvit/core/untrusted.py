@@ -1,4 +1,4 @@
-"""What is asked of files and names that come from strangers, before they are unpacked, shown or written.
+"""Checks of files and names of unknown origin, before they are unpacked, shown or written.
 
 No torch here: command lines are checked before anything heavy is loaded.
 """
@@ -31,7 +31,7 @@ def check_expansion(path: Path, expanded: int) -> None:
 
 
 def check_archive(path: Path) -> None:
-    """Refuses an .npz file that is a decompression bomb; anything else wrong with it is left to its reader.
+    """Refuses an .npz file that is a decompression bomb; its reader finds whatever else is wrong.
 
     Raises:
         UserError: it would unpack to far more than it holds.
@@ -50,7 +50,7 @@ def printable(name: str) -> str:
 
 
 def _unseen(character: str) -> bool:
-    """Whether a terminal, a page or a file would choke on it or be misled by it."""
+    """Whether a character is invisible: control characters, line ends, surrogates, changes of direction."""
     turns = "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069"  # the direction of writing
     return turns or unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.core.settings import BaselineConfig, IsingConfig, TrainConfig
+from pyro_isingvit.core.settings import BaselineConfig, IsingConfig, TrainConfig, ViTConfig, fitting_rate
 
 
 @dataclass(frozen=True)
@@ -107,3 +107,19 @@ def row(name: str) -> Row:
     """
     need(name in METHODS, f"unknown method {name!r}; known: {', '.join(METHODS)}.")
     return METHODS[name]
+
+
+def train_defaults(method: str, vit: ViTConfig) -> TrainConfig:
+    """The settings that a method trains a network with: its own, at a learning rate for the network's width.
+
+    Scripts and ``fit`` all ask here; whoever sets `lr` gets that rate.
+
+    Args:
+        method: a name in ``METHODS``.
+        vit: the network.
+
+    Raises:
+        UserError: unknown method.
+    """
+    train = row(method).train
+    return replace(train, lr=fitting_rate(train.lr, vit))

@@ -54,7 +54,7 @@ class PlainViT(nn.Module):
         config = vit.config
         need(
             config.pool == "mean" and config.head == "linear",
-            "the comparison with peers needs mean pooling and a linear head: --pool mean --head linear.",
+            "the comparison with peers needs `pool` mean and `head` linear.",
         )
         self.patch_size, self.padding = config.patch_size, vit.padding
         self.patch = nn.Linear(vit.matrix_shapes["patch"][2], config.width)

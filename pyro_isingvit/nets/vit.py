@@ -209,15 +209,15 @@ def check_shape(config: ViTConfig, height: int, width: int, classes: int) -> Non
     sizes = ("patch_size", "width", "heads", "depth", "mlp_ratio")
     for name in sizes:
         if getattr(config, name) < 1:
-            raise UserError(f"{name} must be at least 1, not {getattr(config, name)}.")
+            raise UserError(f"`{name}` must be at least 1, not {getattr(config, name)}.")
     if config.width % config.heads:
-        raise UserError(f"width {config.width} is not divisible by heads {config.heads}; change one of them.")
+        raise UserError(f"`width` {config.width} is not divisible by `heads` {config.heads}; change one of them.")
     if config.head == "mlp" and config.width % 2:
-        raise UserError(f"the two-layer head halves the width, and {config.width} is odd; make it even.")
+        raise UserError(f"`head` mlp halves the width, and `width` {config.width} is odd; make it even.")
     if config.patch_size > min(height, width):
         raise UserError(
-            f"patch size {config.patch_size} does not fit images of {height}x{width} pixels; "
-            f"choose one of at most {min(height, width)} (--patch-size)."
+            f"`patch_size` {config.patch_size} does not fit images of {height}x{width} pixels; "
+            f"choose at most {min(height, width)}."
         )
     if classes < 2:
         raise UserError(f"a classifier needs at least 2 classes, the data have {classes}.")

@@ -1,8 +1,8 @@
 """Temperature of the predictions, fitted on the validation part.
 
-Training calibrates single draws; the mean of many draws is more often right and less certain than they are, so a
-posterior predictive is underconfident by construction. Pooling first and calibrating afterwards mends it (Rahaman &
-Thiery, arXiv 2007.08792); one number is fitted,
+Training calibrates single draws. The mean of many draws is more often right and less certain than each of them, so a
+posterior predictive is underconfident by construction. Pooling first and calibrating afterwards corrects this (Rahaman
+& Thiery, arXiv 2007.08792). One number is fitted,
 
     p_T(y | x) = (1/S) sum_s softmax(f_{W_s}(x) / T),
 

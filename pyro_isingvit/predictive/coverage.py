@@ -1,4 +1,4 @@
-"""What the draws say about the labels: the coverage of what is called credible.
+"""Coverage of credible sets and intervals, on labelled images.
 
 Shapes: S samples, B images, C classes. Entropies in nats. A value that the data leave undefined is None, never NaN.
 """
@@ -14,11 +14,8 @@ MASS = 0.9  # of credible sets and intervals
 REPLICATES = 20  # label sets drawn from each posterior draw
 
 
-# -- what the draws say about the labels ---------------------------------------------------------------------
-
-
 def uncertainty_metrics(draws: PredictiveDraws, labels: Tensor) -> Metrics:
-    """What the draws' uncertainty is worth on labelled images.
+    """Uncertainty of right and wrong predictions, and coverage of credible sets and intervals.
 
     The predicted class c of an image is that of the mean prediction. Over the bins b of confidence (15 of equal
     mass), with A_b the observed share of right answers:
@@ -28,9 +25,9 @@ def uncertainty_metrics(draws: PredictiveDraws, labels: Tensor) -> Metrics:
                                        y_i ~ p_s(. | x_i), then the share of y_i = c_i in b
 
     The true class probabilities of an image are never seen, so an interval of them cannot be checked image by
-    image; bins can. The first interval holds the uncertainty of the weights alone, while A_b also has the scatter of
-    a few labels: expect less than 90 % of it. The second has both and is the one to hold against 90 %; the share of
-    right answers of few images is coarse, which makes the interval a little wide.
+    image; bins can. The first interval has the uncertainty of the weights alone, while A_b also has the scatter of a
+    few labels: expect less than 90 %. The second has both: compare it with 90 %. With few images the share of right
+    answers is coarse, which makes the interval a little wide.
 
     Args:
         draws: (S, B, C) predictions.
@@ -69,7 +66,7 @@ def credible_sets(mean: np.ndarray, mass: float = MASS) -> np.ndarray:
     """The fewest classes that hold ``mass`` of each prediction: (B, C) -> (B, C) bool, one class at least."""
     order = np.argsort(-mean, axis=-1, kind="stable")
     sorted_mean = np.take_along_axis(mean, order, -1)
-    before = sorted_mean.cumsum(-1) - sorted_mean  # mass of the classes ahead: this one is needed while it is short
+    before = sorted_mean.cumsum(-1) - sorted_mean  # mass of the classes ahead; needed while too little
     held = np.zeros(mean.shape, dtype=bool)
     np.put_along_axis(held, order, before < mass - 1e-9, -1)  # 0.9 held up to rounding is 0.9
     return held

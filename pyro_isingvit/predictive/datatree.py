@@ -1,4 +1,4 @@
-"""ArviZ DataTrees: how groups are made, and how they are written to and read from netCDF files."""
+"""ArviZ DataTrees: making groups, writing and reading netCDF files."""
 
 import math
 from collections.abc import Mapping
@@ -52,14 +52,14 @@ def save_datatree(tree: xr.DataTree, path: str | Path) -> None:
     def write(temporary: Path) -> None:
         try:  # xarray picks h5netcdf or netCDF4, by what is installed; both write the same format
             tree.to_netcdf(temporary, encoding=encoding, format="NETCDF4")
-        except RuntimeError as error:  # the libraries' word for a full disk
+        except RuntimeError as error:  # what the libraries raise on a full disk
             raise OSError(str(error)) from error
 
     write_atomically(Path(path), write)
 
 
 def _expanded(path: Path) -> int:
-    """Bytes that the variables of a netCDF file unpack to, none of them being read."""
+    """Bytes that the variables of a netCDF file unpack to; none is read."""
     from netCDF4 import Dataset
 
     with Dataset(path) as file:

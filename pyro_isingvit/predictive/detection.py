@@ -1,7 +1,7 @@
-"""Does the uncertainty know? Wrong answers and strange images found by a score.
+"""How well scores of uncertainty find wrong answers and out-of-distribution images.
 
-What is to be found (a wrong answer, an image from elsewhere) is the positive class throughout, and a higher score
-means more of it: FPR95 is the share of the others that is flagged when 95 % of the positives are.
+The wrong answers, or the images from elsewhere, are the positive class throughout, and positives should score higher.
+FPR95 is the share of the negatives that is flagged when 95 % of the positives are.
 
 Shapes: S samples, B images, C classes. Entropies in nats. A value that the data leave undefined is None, never NaN.
 """
@@ -57,10 +57,10 @@ def detection_metrics(scores: np.ndarray, positive: np.ndarray) -> Metrics:
 
 
 def ood_metrics(scores_in: np.ndarray, scores_out: np.ndarray) -> Metrics:
-    """How well a score tells strange images (positive) from those of the training distribution.
+    """How well a score tells out-of-distribution images (positive) from images of the training distribution.
 
     Args:
-        scores_in: (B,) of in-distribution images, higher is stranger.
+        scores_in: (B,) of in-distribution images; higher means less familiar.
         scores_out: (B',) of out-of-distribution images.
 
     Returns:

@@ -44,7 +44,7 @@ class PredictiveDraws:
             UserError: mass outside (0, 1).
         """
         if not 0 < mass < 1:
-            raise UserError(f"the mass of a credible interval must lie in (0, 1), not {mass}.")
+            raise UserError(f"the `mass` of a credible interval must lie in (0, 1), not {mass}.")
         ends = [(1 - mass) / 2, (1 + mass) / 2]
         return torch.from_numpy(np.quantile(self.probs.numpy(), ends, axis=0))  # torch's stops at 16M numbers
 

@@ -58,7 +58,7 @@ def from_pyro_svi(
         predictive_args: positional arguments of the predictive run, in place of ``args``; for other inputs.
         predictive_kwargs: keyword arguments of the predictive run, laid over ``kwargs``, as {"y": None}.
         observed_data: in place of the values found at the observed sites.
-        constant_data: arrays to keep beside the draws, such as inputs.
+        constant_data: arrays to keep with the draws, such as inputs.
         coords: dimension -> coordinate values.
         dims: variable -> dimension names without ``sample``, in place of the inferred ones.
         parallel: run model and guide once under a plate of S, not S times; both must broadcast over it.
@@ -69,7 +69,7 @@ def from_pyro_svi(
         UserError: S below 1, or a guide that samples no site of the model.
     """
     if num_samples < 1:
-        raise UserError(f"num_samples must be at least 1, not {num_samples}.")
+        raise UserError(f"`num_samples` must be at least 1, not {num_samples}.")
 
     def draw(program: Any, wanted: Sites, given: Draws, trace: Any) -> Draws:
         """Draws of the wanted sites, (S, *shape in a single run); the trace is that of a single run."""

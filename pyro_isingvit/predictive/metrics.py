@@ -1,4 +1,4 @@
-"""How good the answers are, and how honest the probabilities. Library implementations where there is one.
+"""Accuracy of predictions and calibration of their probabilities, by scikit-learn and torchmetrics where they can.
 
 Shapes: S samples, B batch, C classes. All entropies are in nats.
 """
@@ -53,7 +53,7 @@ def equal_mass_bins(values: np.ndarray, bins: int = ECE_BINS) -> np.ndarray:
 def adaptive_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = ECE_BINS) -> float:
     """ECE over bins of equal mass: sum_b |B_b| / B * |accuracy_b - confidence_b| (Nguyen & O'Connor 2015).
 
-    Equal-width bins leave most of their number empty where most predictions are near certain; these do not.
+    Equal-width bins are mostly empty where most predictions are near certain; bins of equal mass are not.
 
     Args:
         confidence: (B,) probability of the predicted class.

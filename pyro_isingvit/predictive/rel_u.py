@@ -14,8 +14,6 @@ from pyro_isingvit.predictive.calibration import temper
 from pyro_isingvit.predictive.detection import check_labels, detects_wrong
 from pyro_isingvit.predictive.draws import PredictiveDraws
 
-# -- Rel-U ---------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class RelativeUncertainty:
@@ -60,7 +58,10 @@ def fit_relative_uncertainty(
     Raises:
         UserError: weight or temperature out of range, or counts that differ.
     """
-    need(0 < weight < 1 and temperature > 0, f"Rel-U needs 0 < weight < 1 and T > 0, got {weight}, {temperature}.")
+    need(
+        0 < weight < 1 and temperature > 0,
+        f"Rel-U needs 0 < `weight` < 1 and `temperature` > 0, not {weight} and {temperature}.",
+    )
     need(len(probs) == len(labels), f"{len(labels)} labels for {len(probs)} predictions.")
     wrong = probs.argmax(-1) != labels.to(probs.device)
     p = temper(probs.double(), temperature)

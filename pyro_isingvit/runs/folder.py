@@ -1,6 +1,7 @@
 """What a run folder holds: names of its files, its settings, its epochs as JSON lines."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,20 @@ def read_config(folder: Path) -> RunConfig:
         UserError: no such folder, no run in it, or one of another format.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no run folder {folder}; --run takes a folder that inference.train wrote.")
+        raise UserError(f"there is no run folder {folder}; name the folder of a trained run.")
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder} holds no run: {CONFIG} is missing.")
     return RunConfig.from_json(path.read_text(errors="replace"), path)
+
+
+def trained_alike(first: RunConfig, second: RunConfig) -> bool:
+    """Whether two runs, apart from their methods, were trained the same: data, shape, and settings of training.
+
+    What follows the last epoch may differ: temperature, draws of the evaluation.
+    """
+    ours, theirs = (replace(config.train, calibrate=True, samples=1) for config in (first, second))
+    return (ours, first.vit, first.data) == (theirs, second.vit, second.data)
 
 
 def to_lines(history: list[dict[str, Any]]) -> str:

@@ -18,7 +18,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
     """Loads a run folder.
 
     Args:
-        folder: what ``--out`` of training named.
+        folder: where the run was kept.
         device: where to put it.
 
     Raises:

@@ -48,7 +48,7 @@ def draw_predictive(
         UserError: images that do not fit the run, or S or chunk below 1.
     """
     if num_samples < 1 or chunk < 1:
-        raise UserError(f"samples ({num_samples}) and chunk ({chunk}) must be at least 1.")
+        raise UserError(f"`samples` ({num_samples}) and `chunk` ({chunk}) must be at least 1.")
     run.info.normalise(images[:1])  # complains of a misfit before any work
     batch, classes = len(images), run.info.num_classes
     num_samples = min(num_samples, run.max_draws or num_samples)
@@ -75,7 +75,7 @@ def draw_predictive(
 
 @torch.no_grad()
 def attention_margins(run: Run, images: Tensor, batch: int = MARGIN_BATCH) -> Tensor:
-    """Attention margins |det(I - Sigma_i A)| of images, at the posterior mean of the weights, pi m (barrier.py).
+    """Attention margins |det(I - Sigma_i A)| of images, at the posterior mean of the weights, pi m (nets/margins.py).
 
     Args:
         run: a run, trained with or without the log-barrier.
@@ -89,7 +89,7 @@ def attention_margins(run: Run, images: Tensor, batch: int = MARGIN_BATCH) -> Te
         UserError: images that do not fit the run, or batch below 1.
     """
     if batch < 1:
-        raise UserError(f"batch ({batch}) must be at least 1.")
+        raise UserError(f"`batch` must be at least 1, not {batch}.")
     run.info.normalise(images[:1])  # complains of a misfit before any work
     weights = {kind: run.guide.weight_retention(kind) * loc for kind, loc in run.guide.loc.items()}
     config = run.model.vit.config

@@ -3,7 +3,6 @@
 After every epoch the checkpoint is written, the one before it is kept, and metrics.jsonl follows.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint, write_text
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.processes import on_first
-from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, HISTORY, read_config, to_lines
+from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, HISTORY, read_config, to_lines, trained_alike
 from pyro_isingvit.runs.run import Run
 
 
@@ -85,9 +84,9 @@ class Session:
         try:
             kept = load_checkpoint(folder / CHECKPOINT)["epoch"]
         except UserError:
-            return f"{where}; no epoch is finished: start again with `overwrite`."
+            return f"{where}; no epoch is finished"
         finished = "epoch 1 is" if kept == 1 else f"epochs 1 to {kept} are"
-        return f"{where}; {finished} kept in {folder}, from where `resume` continues."
+        return f"{where}; {finished} kept in {folder}"
 
     def adopt(self, folder: Path, epochs: int) -> None:
         """Takes the state of a finished run of the same network, data and seed, so that nothing is left to train.
@@ -95,9 +94,7 @@ class Session:
         Raises:
             UserError: the runs differ in what training depends on, or the other has not finished its ``epochs``.
         """
-        ours, theirs = self.run.config, read_config(folder)
-        trains = [replace(config.train, calibrate=True, samples=1) for config in (ours, theirs)]
-        if (trains[0], ours.vit, ours.data) != (trains[1], theirs.vit, theirs.data):
+        if not trained_alike(self.run.config, read_config(folder)):
             raise UserError(f"{folder} was trained with other settings; its weights cannot stand for ours.")
         self.restore(folder, strict=False)
         self.finished = False  # what ours does after the last epoch is another thing

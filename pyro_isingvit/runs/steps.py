@@ -33,7 +33,8 @@ def set_up_fabric(config: RunConfig) -> lf.Fabric:
     if here * machines > 1:
         gpus = torch.cuda.device_count()
         if settings.device != "cpu" and 0 < gpus < here:
-            raise UserError(f"{here} processes need as many GPUs, and there are {gpus}; start fewer, or --device cpu.")
+            cause = f"{here} processes need as many GPUs, and there are {gpus}"
+            raise UserError(f"{cause}; start fewer, or set `device` to cpu.")
         learns = method_class(config.method).leaves_unused(config)
         # Masks and curvature are the same everywhere; DDP would send them round at every step. torch 2.15 renames this.
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters

@@ -28,10 +28,11 @@ from pyro_isingvit.nets.penalties import PENALTIES
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature
 from pyro_isingvit.predictive.metrics import classification_metrics
+from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule
 from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.run import Run, build_run
 from pyro_isingvit.runs.session import Session
-from pyro_isingvit.runs.steps import backward, halving_factor, learning_rate_factor, set_up_fabric, total
+from pyro_isingvit.runs.steps import backward, set_up_fabric, total
 
 log = logging.getLogger(__name__)
 CHUNK = 1024  # training images at a time after training
@@ -123,17 +124,9 @@ class Trainer:
             if isinstance(module, ViT):
                 module.checkpoint_activations = self.settings.checkpoint_activations
         steps = self.steps_per_epoch = count_steps(len(data.train), self.settings.batch_size, self.parts)
-        self.main_steps = steps * self.settings.epochs
         self.total_epochs = self.settings.epochs + self.settings.finetune_epochs
-        all_steps, warmup = steps * self.total_epochs, int(self.settings.warmup_fraction * self.main_steps)
-        optimizer = torch.optim.AdamW(self.method.parameter_groups(self.settings), lr=self.settings.lr)
-
-        def factor(step: int) -> float:
-            if self.settings.schedule == "halving" and step < self.main_steps:
-                return halving_factor(step // steps)
-            return learning_rate_factor(step, self.main_steps, all_steps, warmup)
-
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        optimizer = make_optimizer(self.method.parameter_groups(self.settings), self.settings)
+        self.scheduler = make_schedule(optimizer, self.settings, steps)
         self.loss, self.optimizer = self.fabric.setup(self.method, optimizer)
         device = self.fabric.device
         self.data = replace(data, train=_to(data.train, device), val=_to(data.val, device))

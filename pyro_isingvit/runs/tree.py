@@ -62,8 +62,9 @@ def run_to_datatree(
     - ``posterior_predictive``: ``probs`` (sample, image, class); ``observed_data``: ``y`` (image);
       ``constant_data``: ``pixels`` (image, channel, height, width), ``image_index``. At most ``max_images``.
     - ``constant_data``, of at most 200 of those images (``image_margin``, named as in ``image``), at the posterior
-      mean weights: attention margins (barrier.py) ``margin`` (image_margin, token), the least over layers and heads;
-      ``margin_by_layer`` (image_margin, layer, token), over heads; ``support_token`` (image_margin), its position.
+      mean weights: attention margins (nets/margins.py) ``margin`` (image_margin, token), the least over layers and
+      heads; ``margin_by_layer`` (image_margin, layer, token), over heads; ``support_token`` (image_margin), its
+      position.
 
     A baseline has no masks: its tree lacks ``posterior``, ``variational`` and the margins.
 
@@ -85,7 +86,7 @@ def run_to_datatree(
     samples = len(draws.probs) if num_samples is None else num_samples
     if samples < 1 or max_images < 1 or len(split) == 0 or draws.probs.shape[1] != len(split):
         raise UserError(
-            f"need samples ({samples}), max_images ({max_images}) and images ({len(split)}) of at least 1, "
+            f"need `num_samples` ({samples}), `max_images` ({max_images}) and images ({len(split)}) of at least 1, "
             f"and draws for the same images (they are for {draws.probs.shape[1]})."
         )
     limit = max(1, min(max_images, PIXEL_BYTES // split.images[0].numel()))

@@ -10,11 +10,15 @@ from helpers import TINY
 
 from analysis.benchmark import main as draw
 from analysis.benchmark import read, table
+from inference import benchmark_cases
 from inference.benchmark import main as benchmark
 from inference.benchmark_cases import Shape, ising_step, plain_network
 from inference.benchmark_parts import curves, in_fresh_process, peak_of_draws, variants
-from pyro_isingvit.core.settings import IsingConfig
+from pyro_isingvit.core.settings import IsingConfig, RunConfig, TrainConfig
+from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.pruning.cost import interleaved
+from pyro_isingvit.runs.optimiser import make_optimizer
+from pyro_isingvit.runs.run import build_run
 
 SHAPE = Shape(TINY, batch=6, side=4, classes=3, num_data=60)
 SHORT = ["--preset", "digits", "--depth", "1", "--repeats", "3", "--batch-size", "4", "--draws", "2", "--images", "5",
@@ -70,6 +74,26 @@ def test_tables_and_figures(folder, capsys) -> None:
     assert [row["width"] for row in result["curves"]["width"]] == [4, 8]
     weights = [row["weights"] for row in result["curves"]["width"]]
     assert weights[1] > weights[0]
+
+
+def test_the_steps_use_the_optimiser_and_schedule_of_training(monkeypatch) -> None:
+    made: list[torch.optim.Optimizer] = []
+
+    def remembered(groups, settings):
+        made.append(make_optimizer(groups, settings))
+        return made[-1]
+
+    monkeypatch.setattr(benchmark_cases, "make_optimizer", remembered)
+    ours, plain = ising_step(SHAPE), benchmark_cases.plain_step(SHAPE)
+    ours.step()
+    plain()
+    config = RunConfig(vit=TINY, method="deterministic", train=METHODS["deterministic"].train)
+    trained = build_run(config, SHAPE.info, SHAPE.num_data).method.parameter_groups(config.train)
+    assert [group["weight_decay"] for group in made[1].param_groups] == [g["weight_decay"] for g in trained[:2]]
+    assert len(made[0].param_groups) == len(ours.run.method.parameter_groups(TrainConfig()))
+    warmup = int(TrainConfig().warmup_fraction * TrainConfig().epochs * SHAPE.num_data / SHAPE.batch)
+    for optimizer in made:  # after one step of the schedule
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(benchmark_cases.LR * 2 / warmup)
 
 
 def test_a_step_moves_the_weights() -> None:

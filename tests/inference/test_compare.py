@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from analysis.comparison_tables import (
     readme_table,
     write_readme,
 )
-from inference.compare import CompareArguments, make_cells, method_config, run_grid
+from inference.compare import CompareArguments, make_cells, method_config, run_cell, run_grid, sibling
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import DataConfig, RunConfig
 from pyro_isingvit.methods.registry import METHODS
@@ -86,6 +87,46 @@ def test_a_failed_cell_is_reported_and_the_rest_runs(tmp_path: Path) -> None:
     cells = {c["train_size"]: c for c in json.loads((tmp_path / "results.json").read_text())}
     assert cells[60]["status"] == "done" and cells[100_000]["status"] == "failed"
     assert "train_size" in cells[100_000]["error"] and "metrics" not in cells[100_000]
+
+
+def small_cells(out: Path, *methods: str, seeds: tuple[int, ...] = (0,), **changes: object):
+    data = DataConfig("digits")
+    return make_cells(CompareArguments(out, methods, (60,), seeds, (1,), depth=1, width=16, device="cpu", samples=2,
+                                       data=data, **changes))  # type: ignore[arg-type]  # fmt: skip
+
+
+def as_if_finished(folder: Path, config: RunConfig) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config.to_json())
+    (folder / "metrics.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.derived_from])
+def test_a_sibling_is_found_by_its_settings(method: str, tmp_path: Path) -> None:
+    plain, derived = small_cells(tmp_path, "deterministic", method)
+    assert sibling(derived) is None  # nothing is trained yet
+    for name, changes in {
+        "another-seed": {"train": replace(plain.config.train, seed=1)},
+        "another-size": {"data": replace(plain.config.data, train_size=61)},
+        "another-shape": {"vit": replace(plain.config.vit, depth=2)},
+        "another-rate": {"train": replace(plain.config.train, lr=1e-4)},
+        "another-method": {"method": "dropconnect"},
+    }.items():
+        as_if_finished(derived.folder.parent / name, replace(plain.config, **changes))
+    (as_if_finished(derived.folder.parent / "damaged", plain.config) / "config.json").write_text("{")
+    (as_if_finished(derived.folder.parent / "unfinished", plain.config) / "metrics.json").unlink()
+    assert sibling(derived) is None
+    found = as_if_finished(derived.folder.parent / "copied from elsewhere", plain.config)
+    assert sibling(derived) == found and sibling(plain) is None
+
+
+def test_a_derived_method_takes_the_weights_of_a_renamed_sibling(tmp_path: Path) -> None:
+    plain, derived = small_cells(tmp_path, "deterministic", "temperature")
+    ours = run_cell(plain, 1)
+    plain.folder.rename(plain.folder.with_name("moved"))
+    theirs = run_cell(derived, 1)
+    assert theirs["accuracy"] == ours["accuracy"] and theirs["train_seconds"] == ours["train_seconds"]
 
 
 def test_a_process_that_dies_fails_its_cell_alone(tmp_path: Path, monkeypatch) -> None:

@@ -115,7 +115,7 @@ def test_numbers_that_no_setting_has(script: str, tmp_path: Path, capsys) -> Non
         words = ["nan", "inf", "-inf"] if float in choices(kind) else [str(10**30), str(-(10**30))]
         for word in words:
             shown = outcome(script, [*required(script, tmp_path), f"{flag}={word}"], capsys)
-            assert "cannot be" in shown and flag.strip("-").replace("-", "_") in shown, (flag, word, shown)
+            assert f"{flag} cannot be" in shown, (flag, word, shown)
     assert not (tmp_path / "out").exists()
 
 

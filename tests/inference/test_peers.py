@@ -44,7 +44,7 @@ TINY = [
 
 @pytest.fixture
 def job() -> Job:
-    settings = replace(OWN["deterministic"][1], epochs=8, lr=5e-3, samples=4, device="cpu")
+    settings = replace(OWN["deterministic"].train, epochs=8, lr=5e-3, samples=4, device="cpu")
     config = RunConfig("digits", "deterministic", DataConfig("digits", train_size=200), SHAPE, train=settings)
     return Job(config, load_data("digits", train_size=200), torch.device("cpu"))
 
@@ -64,7 +64,7 @@ def test_the_plain_network_has_our_logits(patch: int) -> None:
 
 @pytest.mark.parametrize("change", [{"pool": "cls"}, {"head": "mlp"}])
 def test_another_pooling_or_head_is_refused(change: dict[str, str]) -> None:
-    with pytest.raises(UserError, match="--pool mean --head linear"):
+    with pytest.raises(UserError, match="`pool` mean and `head` linear"):
         PlainViT(ViT(replace(SHAPE, **change), 1, 8, 8, 10))
 
 
@@ -193,7 +193,7 @@ def test_the_script_goes_on_past_peers_that_cannot_run(tmp_path: Path, monkeypat
         (["--peers", "blitz"], "unknown peer 'blitz'; known: tyxe"),
         (["--peers"], "at least one of"),
         (["--peers", "laplace", "laplace"], "distinct"),
-        (["--preset", "huge"], "unknown preset"),
+        (["--preset", "huge"], "unknown --preset"),
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--dataset", "npz:none.npz"], "none.npz"),
     ],

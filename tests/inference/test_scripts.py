@@ -146,8 +146,8 @@ def test_a_run_cut_short_or_of_another_version_is_refused(run: Path, tmp_path: P
     [
         (["--dataset", "nope"], ["nope", "fashion-mnist"]),
         (["--dataset", "mnist", "--data-root", "/nonexistent"], ["/nonexistent", "--download"]),
-        (["--patch-size", "9"], ["patch size 9", "--patch-size"]),
-        (["--width", "30"], ["width 30", "heads 4"]),
+        (["--patch-size", "9"], ["--patch-size 9", "at most 8"]),
+        (["--width", "30"], ["--width 30", "--heads 4"]),
         (["--preset", "nope"], ["paper-28"]),
         (["--epochs", "x"], ["epochs"]),
         (["--lr", "-1"], ["lr"]),

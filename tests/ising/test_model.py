@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import PRESETS, ViTConfig
+from pyro_isingvit.core.settings import PRESETS, ViTConfig, preset
 from pyro_isingvit.data.split import DataInfo
 from pyro_isingvit.ising.layout import GRANULARITIES
 from pyro_isingvit.ising.model import IsingViT
@@ -98,13 +98,13 @@ def test_images_of_another_shape_are_refused() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_build(name: str) -> None:
     side, channels = {"digits": (8, 1), "cifar": (32, 3), "paper-32": (32, 3)}.get(name, (28, 1))
-    vit = ViT(PRESETS[name], channels, side, side, 10)
+    vit = ViT(preset(name), channels, side, side, 10)
     assert not any(vit.padding)
     assert vit(vit.initial_weights(), torch.randn(2, channels, side, side)).shape == (2, 10)
 
 
 def test_paper_presets_are_those_of_the_paper() -> None:
-    small, large = PRESETS["paper-28"], PRESETS["paper-32"]
+    small, large = preset("paper-28"), preset("paper-32")
     assert (small.patch_size, small.width, small.heads, small.depth, small.mlp_ratio) == (7, 64, 8, 2, 16)
     assert (large.patch_size, large.width, large.heads, large.depth, large.mlp_ratio) == (4, 128, 16, 2, 16)
     assert small.pool == large.pool == "mean" and small.head == large.head == "mlp"

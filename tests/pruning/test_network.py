@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import PRESETS
+from pyro_isingvit.core.settings import PRESETS, preset
 from pyro_isingvit.data.split import DataInfo
 from pyro_isingvit.ising.layout import GRANULARITIES
 from pyro_isingvit.nets.vit import ViT, Weights
@@ -72,7 +72,7 @@ def test_equals_it_for_any_rows_and_columns(rows, columns, hidden, readers, zero
 def test_every_preset_and_granularity(name: str, granularity: str) -> None:
     size = {"digits": 8, "small": 28, "paper-28": 28}.get(name, 32)
     info = replace(INFO, height=size, width=size)
-    vit, weights = network(PRESETS[name], info, 3)
+    vit, weights = network(preset(name), info, 3)
     for parameter in vit.parameters():
         parameter.data.mul_(0.3)
     model = check_equal(vit, cut(vit, weights, granularity, 0.4, 3), info)

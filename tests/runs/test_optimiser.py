@@ -1,0 +1,62 @@
+"""The optimiser of a run: the rates of its schedule, and numbers that its fast form does not change."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule
+
+SETTINGS = TrainConfig(epochs=30, finetune_epochs=4, lr=0.01, warmup_fraction=0.1)
+STEPS = 5
+
+
+def rates(settings: TrainConfig) -> list[float]:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = make_optimizer([{"params": [parameter]}], settings)
+    schedule = make_schedule(optimizer, settings, STEPS)
+    found = []
+    for _ in range(STEPS * (settings.epochs + settings.finetune_epochs)):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_cosine_with_warm_up_and_fine_tuning() -> None:
+    found = rates(SETTINGS)
+    warmup, main = 15, 150
+    assert found[:warmup] == pytest.approx([0.01 * (i + 1) / warmup for i in range(warmup)])
+    middle = (main + warmup) // 2
+    assert found[warmup] == 0.01 and max(found) == 0.01
+    assert found[middle] == pytest.approx(0.005 * (1 + math.cos(math.pi * (middle - warmup) / (main - warmup))))
+    assert found[main - 1] < 1e-5 and found[main] == pytest.approx(0.001) and found[-1] < 1e-4
+
+
+def test_halving() -> None:
+    found = rates(replace(SETTINGS, schedule="halving", warmup_fraction=0.0))
+    assert set(found[: 20 * STEPS]) == {0.01} and set(found[20 * STEPS : 30 * STEPS]) == {0.005}
+    assert found[30 * STEPS] == pytest.approx(0.001)
+
+
+def test_the_fast_form_has_the_numbers_of_the_slow_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=generator) for shape in ((7, 5), (3,), (2, 4, 4))]
+    gradients = [[torch.randn(p.shape, generator=generator) for p in starts] for _ in range(20)]
+    results = []
+    for fast in (True, False):
+        parameters = [torch.nn.Parameter(p.clone()) for p in starts]
+        groups = [
+            {"params": parameters[:1], "weight_decay": 0.05},
+            {"params": parameters[1:], "weight_decay": 0.0, "lr": 0.1},
+        ]
+        made = make_optimizer(groups, SETTINGS) if fast else torch.optim.AdamW(groups, lr=SETTINGS.lr, foreach=False)
+        assert made.param_groups[0]["foreach"] is fast
+        for each in gradients:
+            for parameter, gradient in zip(parameters, each, strict=True):
+                parameter.grad = gradient.clone()
+            made.step()
+        results.append(parameters)
+    assert all(torch.equal(fast, slow) for fast, slow in zip(*results, strict=True))
