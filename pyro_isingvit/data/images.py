@@ -6,7 +6,7 @@ Shapes: N images, C channels (1 or 3), H height, W width; images are (N, C, H, W
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +29,10 @@ class Images(Protocol):
     A new source is a subclass with ``shape`` and ``rows``; length, indexing, parts and batches come with it. Nothing
     here holds more rows than are asked for at once.
 
+    Attributes:
+        shape: (N, C, H, W).
+        device: where ``rows`` gives images.
+
     Examples:
         >>> import torch
         >>> from pyro_isingvit.data.images import Images
@@ -41,10 +45,8 @@ class Images(Protocol):
         (256, torch.Size([6, 1, 8, 8]), 7)
     """
 
-    @property
-    @abstractmethod
-    def shape(self) -> Shape:
-        """(N, C, H, W)."""
+    shape: Shape
+    device: torch.device = CPU
 
     @abstractmethod
     def rows(self, index: Tensor) -> Tensor:
@@ -56,11 +58,6 @@ class Images(Protocol):
         Returns:
             (n, C, H, W) uint8 on ``device``.
         """
-
-    @property
-    def device(self) -> torch.device:
-        """Where ``rows`` gives images."""
-        return CPU
 
     def __len__(self) -> int:
         """N, the number of images."""
@@ -77,6 +74,11 @@ class Images(Protocol):
             return torch.empty(0, *self.shape[1:], dtype=torch.uint8, device=self.device)
         rows = self.rows(index)
         return rows[0] if isinstance(where, int | np.integer) else rows
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All images as a NumPy array."""
+        array = self[:].cpu().numpy()
+        return array if dtype is None else array.astype(dtype)
 
     def take(self, where: Where) -> "Images":
         """The images at ``where``, as ``Images`` again; nothing is read yet."""
@@ -119,18 +121,8 @@ class InMemory(Images):
         fits = tensor.ndim == 4 and tensor.dtype == torch.uint8
         got = f"{tuple(tensor.shape)} {tensor.dtype}"
         need(fits, f"expected images (N, C, H, W) torch.uint8, got {got}; `ImageData.from_arrays` converts others.")
-        self.tensor = tensor
-
-    @property
-    def shape(self) -> Shape:
-        """(N, C, H, W)."""
-        count, channels, height, width = self.tensor.shape
-        return count, channels, height, width
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensor is."""
-        return self.tensor.device
+        count, channels, height, width = tensor.shape
+        self.tensor, self.shape, self.device = tensor, (count, channels, height, width), tensor.device
 
     def rows(self, index: Tensor) -> Tensor:
         """The images at ``index`` (n,), a copy."""
@@ -159,16 +151,7 @@ class Subset(Images):
 
     def __init__(self, source: Images, index: Tensor) -> None:
         self.source, self.index = source, index.to(source.device)
-
-    @property
-    def shape(self) -> Shape:
-        """(n, C, H, W)."""
-        return len(self.index), *self.source.shape[1:]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the source gives images."""
-        return self.source.device
+        self.shape, self.device = (len(index), *source.shape[1:]), source.device
 
     def rows(self, index: Tensor) -> Tensor:
         """The images at ``index`` (n,) of this part."""
@@ -186,7 +169,7 @@ def positions(where: Where, count: int) -> Tensor:
         IndexError: there is no such row.
     """
     if isinstance(where, slice):
-        return torch.arange(*where.indices(count))
+        return torch.from_numpy(np.arange(*where.indices(count)))
     index = torch.as_tensor(where)
     if index.dtype == torch.bool:
         if index.shape != (count,):
@@ -204,17 +187,16 @@ def as_images(images: object) -> Images:
     Raises:
         UserError: another kind, shape or type.
     """
+    if isinstance(images, Tensor):  # asked first: a protocol takes long to answer
+        return InMemory(images)
     if isinstance(images, Images):
         return images
     if isinstance(images, np.ndarray):
         kind = f"expected images (N, C, H, W) uint8, got {images.shape} {images.dtype}"
         need(images.dtype == np.uint8, f"{kind}; `ImageData.from_arrays` converts others.")
-        images = from_numpy(images)
-    if not isinstance(images, Tensor):
-        raise UserError(
-            f"expected images as a tensor, an array or a subclass of `Images`, got {type(images).__name__}."
-        )
-    return InMemory(images)
+        return InMemory(from_numpy(images))
+    kind = type(images).__name__
+    raise UserError(f"expected images as a tensor, an array or a subclass of `Images`, got {kind}.")
 
 
 def from_numpy(array: np.ndarray) -> Tensor:

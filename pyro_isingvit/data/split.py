@@ -119,12 +119,16 @@ class DataInfo:
         except (KeyError, TypeError) as error:
             raise UserError(f"the saved data description is damaged ({why(error)}); train again.") from error
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalise(self, images: Tensor | Images) -> Tensor:
         """(images / 255 - mean) / std, (N, C, H, W) uint8 -> float32, on the images' device.
+
+        Args:
+            images: all of them become floats at once; ``Split.batches`` takes them in turn.
 
         Raises:
             UserError: other channels, size or type than the training images.
         """
+        images = images if isinstance(images, Tensor) else as_images(images)[:]
         expected = f"(N, {self.channels}, {self.height}, {self.width}) torch.uint8"
         got = f"{('N', *images.shape[1:])} {images.dtype}".replace("'", "")
         need(got == expected, f"expected images {expected}, as in training on {self.dataset}; got {got}.")
