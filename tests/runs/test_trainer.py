@@ -180,9 +180,9 @@ def test_learning_rate_rises_falls_and_starts_again_to_finetune() -> None:
 
 def test_batches_cover_the_data_once_and_depend_on_seed_and_epoch(data) -> None:
     def labels(seed: int, epoch: int):
-        return torch.cat([y for _, y in batches(data.train, 16, seed, epoch)])
+        return torch.cat([y for _, y, _ in batches(data.train, 16, seed, epoch)])
 
-    assert [len(y) for _, y in batches(data.train, 16, 0, 0)] == [16, 16, 16, 12]
+    assert [len(y) for _, y, _ in batches(data.train, 16, 0, 0)] == [16, 16, 16, 12]
     assert torch.equal(labels(0, 1).bincount(), data.train.labels.bincount())
     assert torch.equal(labels(0, 1), labels(0, 1)) and not torch.equal(labels(0, 1), labels(0, 2))
 
