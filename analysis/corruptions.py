@@ -45,7 +45,7 @@ def corruptions(arguments: Arguments) -> None:
     folder = (arguments.out or arguments.run[0]) / "corruptions"
     title = f"{style.label(first.info.dataset, 0, 30)}, {len(split)} test images, {arguments.samples} draws"
     style.save_png(shift_figures.corruption_curves(found, title), folder / CURVES)
-    rows = {name: [corrupt(split.images, name, i + 1, arguments.seed)[0] for i in range(5)] for name in CORRUPTIONS}
+    rows = {name: [corrupt(split.images[:], name, i + 1, arguments.seed)[0] for i in range(5)] for name in CORRUPTIONS}
     values = {name: (corruption.unit, corruption.values) for name, corruption in CORRUPTIONS.items()}
     style.save_png(shift_figures.corruption_examples(split.images[0], rows, values), folder / EXAMPLES)
     summary = {

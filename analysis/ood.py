@@ -43,7 +43,7 @@ def ood(arguments: Arguments) -> None:
     need(len(set(arguments.ood)) == len(arguments.ood), "`ood` names the same images twice.")
     runs = load_runs(arguments.run, arguments.device)
     first = next(iter(runs.values()))
-    inside = own_test_part(first, arguments.data_root, arguments.max_images, arguments.seed).images
+    inside = own_test_part(first, arguments.data_root, arguments.max_images, arguments.seed).images[:]
     root = arguments.data_root or first.config.data.data_root
     outside = {
         name: strange_images(name, first.info, inside, root, arguments.max_images, arguments.seed)

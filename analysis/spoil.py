@@ -119,9 +119,10 @@ def judge(run: Run, split: Split, samples: int, seed: int, bar: Any) -> dict[str
         bar.update()
         return {name: metrics[name] for name in METRICS}
 
-    clean, corrupted, every = scores(split.images), {}, []
+    images = split.images[:]
+    clean, corrupted, every = scores(images), {}, []
     for name, corruption in CORRUPTIONS.items():
-        found = [scores(corrupt(split.images, name, i + 1, seed)) for i in range(len(corruption.values))]
+        found = [scores(corrupt(images, name, i + 1, seed)) for i in range(len(corruption.values))]
         corrupted[name] = {metric: [each[metric] for each in found] for metric in METRICS}
         every += found
     mean = {metric: sum(each[metric] for each in every) / len(every) for metric in METRICS}

@@ -14,6 +14,7 @@ from analysis.shift import choose, fit_images
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.untrusted import check_archive
 from pyro_isingvit.data.files import decode_all, list_images
+from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.data.load import load_data
 from pyro_isingvit.data.sources import DATASETS
 from pyro_isingvit.data.split import DataInfo
@@ -51,8 +52,9 @@ def strange_images(
         return moved, "the test images, each with its pixels in a random order"
     if kind == "imagefolder" and path:
         return _from_folder(Path(path).expanduser(), info, most, seed)
+    images: Images
     if kind == "npz" and path:
-        images = _from_npz(Path(path).expanduser())
+        images = as_images(_from_npz(Path(path).expanduser()))
     else:
         need(spec in DATASETS, f"unknown images {spec!r}; `ood` takes {KNOWN}.")
         images = load_data(spec, data_root=data_root, val_fraction=0).test.images

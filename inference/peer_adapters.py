@@ -129,7 +129,7 @@ def laplace(job: Job, clock: Clock) -> Predict:
 
     network = job.network()
     _train_plainly(job, network, network, clock)
-    data = torch.utils.data.TensorDataset(job.data.info.normalise(job.data.train.images), job.data.train.labels)
+    data = torch.utils.data.TensorDataset(job.data.info.normalise(job.data.train.images[:]), job.data.train.labels)
     loader = torch.utils.data.DataLoader(data, batch_size=job.config.train.batch_size)
     posterior: Any = Laplace(network, "classification", subset_of_weights="last_layer", hessian_structure="kron")
     posterior.fit(loader)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.batches import batches
+from pyro_isingvit.data.images import as_images
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.plain import Plain
 from pyro_isingvit.nets.plain import PlainViT
@@ -48,7 +49,8 @@ class Job:
     def in_chunks(self, images: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
         """Class probabilities (S, B, C) of all images (uint8), on the CPU; ``predict`` takes normalised ones."""
         with torch.no_grad():
-            parts = [predict(self.data.info.normalise(chunk.to(self.device))).cpu() for chunk in images.split(CHUNK)]
+            ready = as_images(images).batches(CHUNK, self.data.info.normalise, self.device)
+            parts = [predict(x).cpu() for x in ready]
         return torch.cat(parts, dim=1)
 
 

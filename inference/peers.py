@@ -130,13 +130,12 @@ def fit_and_score(name: str, config: RunConfig, pause: Any = lambda: None) -> di
     device = config.train.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    train = replace(data.train, images=data.train.images.to(device), labels=data.train.labels.to(device))
-    predict = method.fit(Job(config, replace(data, train=train), torch.device(device)), clock)
+    predict = method.fit(Job(config, replace(data, train=data.train.to(device)), torch.device(device)), clock)
     after = time.perf_counter() - clock.resumed
     torch.manual_seed(config.train.seed)
-    val = predict(data.val.images) if len(data.val) else None
+    val = predict(data.val.images[:]) if len(data.val) else None
     start = time.perf_counter()
-    probs = predict(data.test.images)  # the one look at the test part, (S, B, C)
+    probs = predict(data.test.images[:])  # the one look at the test part, (S, B, C)
     seconds = time.perf_counter() - start
     temperature = 1.0 if val is None or method.calibrated else fit_temperature(val, data.val.labels)
     fitted = classification_metrics(temper(probs, temperature).mean(0), data.test.labels)

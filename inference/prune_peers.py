@@ -146,7 +146,7 @@ def check_peers(config: ViTConfig) -> None:
 @torch.no_grad()
 def _scores(network: nn.Module, run: Run, data: ImageData) -> dict[str, Any]:
     def probabilities(split: Split, temperature: float) -> Tensor:
-        logits = [network(run.info.normalise(images)) for images in split.images.split(2048)]
+        logits = [network(x) for x, _ in split.batches(2048, run.info.normalise)]
         return (torch.cat(logits) / temperature).softmax(-1)
 
     temperature = fit_temperature(probabilities(data.val, 1.0)[None], data.val.labels) if len(data.val) else 1.0

@@ -12,8 +12,8 @@ from helpers import INFO, TINY, make_pair, pixels, write_npz
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import RunConfig, TrainConfig
+from pyro_isingvit.data.images import copies
 from pyro_isingvit.data.load import load_data, load_inputs
-from pyro_isingvit.data.split import copies
 from pyro_isingvit.methods.base import method_class
 from pyro_isingvit.nets.divergence import first_not_finite, not_finite
 from pyro_isingvit.predictive.metrics import classification_metrics
@@ -83,9 +83,9 @@ def test_copies_across_the_parts_are_counted(tmp_path, caplog) -> None:
 
 def test_copies_among_sixty_thousand_images() -> None:
     """As many as MNIST has, of its size; a copy that differs in one bit of one pixel is none."""
-    images = np.random.default_rng(0).integers(0, 256, (60_000, 28, 28), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (60_000, 1, 28, 28), dtype=np.uint8)
     images[59_999] = images[7]
-    images[59_998, 0, 0] ^= 1
+    images[59_998, 0, 0, 0] ^= 1
     assert copies([images[:54_000], images[54_000:], images[:2]]) == [0, 1, 2]
     assert copies([images[:0], images[:1]]) == [0, 0]
 

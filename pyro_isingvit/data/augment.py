@@ -3,10 +3,11 @@
 Shapes: B images, C channels (1 or 3), H height, W width, K classes.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as VF
 
 from pyro_isingvit.core.settings import TrainConfig
 from pyro_isingvit.data.split import DataInfo
@@ -18,7 +19,7 @@ RAND_AUGMENT = {
     "magnitude": 9,
     "num_magnitude_bins": 31,
 }  # torchvision's defaults; ImageNet's in the paper
-MIXES = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
+MIXES = {"mixup": "MixUp", "cutmix": "CutMix"}  # torchvision's names
 
 
 def random_crop(images: Tensor) -> Tensor:
@@ -35,7 +36,8 @@ def random_crop(images: Tensor) -> Tensor:
     """
     height, width = images.shape[-2:]
     above, beside = (max(1, round(side / PADDING)) for side in (height, width))
-    windows = VF.pad(images, [beside, above]).unfold(2, height, 1).unfold(3, width, 1)  # a view: (B, C, places, H, W)
+    padded = F.pad(images, (beside, beside, above, above))
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (B, C, rows, columns, H, W)
     count, device = len(images), images.device
     top, left = (torch.randint(2 * margin + 1, (count,), device=device) for margin in (above, beside))
     return windows[torch.arange(count, device=device), :, top, left]
@@ -44,7 +46,7 @@ def random_crop(images: Tensor) -> Tensor:
 def random_flip(images: Tensor) -> Tensor:
     """Mirrors each image left to right with probability 1/2: (B, C, H, W) of any type -> the same."""
     flipped = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-    return torch.where(flipped, VF.horizontal_flip(images), images)
+    return torch.where(flipped, images.flip(-1), images)
 
 
 class Augmentation:
@@ -68,9 +70,17 @@ class Augmentation:
 
     def __init__(self, settings: TrainConfig, info: DataInfo) -> None:
         self.kind, self.info = settings.augment, info
-        self.rand_augment = v2.RandAugment(**RAND_AUGMENT)
-        mix = MIXES.get(settings.mix)
-        self.mix = mix(alpha=settings.mix_alpha, num_classes=info.num_classes) if mix else None
+        self.rand_augment: Any = None
+        self.mix: Any = None
+        if self.kind != "randaugment" and settings.mix not in MIXES:
+            return
+        from torchvision.transforms import v2  # a second of imports, for these two alone
+
+        if self.kind == "randaugment":
+            self.rand_augment = v2.RandAugment(**RAND_AUGMENT)
+        if settings.mix in MIXES:
+            mix = getattr(v2, MIXES[settings.mix])
+            self.mix = mix(alpha=settings.mix_alpha, num_classes=info.num_classes)
 
     def images(self, images: Tensor) -> Tensor:
         """Crops, flips and RandAugment, (B, C, H, W) uint8 -> the same shape and type."""

@@ -20,12 +20,25 @@ def count_steps(count: int, size: int, parts: int = 1) -> int:
 
 
 def batches(split: Split, size: int, seed: int, epoch: int, parts: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Shuffled batches of an epoch: images, labels, and their row numbers; the order depends on seed and epoch alone.
+    """Shuffled batches of an epoch; the order depends on ``seed`` and ``epoch`` alone.
 
-    The last short batch is kept, as far as it can be cut into ``parts`` equal parts; so can the others if ``size`` can.
+    Args:
+        split: the training part.
+        size: B, images of a batch.
+        seed: of the order.
+        epoch: counted from 0.
+        parts: the last short batch is cut to a multiple of this, so that it can be shared out equally.
+
+    Yields:
+        images (B, C, H, W) uint8, labels (B,) and the row numbers (B,) of the images in ``split``, all on the device
+        of the labels.
     """
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     order = order[: _usable(len(order), size, parts)]
+    images, device = split.images, split.labels.device
     for start in range(0, len(order), size):
-        rows = order[start : start + size].to(split.images.device)
-        yield split.images[rows], split.labels[rows], rows
+        index = order[start : start + size]
+        rows = index.to(device)
+        # Rows made on demand come from the CPU, and so does what they are asked by.
+        pixels = images.rows(rows if images.device == device else index.to(images.device))
+        yield pixels.to(device), split.labels[rows], rows

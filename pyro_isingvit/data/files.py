@@ -71,7 +71,7 @@ def decode_all(paths: Sequence[Path], size: tuple[int, int] | None, channels: in
                     resized += changed
                     (h0, w0), (h, w), path = arrays[0].shape[:2], array.shape[:2], paths[len(arrays) - 1]
                     sizes = f"{paths[0]} is {w0}x{h0}, {path} is {w}x{h}"
-                    need((h0, w0) == (h, w), f"images differ in size: {sizes}; give one --image-size.")
+                    need((h0, w0) == (h, w), f"images differ in size: {sizes}; give one `image_size`.")
                 bar.update(len(block))
         finally:
             pool.shutdown(cancel_futures=True)

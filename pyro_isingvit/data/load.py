@@ -11,12 +11,10 @@ Shapes: N images, C channels (1 or 3), H height, W width; images are (N, C, H, W
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pyro_isingvit.core.errors import UserError, need
@@ -25,9 +23,9 @@ from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.files import decode_all, list_images
 from pyro_isingvit.data.sources import (
     DATASETS,
-    KNOWN,
     PREFIXES,
     imagefolder,
+    known,
     npz_split,
     read_npz,
 )
@@ -36,13 +34,13 @@ from pyro_isingvit.data.split import (
     DataInfo,
     ImageData,
     Split,
-    copies,
-    hold_out,
-    statistics,
-    stratified,
+    check_division,
+    divide,
+    hold_out_test,
 )
 
 log = logging.getLogger(__name__)
+TEST_FRACTION = 0.2  # of the images, where there is no official test part
 
 
 def load_data(
@@ -68,36 +66,19 @@ def load_data(
 
     Raises:
         UserError: unknown data set, unreadable files, or a split that cannot be made.
+
+    Examples:
+        >>> from pyro_isingvit import load_data
+        >>> data = load_data("digits", train_size=300)
+        >>> len(data.train), len(data.val), len(data.test)
+        (300, 30, 360)
+        >>> data.train.images[:2].shape, data.info.classes[:3]
+        (torch.Size([2, 1, 8, 8]), ('0', '1', '2'))
     """
-    need(0 <= val_fraction <= 0.5, f"val_fraction must be between 0 and 0.5, got {val_fraction}.")
-    need(seed >= 0, f"seed must not be negative, got {seed}.")
+    check_division(val_fraction, TEST_FRACTION, seed)
     source = DataConfig(dataset=dataset, data_root=str(data_root), download=download, image_size=image_size)
     pool, val, test, classes = load_parts(source)
-    labels = pool.labels.numpy()
-    chosen = everything = np.arange(len(labels))
-    if train_size is not None:
-        limits = f"{len(classes)} (one per class) and {len(labels)} (all training images)"
-        possible = len(classes) <= train_size <= len(labels)
-        need(possible, f"train_size must be between {limits}, got {train_size}.")
-        chosen = stratified(labels, train_size, np.random.default_rng([seed, 0]))
-    if val_fraction == 0:
-        val = pool.take(chosen[:0])
-    elif val is None:
-        left, rng = np.setdiff1d(everything, chosen), np.random.default_rng([seed, 1])
-        count = max(round(val_fraction * len(chosen)), len(classes))
-        if len(left) >= count and len(np.unique(labels[left])) == len(classes):
-            val = pool.take(left[stratified(labels[left], count, rng)])
-        else:
-            rest, held_out = hold_out(labels[chosen], count, rng, classes, "validation (--val-fraction)")
-            val, chosen = pool.take(chosen[held_out]), chosen[rest]
-    train = pool.take(chosen)
-    mean, std = statistics(train.images)
-    log.info("%s: %d training, %d validation, %d test images", dataset, len(train), len(val), len(test))
-    _, again, tested = copies(part.images.numpy() for part in (train, val, test))
-    if again or tested:
-        log.warning("%d validation and %d test images are copies of images in an earlier part", again, tested)
-    channels, height, width = train.images.shape[1:]
-    return ImageData(train, val, test, DataInfo(dataset, classes, channels, height, width, mean, std))
+    return divide(pool, val, test, classes, name=dataset, train_size=train_size, val_fraction=val_fraction, seed=seed)
 
 
 def load_inputs(spec: str, info: DataInfo, *, data_root: str | Path = "data", download: bool = False) -> Split:
@@ -127,7 +108,7 @@ def load_inputs(spec: str, info: DataInfo, *, data_root: str | Path = "data", do
         if all(top in info.classes for top in tops):
             split = replace(split, labels=torch.tensor([info.classes.index(str(top)) for top in tops]))
     else:
-        need(path.suffix == ".npz", f"{spec!r} is no folder, no .npz file and no known data set ({KNOWN}).")
+        need(path.suffix == ".npz", f"{spec!r} is no folder, no .npz file and no known data set ({known()}).")
         arrays = read_npz(path, ["images", "labels", "test_images", "test_labels"])
         start = "" if "images" in arrays else "test_"
         split = npz_split(arrays, f"{start}images", f"{start}labels", path, f"{start}labels" in arrays)
@@ -159,13 +140,11 @@ def load_parts(source: DataConfig) -> tuple[Split, Split | None, Split, tuple[st
     name, _, path = spec.partition(":")
     loader = PREFIXES.get(name) if path else DATASETS.get(spec)
     if loader is None:
-        raise UserError(f"unknown data set {spec!r}; known: {KNOWN}.")
+        raise UserError(f"unknown data set {spec!r}; known: {known()}.")
     sizable = size is None or (loader is imagefolder and size > 0)
-    need(sizable, f"--image-size is a positive number, for imagefolder:PATH alone; got {size} for {spec}.")
+    need(sizable, f"`image_size` is a positive number, for imagefolder:PATH alone; got {size} for {spec}.")
     train, val, test, classes = loader(source)
     need(len(classes) > 1, f"{spec} has only the class {classes[0]!r}; two are needed at least.")
     if test is None:
-        labels, rng = train.labels.numpy(), np.random.default_rng(0)
-        rest, held_out = hold_out(labels, math.ceil(len(labels) / 5), rng, classes, "testing")
-        train, test = train.take(rest), train.take(held_out)
+        train, test = hold_out_test(train, classes, TEST_FRACTION)
     return train, val, test, classes

@@ -44,13 +44,11 @@ def torchvision_set(kind: str, source: DataConfig) -> Parts:
         sets = [dataset(source.data_root, train, download=source.download) for train in (True, False)]
         parts = [split_of(np.asarray(part.data), np.asarray(part.targets)) for part in sets]
         for part in parts:
-            need(len(part.images) == len(part.labels), "label count mismatch")
-            fits = part.images.dtype == torch.uint8 and int(part.labels.max()) < len(sets[0].classes)
-            need(fits, "images that are not uint8, or labels without a class")
+            need(int(part.labels.max()) < len(sets[0].classes), "labels without a class")
     except Exception as error:  # a damaged file makes the readers raise almost anything
         reason = why(error) if folder.is_dir() or source.download else "no such folder"
-        mend = "put its published files there, or delete what is there and add --download"
-        raise UserError(f"cannot read {source.dataset} from {folder} ({reason}); {mend}.") from error
+        fix = "put its published files there, or delete what is there and set `download`"
+        raise UserError(f"cannot read {source.dataset} from {folder} ({reason}); {fix}.") from error
     classes = tuple(name.partition(" - ")[0] for name in sets[0].classes)  # MNIST's are "0 - zero"
     return parts[0], None, parts[1], classes
 
@@ -118,7 +116,11 @@ DATASETS: dict[str, Loader] = {
 
 
 PREFIXES: dict[str, Loader] = {"imagefolder": imagefolder, "npz": npz}  # written name:PATH
-KNOWN = ", ".join([*DATASETS, *(f"{name}:PATH" for name in PREFIXES)])
+
+
+def known() -> str:
+    """What may be asked for, in words."""
+    return ", ".join([*DATASETS, *(f"{name}:PATH" for name in PREFIXES)])
 
 
 def path_of(source: DataConfig) -> Path:
@@ -133,7 +135,7 @@ def split_of(images: np.ndarray, labels: np.ndarray) -> Split:
 
 
 def read_npz(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
-    """Those of ``keys`` that the file has."""
+    """The arrays called ``keys``, if the file has them."""
     need(path.is_file(), f"no such file: {path}.")
     check_archive(path)
     try:
@@ -150,11 +152,11 @@ def npz_split(
     for key in (images_key, labels_key)[: 1 + labelled]:
         need(key in arrays, f"{path} has no array {key!r}; found: {', '.join(arrays) or 'no known one'}.")
         bad = int((~np.isfinite(arrays[key])).sum()) if arrays[key].dtype.kind == "f" else 0
-        need(not bad, f"{path}: {key} has {bad} NaN or infinite values; mend or remove those images.")
+        need(not bad, f"{path}: {key} has {bad} NaN or infinite values; repair or remove those images.")
     images = arrays[images_key]
     labels = arrays[labels_key] if labelled else np.full(images.shape[:1], UNLABELLED)
-    mend = "convert values in [0, 1] by (images * 255).round().astype('uint8')"
-    need(images.dtype == np.uint8, f"{path}: {images_key} is {images.dtype}, uint8 is expected; {mend}.")
+    fix = "convert values in [0, 1] by (images * 255).round().astype('uint8')"
+    need(images.dtype == np.uint8, f"{path}: {images_key} is {images.dtype}, uint8 is expected; {fix}.")
     shaped = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in {1, 3})
     kind = f"{path}: {images_key} is {images.shape}, expected (N, H, W) or (N, H, W, 1 or 3), not empty."
     need(shaped and images.size > 0, kind)

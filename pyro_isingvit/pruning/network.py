@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 
 from pyro_isingvit.core.checkpoint import write_atomically, write_text
 from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.data.images import Images, as_images
 
 FORMAT = 1
 CONFIG, WEIGHTS = "compact.json", "compact.safetensors"
@@ -323,11 +325,13 @@ class CompactViT(nn.Module):
         return drawn
 
     @torch.no_grad()
-    def predict(self, images: Tensor, samples: int = 50, seed: int = 0, chunk: int = 2048) -> Tensor:
+    def predict(
+        self, images: Images | Tensor | np.ndarray, samples: int = 50, seed: int = 0, chunk: int = 2048
+    ) -> Tensor:
         """Class probabilities of images.
 
         Args:
-            images: (B, channels, height, width) uint8.
+            images: (B, channels, height, width) uint8: ``Images``, a tensor or an array.
             samples: S, networks drawn; the form ``mean`` is one network, S = 1.
             seed: of the draws.
             chunk: at most this many images pass at a time.
@@ -339,14 +343,13 @@ class CompactViT(nn.Module):
             UserError: images that do not fit, or samples or chunk below 1.
         """
         need(samples >= 1 and chunk >= 1, f"samples ({samples}) and chunk ({chunk}) must be at least 1.")
-        bayes = self.config.form == "bayes"
+        bayes, images = self.config.form == "bayes", as_images(images)
         noise = torch.Generator(device=self.position.device).manual_seed(seed)
         result = torch.empty(samples if bayes else 1, len(images), len(self.config.classes))
         for s in range(len(result)):
             drawn = self.draw(noise) if bayes else {}
-            for start in range(0, len(images), chunk):
-                x = self.normalise(images[start : start + chunk].to(self.position.device))
-                result[s, start : start + chunk] = functional_call(self, drawn, (x,)).softmax(-1).cpu()
+            for i, x in enumerate(images.batches(chunk, self.normalise, self.position.device)):
+                result[s, i * chunk : (i + 1) * chunk] = functional_call(self, drawn, (x,)).softmax(-1).cpu()
         return result
 
     def _check_indices(self) -> None:

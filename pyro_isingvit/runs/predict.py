@@ -3,12 +3,14 @@
 Shapes: S samples, B batch, C classes.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.processes import gathered, own_rows
+from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.nets.margins import log_margins
 from pyro_isingvit.nets.vit import Watch
 from pyro_isingvit.predictive.draws import PredictiveDraws
@@ -21,7 +23,7 @@ MARGIN_BATCH = 64
 @torch.no_grad()
 def draw_predictive(
     run: Run,
-    images: Tensor,
+    images: Images | Tensor | np.ndarray,
     num_samples: int = 100,
     chunk: int = CHUNK,
     seed: int = 0,
@@ -38,7 +40,7 @@ def draw_predictive(
 
     Args:
         run: a trained run.
-        images: (B, channels, height, width) uint8, as the data set gives them.
+        images: (B, channels, height, width) uint8, as the data set gives them: ``Images``, a tensor or an array.
         num_samples: S, at most as many as the method has networks.
         chunk: at most this many (draw, image) pairs pass through the network at a time.
         seed: of the draws; the global random state is left as it was.
@@ -49,14 +51,16 @@ def draw_predictive(
     """
     if num_samples < 1 or chunk < 1:
         raise UserError(f"`samples` ({num_samples}) and `chunk` ({chunk}) must be at least 1.")
+    images = as_images(images)
     run.info.normalise(images[:1])  # complains of a misfit before any work
     batch, classes = len(images), run.info.num_classes
     num_samples = min(num_samples, run.max_draws or num_samples)
-    images = images[own_rows(batch)]
+    images = images.take(own_rows(batch))
     probs = torch.empty(num_samples, len(images), classes)
     # A CPU is faster with one draw after another than with their matrices stacked.
     group = 1 if run.device.type == "cpu" else max(1, min(chunk // max(batch, 1), num_samples))
-    ready = run.info.normalise(images.to(run.device)) if len(images) <= chunk else None  # else a chunk at a time
+    # Images that fit into one chunk are normalised once, others anew for every draw.
+    ready = list(images.batches(chunk, run.info.normalise, run.device)) if len(images) <= chunk else None
     cuda = [run.device] if run.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
@@ -65,21 +69,19 @@ def draw_predictive(
         for first in tqdm(firsts, desc="draw", unit=unit, disable=not progress, dynamic_ncols=True):
             size = min(group, num_samples - first)
             networks = run.draw_networks(size, first)
-            for start in range(0, len(images), chunk):
-                if (x := ready) is None:
-                    x = run.info.normalise(images[start : start + chunk].to(run.device))
+            for i, x in enumerate(ready or images.batches(chunk, run.info.normalise, run.device)):
                 logits = networks(x) / run.temperature  # (S, B, C)
-                probs[first : first + size, start : start + chunk] = logits.softmax(-1).cpu()
+                probs[first : first + size, i * chunk : (i + 1) * chunk] = logits.softmax(-1).cpu()
     return PredictiveDraws(gathered(probs, batch, 1, run.device))
 
 
 @torch.no_grad()
-def attention_margins(run: Run, images: Tensor, batch: int = MARGIN_BATCH) -> Tensor:
+def attention_margins(run: Run, images: Images | Tensor | np.ndarray, batch: int = MARGIN_BATCH) -> Tensor:
     """Attention margins |det(I - Sigma_i A)| of images, at the posterior mean of the weights, pi m (nets/margins.py).
 
     Args:
         run: a run, trained with or without the log-barrier.
-        images: (B, channels, height, width) uint8, as the data set gives them.
+        images: (B, channels, height, width) uint8, as the data set gives them: ``Images``, a tensor or an array.
         batch: at most this many images pass through the network at a time.
 
     Returns:
@@ -90,12 +92,13 @@ def attention_margins(run: Run, images: Tensor, batch: int = MARGIN_BATCH) -> Te
     """
     if batch < 1:
         raise UserError(f"`batch` must be at least 1, not {batch}.")
+    images = as_images(images)
     run.info.normalise(images[:1])  # complains of a misfit before any work
     weights = {kind: run.guide.weight_retention(kind) * loc for kind, loc in run.guide.loc.items()}
     config = run.model.vit.config
     margins = torch.empty(len(images), config.depth, config.heads, len(run.model.vit.position))
-    for start in range(0, len(images), batch):
+    for i, x in enumerate(images.batches(batch, run.info.normalise, run.device)):
         watch: Watch = {"attention": []}
-        run.model.vit(weights, run.info.normalise(images[start : start + batch].to(run.device)), watch)
-        margins[start : start + batch] = log_margins(watch["attention"]).exp().cpu()
+        run.model.vit(weights, x, watch)
+        margins[i * batch : (i + 1) * batch] = log_margins(watch["attention"]).exp().cpu()
     return margins

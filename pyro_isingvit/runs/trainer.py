@@ -20,7 +20,7 @@ from pyro_isingvit.core.processes import averaged, is_first, on_first, world
 from pyro_isingvit.core.settings import RunConfig, TrainConfig, check_fields
 from pyro_isingvit.data.augment import Augmentation
 from pyro_isingvit.data.batches import batches, count_steps
-from pyro_isingvit.data.split import ImageData, Split
+from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.base import Terms
 from pyro_isingvit.nets.divergence import first_not_finite, not_finite
@@ -129,7 +129,7 @@ class Trainer:
         self.scheduler = make_schedule(optimizer, self.settings, steps)
         self.loss, self.optimizer = self.fabric.setup(self.method, optimizer)
         device = self.fabric.device
-        self.data = replace(data, train=_to(data.train, device), val=_to(data.val, device))
+        self.data = replace(data, train=data.train.to(device), val=data.val.to(device))
         self.session = Session(self.run, self.optimizer, self.scheduler, len(data.train), steps, device)
         self.epoch_seconds: list[float] = []
         self.bar: tqdm = tqdm(disable=True)
@@ -199,10 +199,7 @@ class Trainer:
         for kind, layer in self.run.dropped_layers() if is_first() else []:
             log.warning("%s of layer %d is dropped: skip connections carry the signal past it", kind, layer)
         self.loss.eval()
-        self.method.finish(
-            (self.run.info.normalise(self.data.train.images[i : i + CHUNK]), self.data.train.labels[i : i + CHUNK])
-            for i in range(0, len(self.data.train), CHUNK)
-        )
+        self.method.finish(self.data.train.batches(CHUNK, self.run.info.normalise))
         if self.settings.calibrate and len(self.data.val):
             self._calibrate()
         session.finished = True
@@ -287,7 +284,7 @@ class Trainer:
         # Weights that are not finite spoil the NLL too: another term that is not finite is to blame.
         blame = [name for name, term in terms.items() if not math.isfinite(term) and name != "nll"] or ["nll"]
         names = [TERMS.get(name, name) for name in blame]
-        images = self.run.info.normalise(self.data.train.images[: self.settings.batch_size])
+        images, _ = next(self.data.train.batches(self.settings.batch_size, self.run.info.normalise))
         first = first_not_finite(self.method, images) or "no layer at the mean weights"
         rate = self.scheduler.get_last_lr()[0]
         folder, done = self.run.folder, self.session.epoch
@@ -297,7 +294,3 @@ class Trainer:
             f"finite at learning rate {rate:.3g} (first: {first}). "
             f"Lower `lr` or `clip_norm`; {kept if done else 'no epoch was finished'}."
         )
-
-
-def _to(split: Split, device: torch.device) -> Split:
-    return replace(split, images=split.images.to(device), labels=split.labels.to(device))

@@ -89,7 +89,7 @@ def run_to_datatree(
             f"need `num_samples` ({samples}), `max_images` ({max_images}) and images ({len(split)}) of at least 1, "
             f"and draws for the same images (they are for {draws.probs.shape[1]})."
         )
-    limit = max(1, min(max_images, PIXEL_BYTES // split.images[0].numel()))
+    limit = max(1, min(max_images, PIXEL_BYTES // math.prod(split.images.shape[1:])))
     index = np.arange(len(split))
     if limit < len(split):
         index = np.sort(np.random.default_rng(seed).choice(len(split), limit, replace=False))

@@ -77,7 +77,7 @@ def test_the_pyro_path_takes_micro_batches(data, mode: str) -> None:
 
 def test_the_last_batch_is_cut_to_a_multiple_of_the_parts(data) -> None:
     for size, parts, lengths in ((16, 1, [16, 16, 16, 12]), (16, 8, [16, 16, 16, 8]), (16, 16, [16, 16, 16])):
-        assert [len(y) for _, y in batches(data.train, size, 0, 0, parts)] == lengths
+        assert [len(y) for _, y, _ in batches(data.train, size, 0, 0, parts)] == lengths
         assert count_steps(60, size, parts) == len(lengths)
     assert count_steps(5, 16, 4) == 1 and len(next(batches(data.train, 100, 0, 0, 8))[1]) == 56
     for settings in ({"accumulate": 0}, {"accumulate": 3}, {"accumulate": 64, "batch_size": 64}):
