@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from analysis.run_report import EXPLANATIONS
 from pyro_isingvit.core.settings import DataConfig, RunConfig
 from pyro_isingvit.predictive.datatree import save_datatree
+from pyro_isingvit.report.run_report import EXPLANATIONS
 from pyro_isingvit.runs.folder import to_lines
 
 EVIL = "<script>alert(1)</script>"
