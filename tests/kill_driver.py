@@ -23,7 +23,8 @@ import torch
 from inference.train import main as train_script
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
-from pyro_isingvit.experiment import holds_run, train_run
+from pyro_isingvit.experiment import train_run
+from pyro_isingvit.runs.folder import holds_run
 
 KILLS = 20
 SIZES = {"train": 48, "val": 12, "test": 12}
