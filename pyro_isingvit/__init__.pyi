@@ -1,3 +1,4 @@
+from .classifier import IsingViTClassifier as IsingViTClassifier
 from .core.errors import UserError as UserError
 from .core.settings import BaselineConfig as BaselineConfig
 from .core.settings import DataConfig as DataConfig

@@ -7,7 +7,8 @@ from typing import Any
 
 from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint, write_atomically, write_text
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.data.split import ImageData, Split
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.data.split import DataInfo, ImageData, Split
 from pyro_isingvit.evaluation import Evaluation, evaluate, write_evaluation
 from pyro_isingvit.given import Labelled, labelled, pixels
 from pyro_isingvit.predictive.draws import PredictiveDraws
@@ -27,7 +28,7 @@ from pyro_isingvit.runs.folder import (
     to_lines,
 )
 from pyro_isingvit.runs.predict import CHUNK, draw_predictive
-from pyro_isingvit.runs.run import Run
+from pyro_isingvit.runs.run import Run, build_run
 
 
 class TrainedRun(Run):
@@ -60,6 +61,11 @@ class TrainedRun(Run):
         trained._training, trained.val = training, val
         trained.evaluation = trained._kept = None
         return trained
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is built from the settings and takes the state: modules hold functions that cannot be pickled."""
+        state = {**self._rest(), **self.state()}
+        return _rebuilt, (self.config, state, self.folder, self.val, self.evaluation, self._kept)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Keeps the run in a folder, which ``load_run`` and every script open.
@@ -289,6 +295,21 @@ class TrainedRun(Run):
         from pyro_isingvit.report.run_report import write_report
 
         return write_report(target)
+
+
+def _rebuilt(
+    config: RunConfig,
+    state: dict[str, Any],
+    folder: Path | None,
+    val: Split | None,
+    evaluation: Evaluation | None,
+    kept: Evaluation | None,
+) -> TrainedRun:
+    run = build_run(config, DataInfo.from_dict(state["info"]), state["num_data"], folder)
+    run.load_state(state)
+    trained = TrainedRun.of(run, {name: value for name, value in state.items() if name not in run.state()}, val)
+    trained.evaluation, trained._kept = evaluation, kept
+    return trained
 
 
 def load_run(folder: str | Path, device: str = "cpu") -> TrainedRun:
