@@ -23,7 +23,7 @@ from pyro_isingvit.data.sources import DATASETS, PREFIXES
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.evaluation import write_evaluation
 from pyro_isingvit.ising.model import IsingViT
-from pyro_isingvit.methods.registry import ISING_METHODS, METHODS
+from pyro_isingvit.methods.registry import row
 from pyro_isingvit.runs.folder import FILES, clear_run, need_folder
 from pyro_isingvit.runs.trainer import Trainer
 from pyro_isingvit.trained import TrainedRun
@@ -131,22 +131,18 @@ def fit(
         >>> run.config.baseline.drop_rate, run.config.train.lr
         (0.2, 0.004)
     """
-    need(method in METHODS, f"unknown `method` {method!r}; known: {', '.join(METHODS)}.")
-    given = model if isinstance(model, IsingViT) else None
-    if given is not None:
-        fits = method in ISING_METHODS
-        need(fits, f"`model` is an IsingViT, but `method` {method} builds its own network; pass `model.vit.config`.")
-        need(ising is None, "`model` is an IsingViT with mask settings of its own; leave out `ising`.")
-    usual_ising, usual_train = METHODS[method]
+    usual, given = row(method), model if isinstance(model, IsingViT) else None
+    clash = "`model` is an IsingViT with mask settings of its own"
+    need(given is None or ising is None, f"{clash}; leave out `ising`.")
     parts: dict[str, Any] = {
-        "train": train or usual_train,
-        "ising": given.ising if given else ising or usual_ising,
+        "train": train or usual.train,
+        "ising": given.ising if given else ising or usual.ising,
         "baseline": baseline or BaselineConfig(),
     }
     for name, part in parts.items():
         own = {each.name: settings.pop(each.name) for each in dataclasses.fields(part) if each.name in settings}
         fixed = given is not None and name == "ising" and own
-        need(not fixed, f"`model` is an IsingViT with mask settings of its own; set {_named(own)} there.")
+        need(not fixed, f"{clash}; set {_named(own)} there.")
         parts[name] = replace(part, **own)
     known = "settings are the fields of TrainConfig, IsingConfig and BaselineConfig"
     need(not settings, f"unknown setting {_named(settings)}; {known}, and the shape is that of `model`.")
@@ -172,5 +168,5 @@ def _named(settings: Iterable[str]) -> str:
 
 def _trained(trainer: Trainer, data: ImageData) -> TrainedRun:
     run = trainer.fit()
-    training = {name: value for name, value in trainer._state().items() if name not in run.state()}
+    training = {name: value for name, value in trainer.session.state().items() if name not in run.state()}
     return TrainedRun.of(run, training, data.val)
