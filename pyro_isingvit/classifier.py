@@ -96,7 +96,7 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         self.progress = progress
 
     def __sklearn_tags__(self) -> Any:
-        """Images are allowed beside flat rows."""
+        """Says that images are taken as well as flat rows."""
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
         return tags

@@ -80,10 +80,8 @@ def train_run(
         on_first(lambda: write_evaluation(run, evaluation, folder, full_posterior))
         return metrics
     except KeyboardInterrupt as stop:
-        stop.args = (
-            f"interrupted in the evaluation; the trained network is kept; go on with: python -m inference.train "
-            f"--resume {folder}",
-        )
+        told = f"the trained network is kept in {folder}, from where `resume` continues"
+        stop.args = (f"interrupted in the evaluation; {told}.",)
         raise
 
 

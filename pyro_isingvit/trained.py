@@ -262,7 +262,7 @@ class TrainedRun(Run):
         and its figures go to ``report/`` in it.
 
         Args:
-            folder: of the run; None: the one that it has.
+            folder: of the run; None: its own.
             data: labelled images to evaluate it on first; None: its last evaluation counts.
             overwrite: replace another run or another evaluation that the folder holds.
 
@@ -321,5 +321,15 @@ def load_run(folder: str | Path, device: str = "cpu") -> TrainedRun:
 
     Raises:
         UserError: the folder is missing, cut short, damaged or of another version.
+
+    Examples:
+        >>> import tempfile
+        >>> from pyro_isingvit import ViTConfig, fit, load_data, load_run
+        >>> data = load_data("digits", train_size=100)
+        >>> run = fit(ViTConfig(patch_size=4, width=8, heads=2, depth=1), data, epochs=2, progress=False)
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     again = load_run(run.save(f"{place}/first"))
+        >>> again.config == run.config, again.history == run.history
+        (True, True)
     """
     return TrainedRun.of(load.load_run(folder, device))
