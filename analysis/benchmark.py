@@ -113,8 +113,8 @@ def table(result: dict[str, Any]) -> str:
 
 def make(arguments: BenchmarkFigures) -> None:
     """Draw what a benchmark measured, and write it as a table."""
-    from analysis.style import save_png
     from pyro_isingvit.core.checkpoint import write_text
+    from pyro_isingvit.report.style import save_png
 
     result = read(arguments.results)
     for name, figure in figures(result).items():

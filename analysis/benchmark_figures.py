@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.style import BLUE, GREY, ORANGE, SKY, WIDE, styled
+from pyro_isingvit.report.style import BLUE, GREY, ORANGE, SKY, WIDE, styled
 
 NAMES = {
     "plain_step": "plain", "ising_step": "ours", "pyro_engine_step": "ours, Pyro's handlers",

@@ -10,10 +10,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from analysis.figures import entropy_of, reliability_bins
-from analysis.style import BLUE, GREY, ORANGE, RED, SKY, WIDE, percent, save_png, styled
 from pyro_isingvit.core.untrusted import file_stem
 from pyro_isingvit.predictive.datatree import load_datatree
+from pyro_isingvit.report.figures import entropy_of, reliability_bins
+from pyro_isingvit.report.style import BLUE, GREY, ORANGE, RED, SKY, WIDE, percent, save_png, styled
 from pyro_isingvit.runs.folder import POSTERIOR
 
 PALETTE = (BLUE, ORANGE, "#009E73", RED, "#CC79A7", SKY, "#000000", GREY)

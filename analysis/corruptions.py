@@ -29,10 +29,11 @@ def corruptions(arguments: Arguments) -> None:
     """Accuracy, NLL and calibration error on the test part under five corruptions of five severities."""
     from tqdm.auto import tqdm
 
-    from analysis import shift_figures, style
+    from analysis import shift_figures
     from analysis.shift import load_runs, own_test_part, print_columns
     from analysis.spoil import CORRUPTIONS, corrupt, judge, summary_rows
     from pyro_isingvit.core.checkpoint import write_json
+    from pyro_isingvit.report import style
 
     need(arguments.samples >= 1, f"`samples` must be at least 1, not {arguments.samples}.")
     runs = load_runs(arguments.run, arguments.device)

@@ -32,11 +32,12 @@ def ood(arguments: Arguments) -> None:
     """How well entropy, mutual information and top probability tell out-of-distribution images from the test part."""
     import torch
 
-    from analysis import shift_figures, style
+    from analysis import shift_figures
     from analysis.shift import load_runs, own_test_part, print_columns
     from analysis.strange import KNOWN, file_names, strange_images
     from pyro_isingvit.core.checkpoint import write_json
     from pyro_isingvit.predictive.detection import ood_metrics, uncertainty_scores
+    from pyro_isingvit.report import style
     from pyro_isingvit.runs.predict import draw_predictive
 
     need(arguments.ood, f"`ood` needs one of: {KNOWN}.")

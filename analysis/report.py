@@ -20,8 +20,8 @@ class Arguments:
 
 def report(arguments: Arguments) -> None:
     """Write one self-contained page about a run: metrics, calibration, uncertainty, masks; or a compact network."""
-    from analysis.pruning_report import is_compact, write_pruning_report
-    from analysis.run_report import is_cut_short, metric_rows, read_metrics, write_report
+    from pyro_isingvit.report.pruning_report import is_compact, write_pruning_report
+    from pyro_isingvit.report.run_report import is_cut_short, metric_rows, read_metrics, write_report
 
     if is_compact(arguments.run):
         print(f"report: {write_pruning_report(arguments.run)}")

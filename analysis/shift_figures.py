@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 from torch import Tensor
 
-from analysis.style import BLUE, GREEN, GREY, ORANGE, RED, SKY, WIDE, label, percent, styled
+from pyro_isingvit.report.style import BLUE, GREEN, GREY, ORANGE, RED, SKY, WIDE, label, percent, styled
 
 COLOURS = (BLUE, ORANGE, GREEN, RED, SKY, GREY)
 LINES = ("-", "--", ":", "-.")

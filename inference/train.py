@@ -61,7 +61,7 @@ class ResumeArguments:
 
 def train(arguments: TrainArguments) -> None:
     """Train an Ising-ViT by stochastic variational inference, or a baseline. To continue a run: --resume DIR alone."""
-    from pyro_isingvit.experiment import holds_run
+    from pyro_isingvit.runs.folder import holds_run
 
     config = RunConfig(
         arguments.preset, arguments.method, arguments.data, arguments.vit, arguments.ising, arguments.train,

@@ -1,3 +1,4 @@
+from .classifier import IsingViTClassifier as IsingViTClassifier
 from .core.errors import UserError as UserError
 from .core.settings import BaselineConfig as BaselineConfig
 from .core.settings import DataConfig as DataConfig
@@ -20,9 +21,10 @@ from .predictive.draws import PredictiveDraws as PredictiveDraws
 from .predictive.from_pyro import from_pyro_svi as from_pyro_svi
 from .pruning.choose import compact as compact
 from .pruning.network import CompactViT as CompactViT
-from .runs.load import load_run as load_run
 from .runs.predict import attention_margins as attention_margins
 from .runs.predict import draw_predictive as draw_predictive
 from .runs.run import Run as Run
 from .runs.tree import run_to_datatree as run_to_datatree
+from .trained import TrainedRun as TrainedRun
+from .trained import load_run as load_run
 from .version import __version__ as __version__

@@ -1,57 +1,85 @@
-"""The one look at the test part: metrics.json and posterior.nc of a finished run."""
+"""The one look at the test part: its metrics, and metrics.json and posterior.nc of a run folder."""
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from pyro_isingvit.core.checkpoint import write_json
-from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.processes import is_first, on_first
-from pyro_isingvit.data.split import ImageData
+from pyro_isingvit.core.errors import need
+from pyro_isingvit.data.split import UNLABELLED, Split
 from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature, temper
 from pyro_isingvit.predictive.coverage import uncertainty_metrics
-from pyro_isingvit.predictive.datatree import save_datatree
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.predictive.rel_u import misclassification_metrics
 from pyro_isingvit.runs.folder import METRICS, POSTERIOR
 from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.run import Run
-from pyro_isingvit.runs.tree import run_to_datatree
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a run says about labelled images, and how good that is.
+
+    Attributes:
+        split: the images and their labels.
+        draws: what the run predicts for them.
+        metrics: as in metrics.json.
+        seed: of the draws.
+    """
+
+    split: Split
+    draws: PredictiveDraws
+    metrics: dict[str, Any]
+    seed: int
 
 
 def evaluate(
-    run: Run, data: ImageData, train_seconds: float, full: bool = False, progress: bool = False
-) -> dict[str, Any]:
-    """Draws predictions for the test part, writes posterior.nc and metrics.json, returns the metrics.
+    run: Run,
+    split: Split,
+    val: Split | None,
+    *,
+    train_size: int,
+    train_seconds: float,
+    num_samples: int | None = None,
+    seed: int | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Draws predictions for labelled images and judges them; nothing is written.
 
     Args:
-        run: a trained run with a folder.
-        data: the data that it was trained on.
+        run: a trained run.
+        split: the images to judge it by, with labels.
+        val: validation images, for the metrics ``*_calibrated`` and ``*_rel_u``; None: there are none.
+        train_size: N, the images that it was trained on.
         train_seconds: wall time of the training.
-        full: keep every mask and weight draw in posterior.nc.
+        num_samples: S, draws; None: ``TrainConfig.samples`` of the run.
+        seed: of the draws; None: the run's.
         progress: show a progress bar.
 
     Raises:
-        UserError: the run has no folder, or the data have no test part.
+        UserError: no images, images without labels, or images or labels that do not fit the run.
     """
-    if run.folder is None:
-        raise UserError("this run lives in memory; evaluate needs one with a folder (train_run).")
-    if len(data.test) == 0:
-        raise UserError(f"{data.info.dataset} has no test part to evaluate on.")
-    samples, seed = run.config.train.samples, run.config.train.seed
-    draws = draw_predictive(run, data.test.images, samples, seed=seed, progress=progress and is_first())
-    val_draws = draw_predictive(run, data.val.images, CALIBRATION_SAMPLES, seed=seed) if len(data.val) else None
+    need(len(split) > 0, f"{run.info.dataset} has no such part: there are no images to evaluate on.")
+    need(bool((split.labels != UNLABELLED).all()), "an evaluation needs a label for every image; use `predict`.")
+    samples = run.config.train.samples if num_samples is None else num_samples
+    seed = run.config.train.seed if seed is None else seed
+    val = None if val is None or len(val) == 0 else val
+    draws = draw_predictive(run, split.images, samples, seed=seed, progress=progress)
+    val_draws = None if val is None else draw_predictive(run, val.images, CALIBRATION_SAMPLES, seed=seed)
+    val_labels = None if val is None else val.labels
     temperature = float(run.temperature)
     plain = temper(draws.probs, 1.0 / temperature)  # at T = 1
-    fitted = temperature if run.config.train.calibrate else _fit(val_draws, data.val.labels)
+    fitted = temperature if run.config.train.calibrate else _fit(val_draws, val_labels)
     at_one, calibrated = (
-        classification_metrics(probs.mean(0), data.test.labels) for probs in (plain, temper(plain, fitted))
+        classification_metrics(probs.mean(0), split.labels) for probs in (plain, temper(plain, fitted))
     )
     metrics: dict[str, Any] = {
-        **classification_metrics(draws.mean, data.test.labels),
-        **uncertainty_metrics(draws, data.test.labels),
-        **misclassification_metrics(draws, data.test.labels, val_draws, data.val.labels),
+        **classification_metrics(draws.mean, split.labels),
+        **uncertainty_metrics(draws, split.labels),
+        **misclassification_metrics(draws, split.labels, val_draws, val_labels),
         **run.mask_summary(),
         "dropped_layers": len(run.dropped_layers()),
         "temperature": temperature,
@@ -59,27 +87,40 @@ def evaluate(
         **{f"{name}_calibrated": calibrated[name] for name in ("nll", "ece", "brier")},  # T on the validation part
         "train_seconds": train_seconds,
         "samples": len(draws.probs),
-        "seed": seed,
-        "train_size": len(data.train),
-        "val_size": len(data.val),
-        "test_size": len(data.test),
-        "dataset": data.info.dataset,
+        "seed": run.config.train.seed,
+        "train_size": train_size,
+        "val_size": 0 if val is None else len(val),
+        "test_size": len(split),
+        "dataset": run.info.dataset,
         "method": run.config.method,
         "preset": run.config.preset,
         "parameters": sum(p.numel() for p in run.network.parameters()),
     }
     if run.has_masks:
         metrics |= {"kappa_mask": run.guide.kappa_mask, "kappa_weights": run.guide.kappa_weights}
-    folder = run.folder
-
-    def write() -> None:
-        save_datatree(run_to_datatree(run, data.test, draws, full=full, seed=seed), folder / POSTERIOR)
-        write_json(folder / METRICS, metrics)
-
-    on_first(write)
-    return metrics
+    return Evaluation(split, draws, metrics, seed)
 
 
-def _fit(val_draws: PredictiveDraws | None, labels: Tensor) -> float:
+def write_evaluation(run: Run, evaluation: Evaluation, folder: Path, full: bool = False) -> None:
+    """Writes posterior.nc, then metrics.json, each atomically.
+
+    Args:
+        run: the run that was judged.
+        evaluation: what came of it.
+        folder: the run's folder.
+        full: keep every mask and weight draw in posterior.nc.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    from pyro_isingvit.predictive.datatree import save_datatree
+    from pyro_isingvit.runs.tree import run_to_datatree
+
+    tree = run_to_datatree(run, evaluation.split, evaluation.draws, full=full, seed=evaluation.seed)
+    save_datatree(tree, folder / POSTERIOR)
+    write_json(folder / METRICS, evaluation.metrics)
+
+
+def _fit(val_draws: PredictiveDraws | None, labels: Tensor | None) -> float:
     """The temperature that a method trained without one would get; 1 without a validation part."""
-    return 1.0 if val_draws is None else fit_temperature(val_draws.probs, labels)
+    return 1.0 if val_draws is None or labels is None else fit_temperature(val_draws.probs, labels)

@@ -1,47 +1,33 @@
-"""A run from settings to metrics: load, train or continue, evaluate once."""
+"""The door: settings and images in, a trained and evaluated run out."""
 
 import dataclasses
-import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pyro_isingvit.core.checkpoint import previous_of, remove_leftovers
-from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.processes import launched, on_first
-from pyro_isingvit.core.settings import DataConfig, RunConfig, TrainConfig
+from pyro_isingvit.core.checkpoint import remove_leftovers
+from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.processes import is_first, launched, on_first
+from pyro_isingvit.core.settings import (
+    BaselineConfig,
+    DataConfig,
+    IsingConfig,
+    RunConfig,
+    TrainConfig,
+    ViTConfig,
+    preset,
+)
 from pyro_isingvit.data.load import load_data
+from pyro_isingvit.data.sources import DATASETS, PREFIXES
 from pyro_isingvit.data.split import ImageData
-from pyro_isingvit.evaluation import evaluate
+from pyro_isingvit.evaluation import write_evaluation
 from pyro_isingvit.ising.model import IsingViT
-from pyro_isingvit.methods.registry import train_defaults
-from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, HISTORY, METRICS, POSTERIOR
-from pyro_isingvit.runs.run import Run
+from pyro_isingvit.methods.registry import row, train_defaults
+from pyro_isingvit.runs.folder import FILES, clear_run, need_folder
 from pyro_isingvit.runs.trainer import Trainer
+from pyro_isingvit.trained import TrainedRun
 from pyro_isingvit.version import __version__
-
-PREVIOUS = previous_of(Path(CHECKPOINT)).name
-FILES = (CONFIG, CHECKPOINT, PREVIOUS, HISTORY, METRICS, POSTERIOR)  # first what makes the folder a run
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a folder holds a run, finished or not."""
-    return any((folder / name).exists() for name in (CONFIG, CHECKPOINT, PREVIOUS))
-
-
-def clear_run(folder: Path) -> None:
-    """Removes an earlier run's files, and those alone.
-
-    Raises:
-        UserError: they cannot be removed.
-    """
-    try:
-        for name in FILES:
-            (folder / name).unlink(missing_ok=True)
-        remove_leftovers(folder, FILES)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}.") from error
-    shutil.rmtree(folder / "report", ignore_errors=True)
 
 
 def train_run(
@@ -72,10 +58,11 @@ def train_run(
         TrainingDiverged: the loss was not finite.
         KeyboardInterrupt: Ctrl-C; its message says what is kept and how to go on.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; a run needs a folder.")
+    need_folder(folder)
     if config.data.download and launched() != (1, 1):
         raise UserError("several processes would fetch the data at once; do that before, by a run without torchrun.")
+    here = config.data.dataset in DATASETS or config.data.dataset.partition(":")[0] in PREFIXES
+    need(here or not resume, f"{folder} was trained on images given in memory; it can be loaded, but not resumed.")
     data = load_data(**dataclasses.asdict(config.data), seed=config.train.seed)
     trainer = Trainer(config, data, folder, progress)
     if trained is not None:
@@ -85,43 +72,98 @@ def train_run(
         on_first(lambda: remove_leftovers(folder, FILES))
     if not resume:
         on_first(lambda: clear_run(folder))
-    run = trainer.fit()
+    run = _trained(trainer, data)
     try:
-        return evaluate(run, data, trainer.seconds, full_posterior, progress)
+        metrics = run.evaluate(data, progress=progress and is_first())
+        evaluation = run.evaluation
+        assert evaluation is not None
+        on_first(lambda: write_evaluation(run, evaluation, folder, full_posterior))
+        return metrics
     except KeyboardInterrupt as stop:
         stop.args = (f"interrupted in the evaluation; the trained network is kept in {folder}",)
         raise
 
 
 def fit(
-    model: IsingViT,
+    model: IsingViT | ViTConfig | str,
     data: ImageData,
     *,
+    method: str = "ising",
     train: TrainConfig | None = None,
+    ising: IsingConfig | None = None,
+    baseline: BaselineConfig | None = None,
     progress: bool = True,
     **settings: Any,
-) -> Run:
-    """Fits the likelihood-guided Ising posterior of a model in memory.
-
-    The model's own parameters are trained in place.
+) -> TrainedRun:
+    """Trains a network on images in memory, by the likelihood-guided Ising posterior or any other method.
 
     Args:
-        model: an ``IsingViT``.
-        data: what ``load_data`` returns.
-        train: training settings; None takes the defaults of the method for a network of this width.
+        model: the name of a preset ("digits", "small", "cifar", ...), the shape of a network, or an ``IsingViT``,
+            whose own parameters are then trained in place.
+        data: what ``load_data`` or ``ImageData.from_arrays`` returns.
+        method: a name in ``pyro_isingvit.methods.registry.METHODS``: "ising", "dropout", "ensemble", "laplace", ...
+        train: how to train; None: the method's own defaults for a network of this width.
+        ising: prior and posterior of the masks; None: the method's own defaults. An ``IsingViT`` has its own.
+        baseline: settings of the methods without Ising masks; None: the defaults.
         progress: show a progress bar.
-        **settings: single fields of ``TrainConfig``, such as ``epochs=60``.
+        **settings: single fields of ``TrainConfig``, ``IsingConfig`` and ``BaselineConfig``, such as ``epochs=60``,
+            ``target_retention=0.3`` or ``drop_rate=0.2``.
 
     Raises:
-        UserError: data that do not fit the model, or a setting out of its range.
+        UserError: an unknown method, preset or setting, one out of its range, or data that do not fit the model.
         TrainingDiverged: the loss was not finite.
+
+    Examples:
+        >>> from pyro_isingvit import ViTConfig, fit, load_data
+        >>> data = load_data("digits", train_size=400)
+        >>> vit = ViTConfig(patch_size=4, width=32, heads=4, depth=1)
+        >>> run = fit(vit, data, epochs=20, target_retention=0.6, progress=False)
+        >>> accuracy = (run.predict(data.test.images, 10).mean.argmax(-1) == data.test.labels).float().mean()
+        >>> bool(accuracy > 0.8), run.history[-1]["phase"]
+        (True, 'ising')
+
+        A baseline is trained in the same way, with its own defaults:
+
+        >>> run = fit(vit, data, method="dropout", drop_rate=0.2, epochs=2, progress=False)
+        >>> run.config.baseline.drop_rate, run.config.train.lr
+        (0.2, 0.004)
     """
-    try:
-        chosen = replace(train or train_defaults("ising", model.vit.config), **settings)
-    except TypeError as error:
-        raise UserError(f"{error}; the training settings are the fields of TrainConfig.") from error
+    usual, given = row(method), model if isinstance(model, IsingViT) else None
+    clash = "`model` is an IsingViT with mask settings of its own"
+    need(given is None or ising is None, f"{clash}; leave out `ising`.")
+    parts: dict[str, Any] = {
+        "train": train or train_defaults(method, _shape(model)),
+        "ising": given.ising if given else ising or usual.ising,
+        "baseline": baseline or BaselineConfig(),
+    }
+    for name, part in parts.items():
+        own = {each.name: settings.pop(each.name) for each in dataclasses.fields(part) if each.name in settings}
+        fixed = given is not None and name == "ising" and own
+        need(not fixed, f"{clash}; set {_named(own)} there.")
+        parts[name] = replace(part, **own)
+    known = "settings are the fields of TrainConfig, IsingConfig and BaselineConfig"
+    need(not settings, f"unknown setting {_named(settings)}; {known}, and the shape is that of `model`.")
     config = RunConfig(
-        data=DataConfig(dataset=data.info.dataset), vit=model.vit.config, ising=model.ising, train=chosen,
-        version=__version__, preset="custom",
+        data=DataConfig(dataset=data.info.dataset), vit=_shape(model), **parts, version=__version__, method=method,
+        preset=model if isinstance(model, str) else "custom",
     )  # fmt: skip
-    return Trainer(config, data, None, progress, model).fit()
+    return _trained(Trainer(config, data, None, progress, given), data)
+
+
+def _shape(model: IsingViT | ViTConfig | str) -> ViTConfig:
+    if isinstance(model, IsingViT):
+        return model.vit.config
+    if isinstance(model, ViTConfig):
+        return model
+    need(isinstance(model, str), f"`model` must be a preset's name, a ViTConfig or an IsingViT, not {model!r:.60}.")
+    return preset(model)
+
+
+def _named(settings: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in settings)
+
+
+def _trained(trainer: Trainer, data: ImageData) -> TrainedRun:
+    run = trainer.fit()
+    training = {name: value for name, value in trainer.session.state().items() if name not in run.state()}
+    return TrainedRun.of(run, training, data.val)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import warnings
 from pathlib import Path
 

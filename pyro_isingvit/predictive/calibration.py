@@ -14,7 +14,6 @@ Shapes: S samples, B batch, C classes.
 import math
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 PRIOR_WIDTH = 0.2  # standard deviation of log T around 0: a few images do not move T far
@@ -38,6 +37,8 @@ def fit_temperature(probs: Tensor, labels: Tensor) -> float:
     Returns:
         T in [0.1, 10]; 1 where there are no labels.
     """
+    from scipy.optimize import minimize_scalar
+
     if len(labels) == 0:
         return 1.0
     logs = probs.double().clamp(min=TINY).log()

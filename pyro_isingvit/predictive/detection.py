@@ -7,7 +7,6 @@ Shapes: S samples, B images, C classes. Entropies in nats. A value that the data
 """
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError, need
@@ -44,6 +43,8 @@ def detection_metrics(scores: np.ndarray, positive: np.ndarray) -> Metrics:
     Raises:
         UserError: counts that differ, or a score that is no finite number.
     """
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
     need(scores.shape == positive.shape and scores.ndim == 1, f"scores {scores.shape} for {positive.shape} images.")
     need(np.isfinite(scores).all(), "a score is not a finite number: the predictions hold NaN; train the run again.")
     if positive.all() or not positive.any():

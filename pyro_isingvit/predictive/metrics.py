@@ -7,14 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import (
-    accuracy_score,
-    brier_score_loss,
-    confusion_matrix,
-    log_loss,
-    precision_recall_fscore_support,
-    roc_auc_score,
-)
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError
@@ -96,6 +88,15 @@ def classification_metrics(probs: Tensor, labels: Tensor) -> dict[str, Any]:
     Raises:
         UserError: no images, counts that differ, or labels outside 0..C-1.
     """
+    from sklearn.metrics import (
+        accuracy_score,
+        brier_score_loss,
+        confusion_matrix,
+        log_loss,
+        precision_recall_fscore_support,
+        roc_auc_score,
+    )
+
     if len(probs) == 0 or len(probs) != len(labels):
         raise UserError(f"metrics need as many labels as predictions, and one at least: {len(labels)}, {len(probs)}.")
     classes = np.arange(probs.shape[-1])

@@ -1,16 +1,52 @@
 """What a run folder holds: names of its files, its settings, its epochs as JSON lines."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.checkpoint import previous_of, remove_leftovers
+from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import RunConfig
 
 CONFIG, CHECKPOINT, HISTORY, METRICS, POSTERIOR = (
     "config.json", "checkpoint.pt", "metrics.jsonl", "metrics.json", "posterior.nc",
 )  # fmt: skip
+
+PREVIOUS = previous_of(Path(CHECKPOINT)).name
+FILES = (CONFIG, CHECKPOINT, PREVIOUS, HISTORY, METRICS, POSTERIOR)  # first what makes the folder a run
+REPORT = "report"  # folder of the page and its figures
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds a run, finished or not."""
+    return any((folder / name).exists() for name in (CONFIG, CHECKPOINT, PREVIOUS))
+
+
+def is_evaluated(folder: Path) -> bool:
+    """Whether a folder holds metrics and posterior of a run."""
+    return all((folder / name).is_file() for name in (METRICS, POSTERIOR))
+
+
+def need_folder(folder: Path) -> None:
+    """Raises UserError where a path cannot be a run's folder: there is a file."""
+    need(not folder.exists() or folder.is_dir(), f"{folder} is a file; a run needs a folder.")
+
+
+def clear_run(folder: Path) -> None:
+    """Removes an earlier run's files, and those alone.
+
+    Raises:
+        UserError: they cannot be removed.
+    """
+    try:
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        remove_leftovers(folder, FILES)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}.") from error
+    shutil.rmtree(folder / REPORT, ignore_errors=True)
 
 
 def read_config(folder: Path) -> RunConfig:

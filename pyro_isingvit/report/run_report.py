@@ -15,12 +15,12 @@ import xarray as xr
 from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
-from analysis import attention_figures, figures, mask_figures, pruning_figures, style
 from pyro_isingvit.core.checkpoint import write_text
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.pruning.assembly import structure
+from pyro_isingvit.report import attention_figures, figures, mask_figures, pruning_figures, style
 from pyro_isingvit.runs.folder import CONFIG, HISTORY, METRICS, POSTERIOR, read_config, read_history
 
 PAGE = "index.html"

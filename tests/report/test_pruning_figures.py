@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from made import DENSE, FULL, block, point
 
-from analysis import pruning_figures, style
-from analysis.pruning_report import is_compact, write_pruning_report
 from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.report import pruning_figures, style
+from pyro_isingvit.report.pruning_report import is_compact, write_pruning_report
 
 
 @pytest.mark.parametrize("narrow", [False, True])

@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.style import (
+from pyro_isingvit.predictive.metrics import ECE_BINS
+from pyro_isingvit.report.style import (
     BLUE,
     GREEN,
     GREY,
@@ -30,7 +31,6 @@ from analysis.style import (
     percent,
     styled,
 )
-from pyro_isingvit.predictive.metrics import ECE_BINS
 
 PHASES = {  # name -> title, background
     "pilot": ("pilot phase", "#E8EDF2"),

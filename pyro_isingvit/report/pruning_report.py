@@ -8,10 +8,10 @@ from typing import Any
 
 import jinja2
 
-from analysis import pruning_figures, style
 from pyro_isingvit.core.checkpoint import write_text
 from pyro_isingvit.core.errors import UserError, why
 from pyro_isingvit.pruning.network import CONFIG
+from pyro_isingvit.report import pruning_figures, style
 from pyro_isingvit.runs.folder import METRICS
 
 PAGE, FRONTIER = "index.html", "frontier.json"

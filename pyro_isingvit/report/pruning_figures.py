@@ -14,7 +14,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from analysis.style import BLUE, GREY, NARROW, ORANGE, RED, SKY, WIDE, percent, styled
+from pyro_isingvit.report.style import BLUE, GREY, NARROW, ORANGE, RED, SKY, WIDE, percent, styled
 
 EMPTY = "#ECECEC"
 TALLEST = 8  # rows of units in a strip

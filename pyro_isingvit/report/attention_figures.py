@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 
-from analysis.figures import show_image
-from analysis.style import BLUE, NARROW, ORANGE, RED, WIDE, styled
+from pyro_isingvit.report.figures import show_image
+from pyro_isingvit.report.style import BLUE, NARROW, ORANGE, RED, WIDE, styled
 
 
 @styled

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.style import (
+from pyro_isingvit.report.style import (
     BLUE,
     HALF,
     NARROW,

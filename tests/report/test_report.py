@@ -12,11 +12,11 @@ from made import S, make_history, make_run, make_tree, random_probs
 from markupsafe import escape
 from matplotlib.figure import Figure
 
-from analysis import attention_figures, figures, mask_figures, style
 from analysis.report import main
-from analysis.run_report import EXPLANATIONS, write_report
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.predictive.metrics import calibration_error
+from pyro_isingvit.report import attention_figures, figures, mask_figures, style
+from pyro_isingvit.report.run_report import EXPLANATIONS, write_report
 
 SECTIONS = (
     "training",

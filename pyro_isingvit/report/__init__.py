@@ -1,0 +1,1 @@
+"""A run made visible: figures, and pages that need nothing else."""

@@ -1,0 +1,335 @@
+"""What training gives: a run that can be saved, judged, asked, cut down and shown."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint, write_atomically, write_text
+from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.data.split import DataInfo, ImageData, Split
+from pyro_isingvit.evaluation import Evaluation, evaluate, write_evaluation
+from pyro_isingvit.given import Labelled, labelled, pixels
+from pyro_isingvit.predictive.draws import PredictiveDraws
+from pyro_isingvit.pruning.choose import Form, Weighting, compact
+from pyro_isingvit.pruning.network import CompactViT
+from pyro_isingvit.runs import load
+from pyro_isingvit.runs.folder import (
+    CHECKPOINT,
+    CONFIG,
+    HISTORY,
+    METRICS,
+    POSTERIOR,
+    clear_run,
+    holds_run,
+    is_evaluated,
+    need_folder,
+    to_lines,
+)
+from pyro_isingvit.runs.predict import CHUNK, draw_predictive
+from pyro_isingvit.runs.run import Run, build_run
+
+
+class TrainedRun(Run):
+    """A trained network: what ``fit`` and ``load_run`` return.
+
+    It has all that ``Run`` has, such as ``model``, ``guide`` and ``history``, and these verbs.
+
+    Attributes:
+        val: validation images, which ``evaluate`` and ``prune`` use; None where the run does not know them, as after
+            ``load_run``.
+        evaluation: what ``evaluate`` found last; None before.
+    """
+
+    val: Split | None
+    evaluation: Evaluation | None
+    _training: dict[str, Any] | None  # what a checkpoint holds besides the network; None: read it from the folder
+    _kept: Evaluation | None  # the evaluation that the folder holds
+
+    @classmethod
+    def of(cls, run: Run, training: dict[str, Any] | None = None, val: Split | None = None) -> "TrainedRun":
+        """A run with these verbs; both share network, history and settings.
+
+        Args:
+            run: trained.
+            training: what a checkpoint holds besides the network; None: it is read from the run's folder when needed.
+            val: validation images.
+        """
+        trained = cls.__new__(cls)
+        vars(trained).update(vars(run))
+        trained._training, trained.val = training, val
+        trained.evaluation = trained._kept = None
+        return trained
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is built from the settings and takes the state: modules hold functions that cannot be pickled."""
+        state = {**self._rest(), **self.state()}
+        return _rebuilt, (self.config, state, self.folder, self.val, self.evaluation, self._kept)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Keeps the run in a folder, which ``load_run`` and every script open.
+
+        Writes config.json, checkpoint.pt and the one before it, metrics.jsonl, and, once the run is evaluated,
+        metrics.json and posterior.nc; each file atomically. A run that lived in memory alone has this folder from
+        then on.
+
+        Training on images that were given as arrays cannot be resumed from the folder alone, which does not hold them.
+
+        Args:
+            folder: made if it is not there.
+            overwrite: replace the run that the folder holds; other files in it are left alone.
+
+        Returns:
+            the folder.
+
+        Raises:
+            UserError: the folder holds a run, cannot be written to, or is a file.
+
+        Examples:
+            >>> import tempfile
+            >>> from pyro_isingvit import ViTConfig, fit, load_data, load_run
+            >>> data = load_data("digits", train_size=100)
+            >>> run = fit(ViTConfig(patch_size=4, width=8, heads=2, depth=1), data, epochs=2, progress=False)
+            >>> with tempfile.TemporaryDirectory() as place:
+            ...     folder = run.save(f"{place}/first")
+            ...     print(sorted(path.name for path in folder.iterdir()))
+            ...     again = load_run(folder)
+            ['checkpoint.previous.pt', 'checkpoint.pt', 'config.json', 'metrics.jsonl']
+            >>> bool((again.predict(data.test.images, 5).mean == run.predict(data.test.images, 5).mean).all())
+            True
+        """
+        folder = Path(folder)
+        need_folder(folder)
+        own, held = self._has_folder(folder), holds_run(folder)
+        need(own or overwrite or not held, f"{folder} holds a run; name another `folder` or pass `overwrite=True`.")
+        if not own or overwrite:
+            state = {**self._rest(), **self.state()}
+            if held and not own:
+                clear_run(folder)
+            write_text(folder / CONFIG, self.config.to_json())
+            for _ in range(2):  # the one before it holds the same: either will do
+                save_checkpoint(folder / CHECKPOINT, state)
+            write_text(folder / HISTORY, to_lines(self.history))
+        self._save_evaluation(folder, own, overwrite)
+        self.folder = self.folder or folder
+        return folder
+
+    def _save_evaluation(self, folder: Path, own: bool, overwrite: bool) -> None:
+        if self.evaluation is None:
+            if not own and self.folder is not None and is_evaluated(self.folder):
+                for name in (POSTERIOR, METRICS):
+                    write_atomically(folder / name, partial(shutil.copyfile, self.folder / name))
+            return
+        if own and self._kept is self.evaluation:
+            return
+        told = f"{folder} holds another evaluation; name another `folder` or pass `overwrite=True`."
+        need(overwrite or not is_evaluated(folder), told)
+        write_evaluation(self, self.evaluation, folder)
+        if own or self.folder is None:
+            self._kept = self.evaluation
+
+    def _has_folder(self, folder: Path) -> bool:
+        """Whether a folder is the run's own and holds it."""
+        return self.folder is not None and self.folder.resolve() == folder.resolve() and holds_run(folder)
+
+    def _rest(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the network."""
+        if self._training is not None:
+            return self._training
+        assert self.folder is not None  # a run without a folder was trained in this process
+        return load_checkpoint(self.folder / CHECKPOINT)
+
+    def evaluate(
+        self,
+        data: Labelled,
+        *,
+        val: Labelled | None = None,
+        num_samples: int | None = None,
+        seed: int | None = None,
+        progress: bool = False,
+    ) -> dict[str, Any]:
+        """Judges the run by labelled images, which it must not have been trained on.
+
+        ``run.evaluation`` keeps the draws for ``save`` and ``report``; nothing is written.
+
+        Args:
+            data: a part of a data set such as ``data.test``, (images, labels) as ``predict`` and
+                ``ImageData.from_arrays`` take them, or an ``ImageData``, of which the test part counts.
+            val: validation images, for the metrics ``*_calibrated`` and ``*_rel_u``; None: those of training, while
+                the run knows them.
+            num_samples: S, draws; None: ``samples`` of the run's settings.
+            seed: of the draws; None: the run's.
+            progress: show a progress bar.
+
+        Returns:
+            what metrics.json holds: accuracy, nll (nats per image), brier, ece, retention_mean and many more; the
+            page of ``report`` explains each.
+
+        Raises:
+            UserError: no images or labels, or some that do not fit the run.
+
+        Examples:
+            >>> from pyro_isingvit import ViTConfig, fit, load_data
+            >>> data = load_data("digits", train_size=400)
+            >>> run = fit(ViTConfig(patch_size=4, width=32, heads=4, depth=1), data, epochs=20, progress=False)
+            >>> metrics = run.evaluate(data.test, num_samples=10)
+            >>> metrics["accuracy"] > 0.8, metrics["test_size"]
+            (True, 360)
+        """
+        if isinstance(data, ImageData) and val is None:
+            val = data.val
+        training = self._rest()
+        self.evaluation = evaluate(
+            self, labelled(data, self.info, "data"), self.val if val is None else labelled(val, self.info, "val"),
+            train_size=training["num_data"], train_seconds=training.get("seconds", 0.0),
+            num_samples=num_samples, seed=seed, progress=progress,
+        )  # fmt: skip
+        return self.evaluation.metrics
+
+    def predict(
+        self, images: Any, num_samples: int = 100, *, seed: int = 0, chunk: int = CHUNK, progress: bool = False
+    ) -> PredictiveDraws:
+        """Class probabilities of images under networks drawn from the posterior.
+
+        Args:
+            images: (N, channels, height, width), (N, height, width, channels) or (N, height, width) of the training
+                images' size; uint8, or float in [0, 1].
+            num_samples: S, at most as many as the method has networks (1, or the members of an ensemble).
+            seed: of the draws; the global random state is left as it was.
+            chunk: at most this many (draw, image) pairs pass through the network at a time.
+            progress: show a progress bar.
+
+        Returns:
+            draws (S, N, C), with ``mean``, ``interval()``, ``entropy`` and ``mutual_information``, both in nats.
+
+        Raises:
+            UserError: images that do not fit the run, or a count below 1.
+
+        Examples:
+            >>> from pyro_isingvit import ViTConfig, fit, load_data
+            >>> data = load_data("digits", train_size=100)
+            >>> run = fit(ViTConfig(patch_size=4, width=8, heads=2, depth=1), data, epochs=2, progress=False)
+            >>> draws = run.predict(data.test.images[:3], num_samples=20)
+            >>> draws.probs.shape, draws.mean.shape, draws.mutual_information.shape
+            (torch.Size([20, 3, 10]), torch.Size([3, 10]), torch.Size([3]))
+        """
+        return draw_predictive(self, pixels(images, self.info), num_samples, chunk, seed, progress)
+
+    def prune(
+        self,
+        *,
+        threshold: float | None = None,
+        keep: float | None = None,
+        form: Form = "mean",
+        weighting: Weighting = "auto",
+        val: Labelled | None = None,
+    ) -> CompactViT:
+        """Cuts the run down to a smaller, ordinary network, as ``compact`` does.
+
+        Args:
+            threshold: keep masks with a retention above it, in (0, 1); 0.5 unless ``keep`` is given.
+            keep: keep this share of the masked weights instead.
+            form: ``mean``, one deterministic network, or ``bayes``, which can be sampled.
+            weighting: of the form ``mean``: ``slab``, ``mean``, or ``auto``: whichever has the lower NLL on ``val``.
+            val: validation images, on which the temperature is fitted anew; None: those of training, while the run
+                knows them.
+
+        Returns:
+            the network in evaluation mode, on the CPU; ``save_pretrained`` writes it.
+
+        Raises:
+            UserError: a method without masks, values out of their range, or nothing left.
+
+        Examples:
+            >>> from pyro_isingvit import ViTConfig, fit, load_data
+            >>> data = load_data("digits", train_size=200)
+            >>> vit = ViTConfig(patch_size=4, width=16, heads=4, depth=1)
+            >>> run = fit(vit, data, epochs=4, granularity="unit", progress=False)
+            >>> small = run.prune(keep=0.5)
+            >>> small(small.normalise(data.test.images[:2])).shape
+            torch.Size([2, 10])
+        """
+        part = self.val if val is None else labelled(val, self.info, "val")
+        return compact(self, form, threshold=threshold, keep=keep, weighting=weighting, val=part)
+
+    def report(
+        self, folder: str | Path | None = None, data: Labelled | None = None, *, overwrite: bool = False
+    ) -> Path:
+        """Writes a page of metrics, calibration, uncertainty and masks that needs no other file.
+
+        The page belongs to a run's folder: the run is saved there with its evaluation, as ``save`` does, and the page
+        and its figures go to ``report/`` in it.
+
+        Args:
+            folder: of the run; None: its own.
+            data: labelled images to evaluate it on first; None: its last evaluation counts.
+            overwrite: replace another run or another evaluation that the folder holds.
+
+        Returns:
+            ``report/index.html`` in the folder.
+
+        Raises:
+            UserError: the run is not evaluated, or has no folder, or the folder holds something else.
+
+        Examples:
+            >>> import tempfile
+            >>> from pyro_isingvit import ViTConfig, fit, load_data
+            >>> data = load_data("digits", train_size=100)
+            >>> run = fit(ViTConfig(patch_size=4, width=8, heads=2, depth=1), data, epochs=2, progress=False)
+            >>> metrics = run.evaluate(data.test, num_samples=5)
+            >>> with tempfile.TemporaryDirectory() as place:
+            ...     page = run.report(f"{place}/first")
+            ...     print(page.name, page.stat().st_size > 100_000)
+            index.html True
+        """
+        target = self.folder if folder is None else Path(folder)
+        if target is None:
+            raise UserError("this run has no folder yet; name the `folder` of the report.")
+        need_folder(target)
+        if data is not None:
+            self.evaluate(data)
+        known = self.evaluation is not None or (self.folder is not None and is_evaluated(self.folder))
+        need(known, "the report shows an evaluation: call `run.evaluate(data.test)` first, or pass `data`.")
+        self.save(target, overwrite=overwrite)
+        from pyro_isingvit.report.run_report import write_report
+
+        return write_report(target)
+
+
+def _rebuilt(
+    config: RunConfig,
+    state: dict[str, Any],
+    folder: Path | None,
+    val: Split | None,
+    evaluation: Evaluation | None,
+    kept: Evaluation | None,
+) -> TrainedRun:
+    run = build_run(config, DataInfo.from_dict(state["info"]), state["num_data"], folder)
+    run.load_state(state)
+    trained = TrainedRun.of(run, {name: value for name, value in state.items() if name not in run.state()}, val)
+    trained.evaluation, trained._kept = evaluation, kept
+    return trained
+
+
+def load_run(folder: str | Path, device: str = "cpu") -> TrainedRun:
+    """Opens a run's folder.
+
+    Args:
+        folder: what ``TrainedRun.save`` or a training script wrote.
+        device: where to put it.
+
+    Raises:
+        UserError: the folder is missing, cut short, damaged or of another version.
+
+    Examples:
+        >>> import tempfile
+        >>> from pyro_isingvit import ViTConfig, fit, load_data, load_run
+        >>> data = load_data("digits", train_size=100)
+        >>> run = fit(ViTConfig(patch_size=4, width=8, heads=2, depth=1), data, epochs=2, progress=False)
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     again = load_run(run.save(f"{place}/first"))
+        >>> again.config == run.config, again.history == run.history
+        (True, True)
+    """
+    return TrainedRun.of(load.load_run(folder, device))

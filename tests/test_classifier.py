@@ -1,0 +1,182 @@
+"""The classifier keeps scikit-learn's conventions, and takes images of every layout."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_split
+from sklearn.base import clone
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from pyro_isingvit import IsingViTClassifier, UserError, ViTConfig
+
+SMALL = ViTConfig(patch_size=1, width=16, heads=2, depth=1, mlp_ratio=2)
+QUICK = {"batch_size": 32, "device": "cpu", "lr": 1e-2}
+
+
+PRECISION = "float32: the last bits depend on an image's place in the batch"
+
+
+def expected_failures(estimator: IsingViTClassifier) -> dict[str, str]:
+    return dict.fromkeys(("check_methods_sample_order_invariance", "check_methods_subset_invariance"), PRECISION)
+
+
+@parametrize_with_checks(
+    [IsingViTClassifier(SMALL, epochs=10, samples=5, settings=QUICK)], expected_failed_checks=expected_failures
+)
+def test_conventions(estimator, check) -> None:
+    check(estimator)
+
+
+def quick(**changes) -> IsingViTClassifier:
+    vit = ViTConfig(patch_size=2, width=16, heads=2, depth=1, mlp_ratio=2)
+    return IsingViTClassifier(
+        **{"vit": vit, "epochs": 12, "samples": 5, "settings": QUICK, "random_state": 0} | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, H, W) uint8 and names of classes that the brightest quadrant tells."""
+    split = make_split(90, torch.Generator().manual_seed(0))
+    return np.asarray(split.images[:])[:, 0], np.array(["low", "mid", "top"])[split.labels.numpy()]
+
+
+@pytest.fixture(scope="module")
+def fitted(made) -> IsingViTClassifier:
+    return quick().fit(*made)
+
+
+def test_it_learns_names_and_orders_them(fitted, made) -> None:
+    images, names = made
+    assert list(fitted.classes_) == ["low", "mid", "top"] and fitted.score(images, names) > 0.9
+    proba = fitted.predict_proba(images)
+    assert proba.shape == (90, 3) and np.abs(proba.sum(1) - 1).max() < 1e-12
+    assert (fitted.classes_[proba.argmax(1)] == fitted.predict(images)).all()
+    draws = fitted.predict_draws(images[:4])
+    assert draws.probs.shape == (5, 4, 3) and (draws.mutual_information >= 0).all()
+
+
+def test_rows_of_an_order_give_the_same_to_single_precision(fitted, made) -> None:
+    # What scikit-learn's two checks of invariance ask, with the tolerance that float32 allows.
+    images, order = made[0], np.random.default_rng(0).permutation(90)
+    whole = fitted.predict_proba(images)
+    assert np.allclose(fitted.predict_proba(images[order]), whole[order], rtol=1e-5)
+    single = np.concatenate([fitted.predict_proba(images[i : i + 1]) for i in range(9)])
+    assert np.allclose(single, whole[:9], rtol=1e-5)
+
+
+LAYOUTS = {
+    "flat": lambda x: x.reshape(90, 16),
+    "channels last": lambda x: x[..., None],
+    "channels first": lambda x: x[:, None],
+    "tensor": torch.from_numpy,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_the_same_images_give_the_same(made, fitted, layout) -> None:
+    (images, names), arrange = made, LAYOUTS[layout]
+    again = quick().fit(arrange(images), names)
+    assert again.n_features_in_ == 16 and again.image_shape_ == (4, 4, 1)
+    assert np.allclose(again.predict_proba(arrange(images)), fitted.predict_proba(images), atol=1e-6)
+
+
+def test_lists_are_images_too(made) -> None:
+    images, names = made
+    fitted = quick().fit(images.tolist(), names.tolist())
+    assert fitted.pixel_range_ == (images.min(), images.max()) and fitted.score(images.tolist(), names.tolist()) > 0.9
+
+
+def test_colour_images_of_either_layout(made) -> None:
+    images, names = made
+    last = np.stack([images, 255 - images, images // 2], -1)
+    first = np.moveaxis(last, 3, 1)
+    one, two = (quick(epochs=6).fit(X, names) for X in (last, first))
+    flat = quick(epochs=6, image_shape=(4, 4, 3)).fit(last.reshape(90, -1), names)
+    assert one.run_.info.channels == 3
+    for other, X in ((one, first), (two, last), (two, first), (flat, last.reshape(90, -1))):
+        assert np.allclose(one.predict_proba(last), other.predict_proba(X), atol=1e-6)
+
+
+def test_floats_of_any_range_are_scaled_by_the_training_images(made) -> None:
+    images, names = made
+    low, high = float(images.min()), float(images.max())
+    levels = np.rint((images - low) / (high - low) * 255).astype(np.uint8)
+    floats = images * 3.0 - 7
+    plain, scaled = quick().fit(levels, names), quick().fit(floats, names)
+    assert scaled.pixel_range_ == (3 * low - 7, 3 * high - 7) and plain.pixel_range_ is None
+    assert np.allclose(scaled.predict_proba(floats), plain.predict_proba(levels), atol=1e-6)
+    beyond = np.where(images == high, 1e6, floats)
+    assert np.allclose(scaled.predict_proba(beyond), scaled.predict_proba(floats))
+
+
+def test_the_automatic_network_fits_the_images(made) -> None:
+    images, names = made
+    square = quick(vit=None, epochs=1).fit(images, names)
+    assert square.run_.config.vit == ViTConfig(patch_size=1, width=64, heads=4, depth=4, mlp_ratio=2)
+    flat = images.reshape(90, -1)[:, :11]
+    row = quick(vit=None, epochs=1).fit(flat, names)
+    assert row.image_shape_ == (1, 11, 1) and row.predict(flat[:2]).shape == (2,)
+
+
+def test_seeds(made) -> None:
+    images, names = made
+    before = torch.get_rng_state()
+    one, two = (quick(epochs=1).fit(images, names).predict_proba(images) for _ in range(2))
+    assert (one == two).all() and (torch.get_rng_state() == before).all()
+    drawn = [quick(epochs=1, random_state=np.random.RandomState(3)).fit(images, names) for _ in range(2)]
+    assert drawn[0].run_.config.train.seed == drawn[1].run_.config.train.seed != 0
+    assert quick(epochs=1, random_state=None).fit(images, names).run_.config.train.seed >= 0
+
+
+def test_methods_settings_and_parameters(made) -> None:
+    base = quick(method="dropout", epochs=2, settings={**QUICK, "drop_rate": 0.3})
+    run = clone(base).fit(*made).run_
+    assert run.config.method == "dropout" and run.config.baseline.drop_rate == 0.3 and run.config.train.epochs == 2
+    assert clone(base).get_params() == base.get_params()
+    assert base.set_params(epochs=5).epochs == 5
+
+
+def test_a_pickle_predicts_the_same(fitted, made) -> None:
+    again = pickle.loads(pickle.dumps(fitted))
+    assert (again.predict_proba(made[0]) == fitted.predict_proba(made[0])).all()
+    assert again.run_.history == fitted.run_.history
+
+
+def test_validation_images_are_held_out_where_there_are_enough(made) -> None:
+    images, names = made
+    assert len(quick(epochs=1).fit(images, names).run_.val) == 9
+    assert len(quick(epochs=1).fit(images[:12], names[:12]).run_.val) == 0  # four of each class
+    assert len(quick(epochs=1, val_fraction=0).fit(images, names).run_.val) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "X", "words"),
+    [
+        ({"vit": "huge"}, None, "huge"),
+        ({"method": "magic"}, None, "`method`"),
+        ({"settings": {"epoch": 3}}, None, "`epoch`"),
+        ({"val_fraction": 0.9}, None, "`val_fraction`"),
+        ({"image_shape": (3, 3)}, np.zeros((90, 16)), "`image_shape`"),
+        ({}, np.zeros((90, 2, 2, 2)), "channels"),
+        ({}, np.zeros((90, 1, 4, 1)), "`image_shape`"),
+        ({}, np.zeros((90, 1, 2, 3, 4)), "`X`"),
+        ({}, np.zeros((90, 1027)), "`image_shape`"),
+    ],
+)
+def test_what_cannot_be_used_is_named(made, changes, X, words) -> None:
+    images, names = made
+    with pytest.raises(UserError, match=words):
+        quick(**changes).fit(images if X is None else X, names)
+
+
+def test_images_of_another_size_or_type_are_refused(fitted, made) -> None:
+    images, _ = made
+    with pytest.raises(UserError, match="`X`"):
+        fitted.predict(images[:, :3])
+    with pytest.raises(UserError, match="uint8"):
+        fitted.predict(images / 255)
+    with pytest.raises(ValueError, match="features"):
+        fitted.predict(images.reshape(90, -1)[:, :9])

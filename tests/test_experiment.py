@@ -1,0 +1,284 @@
+"""The door: what ``fit`` takes, and what the run that it gives can do."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden import digest
+from helpers import INFO, TINY, make_split, write_npz
+
+from pyro_isingvit import (
+    BaselineConfig,
+    CompactViT,
+    DataConfig,
+    ImageData,
+    IsingConfig,
+    IsingViT,
+    RunConfig,
+    TrainConfig,
+    TrainedRun,
+    UserError,
+    fit,
+    load_data,
+    load_run,
+)
+from pyro_isingvit.core.checkpoint import load_checkpoint
+from pyro_isingvit.experiment import train_run
+from pyro_isingvit.methods.registry import METHODS
+from pyro_isingvit.predictive.datatree import load_datatree
+from pyro_isingvit.runs.trainer import Trainer
+
+QUICK = {"epochs": 4, "batch_size": 20, "lr": 1e-2, "samples": 4, "val_samples": 2, "device": "cpu", "progress": False}
+KEPT = ["checkpoint.previous.pt", "checkpoint.pt", "config.json", "metrics.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageData:
+    generator = torch.Generator().manual_seed(0)
+    return ImageData(make_split(60, generator), make_split(15, generator), make_split(30, generator), INFO)
+
+
+@pytest.fixture(scope="module")
+def shared(images) -> TrainedRun:
+    return fit(TINY, images, granularity="unit", target_retention=0.5, **QUICK)
+
+
+@pytest.fixture
+def run(shared) -> TrainedRun:
+    """One that lives in memory alone and is not evaluated."""
+    return pickle.loads(pickle.dumps(shared))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# fit ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "ising-paper"])
+def test_every_method_is_trained_with_its_own_defaults_and_kept(images, method: str, tmp_path: Path) -> None:
+    if method == "laplace":
+        pytest.importorskip("laplace")
+    run = fit(TINY, images, method=method, members=2, **{**QUICK, "epochs": 1})
+    row = METHODS[method]
+    assert run.config.ising == row.ising
+    assert run.config.train == replace(row.train, **{k: v for k, v in QUICK.items() if k != "progress"} | {"epochs": 1})
+    metrics = run.evaluate(images.test)
+    assert 0 <= metrics["accuracy"] <= 1 and metrics["method"] == method
+    again = load_run(run.save(tmp_path / "run"))
+    assert torch.equal(again.predict(images.test.images, 3).probs, run.predict(images.test.images, 3).probs)
+    if run.has_masks and method != "mean-field":
+        assert isinstance(again.prune(keep=0.5), CompactViT)
+    else:
+        with pytest.raises(UserError, match=method):
+            again.prune(keep=0.5)
+
+
+def test_it_computes_what_the_trainer_computes(images) -> None:
+    run = fit(TINY, images, method="dropout", drop_rate=0.3, **QUICK)
+    train = replace(METHODS["dropout"].train, **{key: value for key, value in QUICK.items() if key != "progress"})
+    config = RunConfig(method="dropout", vit=TINY, train=train, baseline=BaselineConfig(drop_rate=0.3))
+    again = Trainer(config, images, None, progress=False).fit()
+    for (name, one), two in zip(run.method.state_dict().items(), again.method.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_models_and_their_settings(images) -> None:
+    quick = {**QUICK, "epochs": 1}
+    assert fit("digits", images, **quick).config.preset == "digits"
+    model = IsingViT(TINY, INFO, IsingConfig(delta=0.9))
+    run = fit(model, images, **quick)
+    assert run.model is model and run.config.ising.delta == 0.9 and run.config.preset == "custom"
+    mixed = fit(TINY, images, ising=IsingConfig(delta=0.9), train=TrainConfig(seed=3), J=0.5, **quick)
+    assert (mixed.config.ising.delta, mixed.config.ising.J, mixed.config.train.seed) == (0.9, 0.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "words"),
+    [
+        ("huge", {}, "unknown preset 'huge'"),
+        (TINY, {"method": "magic"}, "unknown method 'magic'"),
+        (7, {}, "`model` must be"),
+        (TINY, {"epoch": 3, "kepe": 1}, "`epoch`, `kepe`"),
+        (TINY, {"epochs": 0}, "`epochs`"),
+        (TINY, {"epochs": "many"}, "epochs"),
+        ("ising model", {"ising": IsingConfig()}, "`ising`"),
+        ("ising model", {"delta": 0.5}, "`delta`"),
+        ("ising model", {"method": "dropout"}, "`model`"),
+    ],
+)
+def test_what_fit_refuses_is_named(images, model, settings: dict, words: str) -> None:
+    model = IsingViT(TINY, INFO) if model == "ising model" else model
+    with pytest.raises(UserError, match=words):
+        fit(model, images, **QUICK | settings)
+
+
+# save, load_run, resume -----------------------------------------------------------------------------------------
+
+
+def test_a_saved_run_is_what_training_into_a_folder_writes(tmp_path: Path) -> None:
+    source = write_npz(tmp_path / "x.npz")
+    train = TrainConfig(**{key: value for key, value in QUICK.items() if key != "progress"})
+    config = RunConfig("custom", data=DataConfig(source), vit=replace(TINY, patch_size=3), train=train)
+    metrics = train_run(config, tmp_path / "script", progress=False)
+    data = load_data(source)
+    run = fit(config.vit, data, train=train, progress=False)
+    assert run.save(tmp_path / "api") == tmp_path / "api" == run.folder
+    assert names(tmp_path / "api") == KEPT
+    one, two = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("script", "api"))
+    assert one.keys() == two.keys() and torch.equal(one["rng"], two["rng"]) and two["finished"]
+    for part in ("model", "guide", "optimizer"):
+        assert digest(one[part]) == digest(two[part])
+    assert load_run(tmp_path / "api").history == load_run(tmp_path / "script").history
+    judged = run.evaluate(data)
+    assert {**judged, "train_seconds": 0} == {**metrics, "train_seconds": 0}
+    run.save(tmp_path / "api")
+    assert names(tmp_path / "api") == sorted([*KEPT, "metrics.json", "posterior.nc"]) == names(tmp_path / "script")
+    assert list(json.loads((tmp_path / "api" / "metrics.json").read_text())) == list(metrics)
+    again = train_run(run.config, tmp_path / "api", resume=True, progress=False)  # it is finished: evaluated again
+    assert again["nll"] == metrics["nll"]
+
+
+def test_what_was_given_in_memory_cannot_be_resumed_and_says_so(run, tmp_path: Path) -> None:
+    run.save(tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(UserError, match="in memory"):
+        train_run(run.config, tmp_path / "run", resume=True, progress=False)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_save_replaces_a_run_only_when_told(run, tmp_path: Path) -> None:
+    run.save(tmp_path / "one")
+    other = pickle.loads(pickle.dumps(run))
+    other.folder = None
+    (tmp_path / "one" / "notes.txt").write_text("mine")
+    (tmp_path / "one" / "metrics.json").write_text("{}")  # of the run that is replaced
+    with pytest.raises(UserError, match="`overwrite=True`"):
+        other.save(tmp_path / "one")
+    assert (tmp_path / "one" / "metrics.json").exists()
+    other.history[0]["loss"] = -1.0
+    other.save(tmp_path / "one", overwrite=True)
+    assert names(tmp_path / "one") == sorted([*KEPT, "notes.txt"])
+    assert load_run(tmp_path / "one").history[0]["loss"] == -1.0
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        run.save(tmp_path / "file")
+
+
+def test_a_loaded_run_is_saved_elsewhere_whole(run, images, tmp_path: Path) -> None:
+    run.evaluate(images.test)
+    run.save(tmp_path / "one")
+    loaded = load_run(tmp_path / "one")
+    loaded.save(tmp_path / "two")
+    assert loaded.folder == tmp_path / "one" and names(tmp_path / "two") == names(tmp_path / "one")
+    one, two = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in ("config.json", "metrics.jsonl", "metrics.json", "posterior.nc"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+# evaluate, predict, prune ---------------------------------------------------------------------------------------
+
+
+def test_evaluate_takes_any_labelled_images(run, images) -> None:
+    whole = run.evaluate(images.test)
+    assert whole["test_size"] == 30 and whole["train_size"] == 60 and whole["val_size"] == 15
+    assert run.evaluation.metrics is whole and run.folder is None
+    part, pixels = images.test, images.test.images[:]
+    for labels in (part.labels, part.labels.numpy(), [INFO.classes[i] for i in part.labels.tolist()]):
+        for given in (pixels, pixels[:, 0].numpy(), pixels.permute(0, 2, 3, 1), pixels.float() / 255):
+            assert run.evaluate((given, labels)) == whole
+    assert run.evaluate(images) == whole
+    few = run.evaluate((pixels[:9], part.labels[:9]), num_samples=2, seed=5)
+    assert few["test_size"] == 9 and few["samples"] == 2
+    assert run.evaluation.draws.probs.shape == (2, 9, 3)
+
+
+def test_validation_images_are_those_of_training_while_they_are_known(run, images, tmp_path: Path) -> None:
+    assert run.val is images.val or torch.equal(run.val.labels, images.val.labels)
+    loaded = load_run(run.save(tmp_path / "run"))
+    assert loaded.val is None
+    without = loaded.evaluate(images.test)
+    assert without["val_size"] == 0 and without["auroc_wrong_rel_u"] is None
+    known = run.evaluate(images.test)
+    assert loaded.evaluate(images.test, val=images.val) == known
+    assert loaded.evaluate(images) == known
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (lambda d: (d.test.images[:, :, :3], d.test.labels), "`images`"),
+        (lambda d: (d.test.images[:], d.test.labels[:5]), "`data`"),
+        (lambda d: (d.test.images[:], ["z"] * 30), "'z'"),
+        (lambda d: (d.test.images[:], d.test.labels + 1), "labels"),
+        (lambda d: d.test.images, "`data`"),
+        (lambda d: d.test.take(np.arange(0)), "no images"),
+        (lambda d: replace(d.test, labels=torch.full((30,), -1)), "label"),
+    ],
+)
+def test_what_cannot_be_judged_is_named(run, images, data, words) -> None:
+    with pytest.raises(UserError, match=words):
+        run.evaluate(data(images))
+    assert run.evaluation is None
+
+
+def test_predictions_of_every_layout_are_the_same(run, images) -> None:
+    pixels = images.test.images[:]
+    draws = run.predict(pixels, 5, seed=2)
+    assert draws.probs.shape == (5, 30, 3)
+    for given in (pixels.numpy(), pixels[:, 0], pixels.permute(0, 2, 3, 1), (pixels / 255).numpy()):
+        assert torch.equal(run.predict(given, 5, seed=2).probs, draws.probs)
+    with pytest.raises(UserError, match="`images`"):
+        run.predict(pixels.float())
+
+
+def test_pruning_is_compact(run, images) -> None:
+    from pyro_isingvit import compact
+
+    small, same = run.prune(keep=0.4), compact(run, keep=0.4, val=images.val)
+    assert small.config == same.config and float(small.temperature) == float(same.temperature)
+    assert run.prune(threshold=0.3, form="bayes").config.form == "bayes"
+    with pytest.raises(UserError, match="threshold"):
+        run.prune(threshold=2.0)
+
+
+# report ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_makes_a_folder_whole(run, images, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run\.evaluate"):
+        run.report(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    page = run.report(tmp_path / "run", data=images)
+    assert page == tmp_path / "run" / "report" / "index.html" and "<html" in page.read_text()
+    assert names(tmp_path / "run") == sorted([*KEPT, "metrics.json", "posterior.nc", "report"])
+    tree = load_datatree(tmp_path / "run" / "posterior.nc")
+    assert tree["predictive_summary"].sizes["image_all"] == 30
+    page.unlink()
+    assert load_run(tmp_path / "run").report() == page and page.is_file()  # from what the folder holds
+
+
+def test_a_report_does_not_replace_another_evaluation_unasked(run, images, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="`folder`"):
+        run.report(data=images)
+    run.report(tmp_path / "run", data=images)
+    before = (tmp_path / "run" / "metrics.json").read_bytes()
+    with pytest.raises(UserError, match="`overwrite=True`"):
+        run.report(data=images.val)
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+    run.report(data=images.val, overwrite=True)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test_size"] == 15
+    run.report()  # its own evaluation is there already
+
+
+def test_a_copy_has_everything(run, images) -> None:
+    run.evaluate(images.test)
+    again = pickle.loads(pickle.dumps(run))
+    assert again.evaluation.metrics == run.evaluation.metrics and len(again.val) == 15
+    assert torch.equal(again.predict(images.test.images).probs, run.predict(images.test.images).probs)
