@@ -9,12 +9,15 @@ import argparse
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated
+
+import tyro
 
 from inference.cli import REPORTS, print_table, run_script, with_clear_errors
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.launcher import by_torchrun
 from pyro_isingvit.core.settings import (
+    PRESETS,
     BaselineConfig,
     DataConfig,
     IsingConfig,
@@ -24,7 +27,7 @@ from pyro_isingvit.core.settings import (
     default_preset,
     preset,
 )
-from pyro_isingvit.methods.registry import METHODS, train_defaults
+from pyro_isingvit.methods.registry import METHODS, OURS, row, train_defaults
 from pyro_isingvit.version import __version__
 
 
@@ -34,9 +37,9 @@ class TrainArguments:
 
     out: Path
     """Folder of the run."""
-    preset: Literal["digits", "small", "cifar", "paper-28", "paper-32"]
+    preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))]
     """Network shape to start from; by default the one made for the data set."""
-    method: Literal[tuple(METHODS)] = "ising"  # type: ignore[valid-type]
+    method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = OURS
     """What to train: the library's Ising posterior, the paper's literal setting, or a method to compare with."""
     overwrite: bool = False
     """Replace the run that the folder holds."""
@@ -124,25 +127,17 @@ def main(argv: list[str] | None = None) -> None:
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--dataset", default=DataConfig.dataset)
     peek.add_argument("--preset", default=None)
-    peek.add_argument("--method", default="ising")
+    peek.add_argument("--method", default=OURS)
     peek.add_argument("--width", default="")
     known, _ = peek.parse_known_args(argv)
-    name: Any = known.preset or default_preset(known.dataset)
-    with_clear_errors(lambda: preset(name), TrainArguments)
-    method: Any = known.method if known.method in METHODS else "ising"  # tyro refuses what is not a method
+    name = known.preset or default_preset(known.dataset)
+    with_clear_errors(lambda: (preset(name), row(known.method)), TrainArguments)
     width = int(known.width) if known.width.isdecimal() else None
     default = TrainArguments(
-        out=tyro_missing(), preset=name, method=method, vit=preset(name), ising=METHODS[method].ising,
-        train=train_defaults(method, preset(name, width=width)),
+        out=tyro.MISSING, preset=name, method=known.method, vit=preset(name), ising=row(known.method).ising,
+        train=train_defaults(known.method, preset(name, width=width)),
     )  # fmt: skip
     run_script(train, TrainArguments, argv, default)
-
-
-def tyro_missing() -> Path:
-    """tyro's mark of a required argument."""
-    import tyro
-
-    return tyro.MISSING
 
 
 if __name__ == "__main__":

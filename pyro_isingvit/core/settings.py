@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pyro_isingvit.core.errors import UserError, why
 
@@ -261,6 +261,8 @@ def check_fields(settings: Any) -> None:
 
 def _fits(value: object, kind: Any) -> bool:
     origin, choices = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _fits(value, choices[0])
     if origin in (Union, UnionType):
         return any(_fits(value, choice) for choice in choices)
     if origin is Literal:
@@ -279,6 +281,8 @@ WORDS = {int: "a whole number below 2^31", float: "a finite number", bool: "True
 def _takes(kind: Any) -> str:
     """What ``_fits`` accepts, in words."""
     origin, choices = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _takes(choices[0])
     if origin in (Union, UnionType):
         return " or ".join(_takes(choice) for choice in choices)
     if origin is Literal:
