@@ -1,7 +1,7 @@
 """Tables and figures of a grid that inference.compare ran.
 
 python -m analysis.comparison --results runs/compare
-python -m analysis.comparison --results analysis/results --readme README.md
+python -m analysis.comparison --results analysis/results --page docs/comparison.md --readme README.md
 
 Tables: mean and standard deviation over seeds; the Ising posterior against the best other single network by a paired
 t-test over seeds.
@@ -20,8 +20,10 @@ class Arguments:
 
     results: Path
     """Folder with the results.json of inference.compare."""
+    page: Path | None = None
+    """Markdown file whose tables of every method are written anew, between its two marker comments."""
     readme: Path | None = None
-    """Markdown file whose comparison table is written anew, between its two marker comments."""
+    """Markdown file whose short table is written anew, between its two marker comments."""
     ours: str = OURS
     """The method that is held against the others."""
 
@@ -38,10 +40,11 @@ def comparison(arguments: Arguments) -> None:
         against_ensemble,
         load_results,
         markdown,
-        readme_table,
+        page_tables,
+        short_table,
         summarise,
         to_markdown,
-        write_readme,
+        write_between,
     )
     from pyro_isingvit.core.checkpoint import write_text
     from pyro_isingvit.core.errors import UserError
@@ -65,8 +68,9 @@ def comparison(arguments: Arguments) -> None:
     table[names] = table[names].map(csv_text)
     write_text(folder / "table.csv", table.to_csv(index=False))
     made = figures.write_figures(frame, folder, arguments.ours)
-    if arguments.readme is not None:
-        write_readme(arguments.readme, readme_table(frame, arguments.ours))
+    for path, tables in ((arguments.page, page_tables), (arguments.readme, short_table)):
+        if path is not None:
+            write_between(path, tables(frame, arguments.ours))
     Console(width=160).print(Markdown(text))
     print(f"tables: {folder / 'table.md'}, {folder / 'table.csv'}\nfigures: {', '.join(map(str, made))}")
 

@@ -17,6 +17,7 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.untrusted import plain
 from pyro_isingvit.methods.registry import METHODS, OURS
 
+SHORT = ("deterministic", "dropout", "ensemble")  # what the README shows besides ours
 SEVERAL = tuple(name for name, row in METHODS.items() if row.networks)  # methods that need several networks
 SHOWN = {  # metrics.json -> heading, decimals, +1: more is better, -1: less, 0: neither
     "accuracy": ("accuracy", 4, 1), "nll": ("NLL", 4, -1), "brier": ("Brier", 4, -1), "ece": ("ECE", 4, -1),
@@ -149,8 +150,29 @@ def to_markdown(table: pd.DataFrame, decimals: int = 4) -> str:
     return _table([list(table.columns), *([word(value) for value in row] for _, row in table.iterrows())]) + "\n"
 
 
-def readme_table(frame: pd.DataFrame, ours: str = OURS) -> str:
-    """The short tables: accuracy and NLL of every method in every cell, and what lies between ours and the best."""
+def short_table(frame: pd.DataFrame, ours: str = OURS) -> str:
+    """For the README: ours, two customary networks and the ensemble, at the middle size of each data set."""
+    summary = summarise(frame)
+    names = [ours, *(m for m in _order(frame.method.unique()) if m.split(":")[0] in SHORT and m != ours)]
+    sizes = {str(name): sorted(part.train_size.unique()) for name, part in frame.groupby("dataset")}
+    cells = {(name, each[len(each) // 2]): summary.loc[name, each[len(each) // 2]] for name, each in sizes.items()}
+    heads = [f"{_cell_name(*cell)}: {metric}" for metric in ("accuracy", "NLL") for cell in cells]
+    rows = [["", *heads, "ECE, mean", "pruned"]]
+    for method in names:
+        row = [
+            _mean(part.loc[names][key], method, 3, SHOWN[key][2])
+            for key in ("accuracy", "nll")
+            for part in cells.values()
+        ]
+        ece, pruned = (
+            np.mean([part.loc[method, (key, "mean")] for part in cells.values()]) for key in ("ece", "pruned_fraction")
+        )
+        rows.append([f"`{method}`", *row, f"{ece:.3f}", f"{100 * pruned:.0f}%"])
+    return _table(rows)
+
+
+def page_tables(frame: pd.DataFrame, ours: str = OURS) -> str:
+    """For the comparison's page: accuracy and NLL of every method in every cell, ours against the best."""
     pruned = summarise(frame)[("pruned_fraction", "mean")].groupby("method").mean()
     parts = [f"Accuracy, mean ± standard deviation of {frame.seed.nunique()} seeds, best mean in bold:"]
     parts += [_by_cell(frame, "accuracy", pruned), "NLL, nats per image:", _by_cell(frame, "nll")]
@@ -208,8 +230,8 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "| --- |" + " --- |" * (len(rows[0]) - 1), *lines[1:]])
 
 
-def write_readme(path: Path, table: str) -> None:
-    """Puts the table between the two markers.
+def write_between(path: Path, table: str) -> None:
+    """Puts a table between the two markers.
 
     Raises:
         UserError: the file has no such markers.

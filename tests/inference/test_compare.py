@@ -21,8 +21,9 @@ from analysis.comparison_tables import (
     against_ensemble,
     load_results,
     markdown,
-    readme_table,
-    write_readme,
+    page_tables,
+    short_table,
+    write_between,
 )
 from inference.compare import CompareArguments, make_cells, method_config, run_cell, run_grid, sibling
 from pyro_isingvit.core.errors import UserError
@@ -227,7 +228,7 @@ def test_tables_put_the_best_in_bold_and_fill_the_readme(tmp_path: Path) -> None
     assert "**0.8500" in line and text.index("| ising |") < text.index("| deterministic") < text.index("| ensemble")
     path = tmp_path / "README.md"
     path.write_text(f"before\n{MARKERS[0]}\nstale\n{MARKERS[1]}\nafter\n")
-    write_readme(path, readme_table(table()))
+    write_between(path, page_tables(table()))
     written = path.read_text()
     assert written.startswith("before\n") and written.endswith("after\n") and "stale" not in written
     assert "| ising | 0.833 ± 0.000 | 50% |" in written and "| ensemble:5 | **0.850 ± 0.000** | 50% |" in written
@@ -236,15 +237,16 @@ def test_tables_put_the_best_in_bold_and_fill_the_readme(tmp_path: Path) -> None
     assert f"| {against_ensemble(table())['NLL ratio'].item():.2f} |" in written
     path.write_text("no markers")
     with pytest.raises(UserError, match="lacks the lines"):
-        write_readme(path, "x")
+        write_between(path, "x")
 
 
 @pytest.mark.skipif(not (ROOT / "analysis" / "results" / "results.json").is_file(), reason="no published grid")
-def test_the_readme_shows_the_published_grid() -> None:
+def test_readme_and_page_show_the_published_grid() -> None:
     folder = ROOT / "analysis" / "results"
     frame = load_results(folder / "results.json")
     assert (frame.groupby(["dataset", "train_size", "method"]).seed.nunique() >= 3).all()
     assert frame.groupby(["dataset", "train_size"]).method.nunique().eq(frame.method.nunique()).all()  # none left out
     assert all(cell["status"] == "done" for cell in json.loads((folder / "results.json").read_text()))
     assert markdown(frame) in (folder / "table.md").read_text()
-    assert f"{MARKERS[0]}\n\n{readme_table(frame)}\n\n{MARKERS[1]}" in (ROOT / "README.md").read_text()
+    for page, tables in (("docs/comparison.md", page_tables), ("README.md", short_table)):
+        assert f"{MARKERS[0]}\n\n{tables(frame)}\n\n{MARKERS[1]}" in (ROOT / page).read_text()
