@@ -146,7 +146,7 @@ def _posterior(run: Run, samples: int, full: bool, seed: int) -> xr.Dataset:
         torch.manual_seed(seed)
         for s in range(samples):
             with fork_rng(devices=cuda):  # guide.draw starts from the same random state, with the same masks
-                masks = {name: torch.bernoulli(guide.retention(name)) for name in layout.sites}
+                masks = guide.masks.draw()
             weights = guide.draw()
             fields = {kind: layout.expand(kind, masks).expand_as(weight) for kind, weight in weights.items()}
             drawn = {f"kept_{kind}": field.mean((1, 2)).squeeze(0) for kind, field in fields.items()}
