@@ -50,7 +50,7 @@ class MaskPosterior(nn.Module):
 
     Attributes:
         fusible: the masks are independent, ``field`` alone says what they are, and no gradient reaches it, so that
-            ``FusedELBO`` may take the place of Pyro's handlers.
+            ``FusedELBO`` may take the place of Pyro's handlers. It is not inherited: each family says so itself.
         phase: pilot (every mask at one), ising, or frozen.
         max_keep: retention is clipped to this.
         mask_logit: learned logits, site -> site shape; empty where none are learned.
@@ -59,6 +59,11 @@ class MaskPosterior(nn.Module):
     """
 
     fusible: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A subclass that changes ``logits`` must not take the fused path by inheritance."""
+        super().__init_subclass__(**kwargs)
+        cls.fusible = vars(cls).get("fusible", False)
 
     def __init__(self, config: IsingConfig, layout: MaskLayout, kappa_mask: float) -> None:
         super().__init__()
@@ -241,8 +246,6 @@ class LikelihoodGuided(MaskPosterior):
 
 class Learned(MaskPosterior):
     """Masks whose logits are parameters, trained by relaxed-Bernoulli gradients around the retention at the start."""
-
-    fusible = False
 
     def __init__(self, config: IsingConfig, layout: MaskLayout, kappa_mask: float) -> None:
         super().__init__(config, layout, kappa_mask)
