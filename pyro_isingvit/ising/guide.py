@@ -262,7 +262,7 @@ class IsingGuide(nn.Module):
         for kind, second in squared.items():
             scale, tau_1 = self.scale(kind), model.tau_1(kind)
             cost[kind] = torch.addcmul(slab_kl(torch.zeros_like(scale), scale, tau_1), second, 0.5 / tau_1**2)
-        network = Network(squared, model.vit.norm_gain.detach() ** 2, model.vit.config.heads, config.decay)
+        network = Network(squared, model.vit.norm_gain.detach() ** 2, model.vit.readers, config.decay)
 
         def sweep(move: Move) -> None:
             def set_site(kind: str, layer: int, c: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def _axes(name: str, layers: int, *dims: str) -> list[str | None]:
 def _posterior(run: Run, samples: int, full: bool, seed: int) -> xr.Dataset:
     """Joint draws of masks and weights, one by one; those of ``draw_predictive`` with this seed."""
     guide, vit, layout = run.guide, run.model.vit, run.guide.layout
-    attention = next(site for site in head_sites(vit) if site.name == "attention")
+    attention = next(site for site in head_sites(vit.readers) if site.name == "attention")
     covered = 4 * vit.config.width**2 / vit.config.heads  # weights of a head: q, k, v, output
     dims: Dims = {"kept_heads": ["layer", "head"]}
     for kind, shape in vit.matrix_shapes.items():
