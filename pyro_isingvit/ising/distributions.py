@@ -153,6 +153,6 @@ def _kl_weight(q: SpikeAndSlabPosterior, p: SpikeAndSlab) -> Tensor:
     The expectation over xi is exact (pi, not the sampled xi): the same ELBO, less noise in its gradient.
     """
     if q.tau_0 != p.tau_0:
-        raise ValueError(f"the spikes of guide ({q.tau_0}) and model ({p.tau_0}) must be the same.")
+        raise ValueError(f"the spikes `tau_0` of guide ({q.tau_0}) and model ({p.tau_0}) must be the same.")
     kl = q.retention * slab_kl(q.loc, q.slab_scale, p.tau_1)
     return kl.expand(q.batch_shape)

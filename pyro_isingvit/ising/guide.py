@@ -250,7 +250,7 @@ class IsingGuide(nn.Module):
 
         Args:
             model: its prior logits are set.
-            progress: share of the Ising phase behind us, in [0, 1]; with kappa_mask "auto" the wanted mean
+            progress: share of the Ising phase that has passed, in [0, 1]; with kappa_mask "auto" the wanted mean
                 retention falls from the highest allowed to ``target_retention`` over the first half of it.
         """
         config, layout = self.config, self.layout
@@ -325,19 +325,19 @@ def check_ising(config: IsingConfig) -> None:
     """Raises UserError where a setting is out of its range."""
     for name, known in REGISTRIES.items():
         if getattr(config, name) not in known:
-            raise UserError(f"unknown {name} {getattr(config, name)!r}; known: {', '.join(known)}.")
+            raise UserError(f"unknown `{name}` {getattr(config, name)!r}; known: {', '.join(known)}.")
     for name in ("delta", "curvature_decay"):
         if not 0 < getattr(config, name) < 1:
-            raise UserError(f"{name} must lie strictly between 0 and 1, not {getattr(config, name)}.")
+            raise UserError(f"`{name}` must lie strictly between 0 and 1, not {getattr(config, name)}.")
     for name in ("max_keep", "mask_damping", "target_retention"):
         value = getattr(config, name)
         if value != "auto" and not 0 < value <= 1:
-            raise UserError(f"{name} must lie in (0, 1], not {value}.")
+            raise UserError(f"`{name}` must lie in (0, 1], not {value}.")
     for name in ("temperature", "final_temperature", "tau_0", "tau_1", "init_scale"):
         if not getattr(config, name) > 0:
-            raise UserError(f"{name} must be positive, not {getattr(config, name)}.")
+            raise UserError(f"`{name}` must be positive, not {getattr(config, name)}.")
     if config.tau_0 >= config.tau_1:
-        raise UserError(f"the spike tau_0 ({config.tau_0}) must be narrower than the slab tau_1 ({config.tau_1}).")
-    need(0 <= config.decay <= 1, f"decay must lie in [0, 1], not {config.decay}.")
+        raise UserError(f"the spike `tau_0` ({config.tau_0}) must be narrower than the slab `tau_1` ({config.tau_1}).")
+    need(0 <= config.decay <= 1, f"`decay` must lie in [0, 1], not {config.decay}.")
     for name in ("update_every", "curvature_batch"):
-        need(getattr(config, name) >= 1, f"{name} must be at least 1, not {getattr(config, name)}.")
+        need(getattr(config, name) >= 1, f"`{name}` must be at least 1, not {getattr(config, name)}.")

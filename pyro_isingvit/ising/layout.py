@@ -1,7 +1,8 @@
 """What one selection mask covers, and how masks and weight-shaped fields map onto each other.
 
-A layout is a list of mask sites. ``expand`` spreads a site's values over the weights of a matrix kind;
-``reduce`` is its adjoint, the sum of a weight-shaped field over the weights that each mask covers.
+A layout is a list of mask sites, which follow from the network's ``readers``. ``expand`` spreads a site's values over
+the weights of a matrix kind; ``reduce`` is its adjoint, the sum of a weight-shaped field over the weights that each
+mask covers.
 """
 
 from collections.abc import Callable
@@ -135,13 +136,28 @@ class MaskLayout:
         vit: the network.
         granularity: a name in ``GRANULARITIES``.
 
+    Attributes:
+        sites: by name.
+        site_of: the site that covers a kind of matrices.
+
     Raises:
         UserError: unknown granularity.
+
+    Examples:
+        >>> import torch
+        >>> from pyro_isingvit.core.settings import ViTConfig
+        >>> vit = ViT(ViTConfig(patch_size=4, width=8, heads=2, depth=3), channels=1, height=8, width=8, classes=10)
+        >>> layout = MaskLayout(vit, "head")
+        >>> {name: site.shape for name, site in layout.sites.items()}
+        {'patch': (1, 8), 'attention': (3, 2), 'fc1': (3, 32), 'fc2': (3, 8), 'head': (1, 8)}
+        >>> ones = {kind: torch.ones(shape) for kind, shape in vit.matrix_shapes.items()}
+        >>> layout.reduce(layout.sites["attention"], ones)[0]  # weights of a head: q, k, v rows and output columns
+        tensor([128., 128.])
     """
 
     def __init__(self, vit: ViT, granularity: str) -> None:
         if granularity not in GRANULARITIES:
-            raise UserError(f"unknown granularity {granularity!r}; known: {', '.join(GRANULARITIES)}.")
+            raise UserError(f"unknown `granularity` {granularity!r}; known: {', '.join(GRANULARITIES)}.")
         self.granularity = granularity
         self.sites = {site.name: site for site in GRANULARITIES[granularity](vit.readers)}
         self.site_of = {kind: site for site in self.sites.values() for kind in site.spreads}
