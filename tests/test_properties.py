@@ -30,6 +30,7 @@ from pyro_isingvit.ising.distributions import (
     slab_kl,
 )
 from pyro_isingvit.methods.sparse import sparse_vd_kl
+from pyro_isingvit.nets.readers import vit_readers
 from pyro_isingvit.predictive.calibration import fit_temperature, temper
 from pyro_isingvit.predictive.from_pyro import from_pyro_svi
 from pyro_isingvit.predictive.metrics import classification_metrics, entropy
@@ -173,7 +174,10 @@ def test_couplings_lie_in_0_1(name, depth, shape, two_layer, scale, decay, seed)
         assert torch.broadcast_shapes(c.shape, matrix.shape) == matrix.shape
         return torch.rand(matrix.shape, generator=draw).round(decimals=1)
 
-    COUPLINGS[name](Network(squared, random(2 * depth + 1, width), heads, decay), update)
+    readers = vit_readers(patch=5, width=width, heads=heads, depth=depth, hidden=7, classes=3,
+                          top=width // 2 if two_layer else None)  # fmt: skip
+    assert readers.shapes == shapes
+    COUPLINGS[name](Network(squared, random(2 * depth + 1, width), readers, decay), update)
     assert seen == {(kind, layer) for kind, size in shapes.items() for layer in range(size[0])}
 
 

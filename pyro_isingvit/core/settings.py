@@ -59,9 +59,10 @@ class IsingConfig:
 
     granularity: Granularity = "weight"
     """What one selection mask covers: a weight, a unit (output row), an attention head, or a whole branch."""
-    mask_posterior: Literal["likelihood_guided", "learned", "hybrid"] = "likelihood_guided"
-    """Masks set by the mean-field equation, learned by relaxed-Bernoulli gradients with the Ising field as prior, or
-    set by the equation with learned corrections."""
+    mask_posterior: str = "likelihood_guided"
+    """likelihood_guided: masks set by the mean-field equation; learned: by relaxed-Bernoulli gradients, with the Ising
+    field as prior; hybrid: by the equation with learned corrections. The names are in
+    pyro_isingvit.ising.masks.MASK_POSTERIORS."""
     saliency: str = "gnb"
     """Curvature estimator; the names are in pyro_isingvit.ising.curvature.SALIENCY."""
     coupling: str = "all_readers"

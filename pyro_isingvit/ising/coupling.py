@@ -1,10 +1,11 @@
-"""Ising coupling: how much of what a unit writes is still read (METHOD section 4).
+"""Ising coupling: how much of what a unit writes is still read (docs/method.md, Posterior).
 
     c_j = sum_R rho_R gamma_j^2 sum_k w_{R,kj}^2 pi_{R,kj} / sum_R rho_R gamma_j^2 sum_k w_{R,kj}^2
 
-over the readers R of channel j. Readers come later, so one sweep from the head to the patch embedding sets all
-masks. A graph is a function that visits every (kind, layer) once and calls ``update(kind, layer, c)``, which
-returns the new retention (out, in) of that matrix; c has shape (out, 1), or (1, in) for ``forward``.
+over the readers R of channel j, which ``nets.readers`` lists. Readers come later, so one sweep from the last matrix to
+the first sets all masks. A coupling is a function that visits every (kind, layer) once and calls
+``update(kind, layer, c)``, which returns the new retention (out, in) of that matrix; c has shape (out, 1), or (1, in)
+for ``forward``. A new coupling is such a function and a row of ``COUPLINGS``.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from pyro_isingvit.nets.readers import Matrix, Readers, Space
 
 Update = Callable[[str, int, Tensor], Tensor]
 EPS = 1e-12
@@ -23,24 +26,27 @@ class Network:
 
     Attributes:
         squared: kind -> (layers, out, in), w^2.
-        gain: (2L + 1, D) squared LayerNorm gains; rows: block 0 attention, block 0 MLP, ..., final.
-        heads: H.
+        gain: squared LayerNorm gains, a row for each LayerNorm, (rows, D).
+        readers: who writes and reads which channels.
         decay: weight of a reader per step of distance.
     """
 
     squared: dict[str, Tensor]
     gain: Tensor
-    heads: int
+    readers: Readers
     decay: float
 
-    @property
-    def depth(self) -> int:
-        """L."""
-        return self.squared["qkv"].shape[0]
+    def squared_of(self, matrix: Matrix) -> Tensor:
+        """w^2 of one matrix, (out, in)."""
+        return self.squared[matrix.kind][matrix.layer]
+
+    def nothing(self) -> Tensor:
+        """c = 0 for all weights of a matrix, (1, 1)."""
+        return self.gain.new_zeros(1, 1)
 
 
 @dataclass(frozen=True)
-class Readers:
+class ReaderSums:
     """Sums over the readers of each channel: read = sum w^2 pi, total = sum w^2, both (channels,).
 
     The ablation ``forward`` takes the same sums over the writers.
@@ -53,42 +59,45 @@ class Readers:
         """c in [0, 1]; 0 where nothing reads the channel."""
         return self.read / (self.total + EPS)
 
-    def before(self, nearer: "Readers", decay: float) -> "Readers":
+    def before(self, nearer: "ReaderSums", decay: float) -> "ReaderSums":
         """Puts a nearer reader in front; these move one step away."""
-        return Readers(nearer.read + decay * self.read, nearer.total + decay * self.total)
+        return ReaderSums(nearer.read + decay * self.read, nearer.total + decay * self.total)
+
+    def by_head(self, heads: int) -> Tensor:
+        """c of every channel, pooled over its head, (channels,)."""
+        pooled = ReaderSums(self.read.view(heads, -1).sum(1), self.total.view(heads, -1).sum(1)).share()
+        return pooled.repeat_interleave(len(self.read) // heads)
 
 
-def _readers(squared: Tensor, retention: Tensor, gain: Tensor | None = None) -> Readers:
+def _columns(squared: Tensor, retention: Tensor, gain: Tensor | None) -> ReaderSums:
+    """What a matrix (out, in) reads of every channel."""
     scale = squared if gain is None else squared * gain
-    return Readers((scale * retention).sum(0), scale.sum(0))
+    return ReaderSums((scale * retention).sum(0), scale.sum(0))
 
 
-def _attention_rows(readers: Readers, heads: int) -> Tensor:
-    """c of the fused qkv rows (3D,): v row by its own output column, q and k rows by their head's columns pooled."""
-    pooled = Readers(readers.read.view(heads, -1).sum(1), readers.total.view(heads, -1).sum(1)).share()
-    per_row = pooled.repeat_interleave(len(readers.read) // heads)  # (D,)
-    return torch.cat([per_row, per_row, readers.share()])
+def _rows(squared: Tensor, retention: Tensor) -> ReaderSums:
+    """What rows (channels, in) write to every channel."""
+    return ReaderSums((squared * retention).sum(1), squared.sum(1))
+
+
+def _share_of_rows(matrix: Matrix, sums: ReaderSums) -> Tensor:
+    """c of every row of a matrix, (out,), from the readers of what it writes."""
+    c = {"own": sums.share()}
+    if "head" in matrix.parts:
+        c["head"] = sums.by_head(matrix.writes.heads or 1)
+    return torch.cat([c[part] for part in matrix.parts])
 
 
 def _backward(net: Network, update: Update, decay: float) -> None:
-    """Residual-aware sweep; ``stream`` holds the readers of the residual channels at the current depth."""
-    squared, gain, last = net.squared, net.gain, 2 * net.depth
-    head = update("head", 0, gain.new_zeros(1, 1))  # nothing reads the logits: no coupling
-    if "head_hidden" in squared:
-        top = _readers(squared["head"][0], head)
-        hidden = update("head_hidden", 0, top.share()[:, None])
-        stream = _readers(squared["head_hidden"][0], hidden, gain[last])
-    else:
-        stream = _readers(squared["head"][0], head, gain[last])
-    for layer in reversed(range(net.depth)):
-        fc2 = update("fc2", layer, stream.share()[:, None])
-        fc1 = update("fc1", layer, _readers(squared["fc2"][layer], fc2).share()[:, None])
-        stream = stream.before(_readers(squared["fc1"][layer], fc1, gain[2 * layer + 1]), decay)
-        out = update("attn_out", layer, stream.share()[:, None])
-        rows = _attention_rows(_readers(squared["attn_out"][layer], out), net.heads)
-        qkv = update("qkv", layer, rows[:, None])
-        stream = stream.before(_readers(squared["qkv"][layer], qkv, gain[2 * layer]), decay)
-    update("patch", 0, stream.share()[:, None])
+    """One sweep from the last matrix to the first; ``sums`` holds the readers met of each space."""
+    sums: dict[Space, ReaderSums] = {}
+    for matrix in reversed(net.readers.matrices):
+        later = sums.get(matrix.writes)
+        c = net.nothing() if later is None else _share_of_rows(matrix, later)[:, None]  # nothing reads the logits
+        retention = update(matrix.kind, matrix.layer, c)
+        gain = None if matrix.norm is None else net.gain[matrix.norm]
+        mine, others = _columns(net.squared_of(matrix), retention, gain), sums.get(matrix.reads)
+        sums[matrix.reads] = mine if others is None else others.before(mine, decay)
 
 
 def all_readers(net: Network, update: Update) -> None:
@@ -103,31 +112,19 @@ def nearest(net: Network, update: Update) -> None:
 
 def no_coupling(net: Network, update: Update) -> None:
     """Ablation: c = 0 everywhere, an independent prior."""
-    for kind, squared in net.squared.items():
-        for layer in range(squared.shape[0]):
-            update(kind, layer, net.gain.new_zeros(1, 1))
-
-
-def _writers(squared: Tensor, retention: Tensor) -> Readers:
-    return Readers((squared * retention).sum(1), squared.sum(1))
+    for matrix in net.readers.matrices:
+        update(matrix.kind, matrix.layer, net.nothing())
 
 
 def forward(net: Network, update: Update) -> None:
     """Ablation: fed by the layers before instead, c of a weight is the share of its input that is still written."""
-    squared = net.squared
-    stream = _writers(squared["patch"][0], update("patch", 0, net.gain.new_zeros(1, 1)))
-    for layer in range(net.depth):
-        qkv = update("qkv", layer, stream.share()[None])
-        rows = squared["qkv"].shape[1] // 3
-        values = _writers(squared["qkv"][layer, 2 * rows :], qkv[2 * rows :])
-        out = update("attn_out", layer, values.share()[None])
-        stream = stream.before(_writers(squared["attn_out"][layer], out), net.decay)
-        fc1 = update("fc1", layer, stream.share()[None])
-        fc2 = update("fc2", layer, _writers(squared["fc1"][layer], fc1).share()[None])
-        stream = stream.before(_writers(squared["fc2"][layer], fc2), net.decay)
-    if "head_hidden" in squared:
-        stream = _writers(squared["head_hidden"][0], update("head_hidden", 0, stream.share()[None]))
-    update("head", 0, stream.share()[None])
+    sums: dict[Space, ReaderSums] = {}  # over the writers met of each space
+    for matrix in net.readers.matrices:
+        earlier = sums.get(matrix.reads)
+        retention = update(matrix.kind, matrix.layer, net.nothing() if earlier is None else earlier.share()[None])
+        for rows in matrix.own_rows:
+            mine, others = _rows(net.squared_of(matrix)[rows], retention[rows]), sums.get(matrix.writes)
+            sums[matrix.writes] = mine if others is None else others.before(mine, net.decay)
 
 
 COUPLINGS: dict[str, Callable[[Network, Update], None]] = {

@@ -1,8 +1,9 @@
-"""Curvature of the likelihood: how much each weight matters (METHOD section 3).
+"""Curvature of the likelihood: how much each weight matters (docs/method.md, Posterior).
 
 An estimator maps (network, weights, images, labels) to the diagonal of the curvature of the per-example mean
-negative log-likelihood, kind -> (layers, out, in), with respect to the effective weights at xi = 1. Masked weights
-so still receive a signal. A new estimator is a function and a line in ``SALIENCY``; docs/saliency.md compares them.
+negative log-likelihood, kind -> (layers, out, in), with respect to the effective weights at xi = 1. Weights whose mask
+is off therefore receive a signal too. A new estimator is a function and a row of ``SALIENCY``; docs/saliency.md
+compares them.
 
 Where several processes train together, each calls the estimator with its own, equally many images. The diagonal is
 that of all of them: the square of a mean of gradients takes the mean over the processes first, what is linear in the
@@ -65,7 +66,7 @@ def gnb(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> Weights:
     leaves = _leaves(weights)
     with torch.enable_grad():
         logits = vit(leaves, images).float()
-        # Gumbel-max: unlike multinomial, bears NaN logits. Numbers for the images of all processes, in step.
+        # Gumbel-max: unlike multinomial, it accepts NaN logits. Numbers for the images of all processes, in step.
         noise = logits.new_empty(world() * len(logits), logits.shape[1]).exponential_().log().chunk(world())[rank()]
         drawn = (logits.detach() - noise).argmax(-1)
         grads = torch.autograd.grad(F.cross_entropy(logits, drawn), list(leaves.values()))
@@ -242,7 +243,7 @@ class _Recursion(TorchFunctionMode):
         if func in RULES:
             return _Diagonal.apply(func, kwargs or {}, *args)
         if func.__name__ not in MOVES:
-            raise NotImplementedError(f"the lm saliency has no rule for {func.__name__}; add one to saliency.RULES.")
+            raise NotImplementedError(f"the lm saliency has no rule for {func.__name__}; add one to curvature.RULES.")
         return func(*args, **(kwargs or {}))
 
 
@@ -252,7 +253,7 @@ def lm(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> Weights:
     Starts from p (1 - p) at the logits and goes backward once, without noise, by each operation's squared Jacobian:
     linear layers h_x = h W^2, GELU and ReLU f'^2 h, residual sums h + J^2 h, LayerNorm and softmax attention the
     sum over all their outputs in closed form. It drops every f'', as Gauss-Newton does, and moreover the
-    off-diagonal second derivatives between units, classes, and tokens that share a weight. Hence exact for the
+    off-diagonal second derivatives between units, classes, and tokens that share a weight. It is exact for the
     Gauss-Newton diagonal where each unit has one way to one logit: the head, or a chain of such layers.
 
     Args:
@@ -286,5 +287,20 @@ SALIENCY: dict[str, Estimator] = {
 
 
 def second_order_gain(curvature: Tensor, weight: Tensor, num_data: int) -> Tensor:
-    """Dl_e = N max(h_e, 0) m_e^2 / 2: log-likelihood of the data kept minus dropped (optimal brain damage)."""
+    """Dl_e = N max(h_e, 0) m_e^2 / 2: log-likelihood of the data kept minus dropped (docs/method.md, Posterior).
+
+    Second order, as in optimal brain damage (LeCun, Denker and Solla 1989).
+
+    Args:
+        curvature: h, any shape, nats per example per squared weight; of either sign.
+        weight: m, of the same shape.
+        num_data: N.
+
+    Returns:
+        nats, of the same shape.
+
+    Examples:
+        >>> second_order_gain(torch.tensor([0.5, -0.5]), torch.tensor([2.0, 2.0]), num_data=100)
+        tensor([100.,   0.])
+    """
     return 0.5 * num_data * curvature.clamp(min=0.0) * weight**2

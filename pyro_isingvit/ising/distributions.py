@@ -4,6 +4,7 @@ Pyro's own relaxed Bernoulli has no KL registered, so ``TraceMeanField_ELBO`` wo
 estimate that mixes a density with a mass. The subclasses here carry exact KLs instead.
 """
 
+import math
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -26,17 +27,37 @@ class SelectionMask(dist.RelaxedBernoulliStraightThrough):
         return type(self)(self.temperature, logits=self.base_dist.logits.expand(batch_shape), validate_args=False)
 
 
+def log_odds(p: float) -> float:
+    """logit p = log(p / (1 - p)) of a probability in (0, 1).
+
+    Examples:
+        >>> round(log_odds(0.9), 4)
+        2.1972
+    """
+    return math.log(p / (1.0 - p))
+
+
 def bernoulli_kl(logits_q: Tensor, logits_p: Tensor) -> Tensor:
     """KL(Bern(sigmoid(logits_q)) || Bern(sigmoid(logits_p))), elementwise, in nats.
 
     With a = logits_q, b = logits_p: sigmoid(a) (a - b) + softplus(b) - softplus(a).
+
+    Examples:
+        >>> q, p = torch.tensor([0.0, 2.0]), torch.tensor([0.0, 0.0])
+        >>> bernoulli_kl(q, p)
+        tensor([0.0000, 0.3278])
     """
     kl = logits_q.sigmoid() * (logits_q - logits_p) + softplus(logits_p) - softplus(logits_q)
     return kl.clamp(min=0.0)  # rounding can leave -1e-7 where both agree
 
 
 def slab_kl(loc: Tensor, scale: Tensor, tau_1: Tensor | float) -> Tensor:
-    """KL(N(loc, scale^2) || N(0, tau_1^2)), elementwise, in nats: METHOD's description cost KL_e."""
+    """KL(N(loc, scale^2) || N(0, tau_1^2)), elementwise, in nats: the description cost of docs/method.md, Posterior.
+
+    Examples:
+        >>> slab_kl(torch.tensor([0.0, 0.3]), torch.tensor(0.3), 0.3)
+        tensor([0.0000, 0.5000])
+    """
     ratio = scale / tau_1
     return 0.5 * (ratio**2 + (loc / tau_1) ** 2 - 1.0) - ratio.log()
 
@@ -132,6 +153,6 @@ def _kl_weight(q: SpikeAndSlabPosterior, p: SpikeAndSlab) -> Tensor:
     The expectation over xi is exact (pi, not the sampled xi): the same ELBO, less noise in its gradient.
     """
     if q.tau_0 != p.tau_0:
-        raise ValueError(f"the spikes of guide ({q.tau_0}) and model ({p.tau_0}) must be the same.")
+        raise ValueError(f"the spikes `tau_0` of guide ({q.tau_0}) and model ({p.tau_0}) must be the same.")
     kl = q.retention * slab_kl(q.loc, q.slab_scale, p.tau_1)
     return kl.expand(q.batch_shape)

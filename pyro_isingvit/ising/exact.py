@@ -1,9 +1,9 @@
-"""The Ising model of selection masks: energy, exact marginals of small systems, mean field (METHOD sections 2, 4).
+"""The Ising model of selection masks: energy, exact marginals of small systems, mean field (docs/method.md, Posterior).
 
     p(xi) = exp(-E(xi)) / Z,   E(xi) = -sum_i b_i xi_i - sum_{i<j} J_ij xi_i xi_j,   xi in {0, 1}^n
 
-Enumeration is exact for any log-weight, pairwise or not, so the mean field has something to be measured against:
-the guide's field (METHOD 2) is compared with the exact posterior exp(prior + log-likelihood) in docs/exact.md.
+Enumeration is exact for any log-weight, pairwise or not, so that the mean field can be measured against it:
+docs/exact.md compares the guide's field with the exact posterior exp(prior + log-likelihood).
 Shapes: n masks, M states.
 """
 
@@ -21,11 +21,11 @@ def _check_pairwise(fields: Tensor, couplings: Tensor) -> None:
     n = fields.numel()
     need(
         fields.dim() == 1 and couplings.shape == (n, n),
-        f"fields must be (n,) and couplings (n, n), not {tuple(fields.shape)} and {tuple(couplings.shape)}.",
+        f"`fields` must be (n,) and `couplings` (n, n), not {tuple(fields.shape)} and {tuple(couplings.shape)}.",
     )
     need(
         torch.equal(couplings, couplings.T) and not couplings.diagonal().any(),
-        "couplings must be symmetric with a zero diagonal; put what acts on one mask alone into the fields.",
+        "`couplings` must be symmetric with a zero diagonal; put what acts on one mask alone into the fields.",
     )
 
 
@@ -42,6 +42,11 @@ def energy(state: Tensor, fields: Tensor, couplings: Tensor) -> Tensor:
 
     Raises:
         UserError: shapes that do not fit, couplings not symmetric or with a diagonal.
+
+    Examples:
+        >>> fields, couplings = torch.tensor([-1.0, 0.5]), torch.tensor([[0.0, 2.0], [2.0, 0.0]])
+        >>> energy(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), fields, couplings)
+        tensor([ 1.0000, -1.5000])
     """
     _check_pairwise(fields, couplings)
     return -(state @ fields) - 0.5 * ((state @ couplings) * state).sum(-1)
@@ -52,6 +57,10 @@ def enumerate_states(n: int) -> Tensor:
 
     Raises:
         UserError: n below 1 or above 16.
+
+    Examples:
+        >>> enumerate_states(2).tolist()
+        [[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
     """
     need(
         1 <= n <= MAX_MASKS,
@@ -66,8 +75,8 @@ def exact_marginals(log_weight: Callable[[Tensor], Tensor], n: int, chunk: int =
 
         log Z = logsumexp_xi log_weight(xi),   P(xi_i = 1) = sum_xi xi_i exp(log_weight(xi) - log Z)
 
-    With log_weight = log prior + log-likelihood these are the posterior marginals and the log evidence of METHOD
-    section 4's toy networks (up to the prior's own normaliser, where log_weight leaves it out).
+    With log_weight = log prior + log-likelihood these are the posterior marginals and the log evidence of the
+    toy networks of docs/exact.md (up to the prior's own normaliser, where log_weight leaves it out).
 
     Args:
         log_weight: maps states (M, n) to log-weights (M,), in nats; -inf forbids a state.
@@ -79,6 +88,11 @@ def exact_marginals(log_weight: Callable[[Tensor], Tensor], n: int, chunk: int =
 
     Raises:
         UserError: too many masks, a wrong shape from ``log_weight``, NaN or +inf, or no state allowed at all.
+
+    Examples:
+        >>> marginals, log_evidence = exact_marginals(lambda states: states.sum(-1), 2)  # two free masks of field 1
+        >>> [round(p, 3) for p in marginals.tolist()]
+        [0.731, 0.731]
     """
     states = enumerate_states(n)
     parts = []
@@ -86,14 +100,14 @@ def exact_marginals(log_weight: Callable[[Tensor], Tensor], n: int, chunk: int =
         part = log_weight(block)
         need(
             part.shape == block.shape[:1],
-            f"log_weight must map states {tuple(block.shape)} to ({len(block)},), not {tuple(part.shape)}.",
+            f"`log_weight` must map states {tuple(block.shape)} to ({len(block)},), not {tuple(part.shape)}.",
         )
         parts.append(part.detach().to("cpu", torch.double))
     log_weights = torch.cat(parts)
     log_evidence = log_weights.logsumexp(0)
     need(
         bool(log_evidence.isfinite()),
-        "log_weight gave NaN or +inf, or -inf for every state; it must be finite for at least one.",
+        "`log_weight` gave NaN or +inf, or -inf for every state; it must be finite for at least one.",
     )
     return (log_weights - log_evidence).exp() @ states.double(), log_evidence
 
@@ -101,7 +115,7 @@ def exact_marginals(log_weight: Callable[[Tensor], Tensor], n: int, chunk: int =
 def mean_field(
     fields: Tensor, couplings: Tensor, damping: float = 0.5, tolerance: float = 1e-10, max_steps: int = 10_000
 ) -> Tensor:
-    """Mean-field retention of a pairwise Ising model: the fixed point of METHOD section 2's stationarity.
+    """Mean-field retention of a pairwise Ising model: the fixed point of the field equation.
 
         logit pi_i = b_i + sum_j J_ij pi_j
 
@@ -120,9 +134,14 @@ def mean_field(
 
     Raises:
         UserError: shapes as in ``energy``, damping out of its range, or no convergence.
+
+    Examples:
+        >>> couplings = torch.tensor([[0.0, 2.0], [2.0, 0.0]])
+        >>> [round(pi, 3) for pi in mean_field(torch.tensor([-1.0, 0.5]), couplings).tolist()]
+        [0.674, 0.864]
     """
     _check_pairwise(fields, couplings)
-    need(0 < damping <= 1, f"damping must lie in (0, 1], not {damping}.")
+    need(0 < damping <= 1, f"`damping` must lie in (0, 1], not {damping}.")
     b, J = fields.double(), couplings.double()
     pi = torch.ones_like(b)
     residual = float("inf")
@@ -132,5 +151,5 @@ def mean_field(
         if residual <= tolerance:
             return pi
         pi = pi + damping * change
-    need(False, f"the mean field did not converge in {max_steps} steps (residual {residual:.1e}); lower damping.")
+    need(False, f"the mean field did not converge in {max_steps} steps (residual {residual:.1e}); lower `damping`.")
     raise AssertionError("unreachable")

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pyro_isingvit.ising.distributions import bernoulli_kl, slab_kl
 from pyro_isingvit.ising.guide import IsingGuide
+from pyro_isingvit.ising.masks import MASK_POSTERIORS
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.nets.penalties import Seen
 from pyro_isingvit.nets.vit import Watch
@@ -23,7 +24,7 @@ DRAWS = 4  # posterior draws of a training step where the settings leave it open
 
 def fusible(model: IsingViT) -> bool:
     """Whether the fused path computes this model's objective."""
-    return model.ising.mask_posterior == "likelihood_guided"
+    return MASK_POSTERIORS[model.ising.mask_posterior].fusible
 
 
 class FusedELBO(nn.Module):

@@ -1,7 +1,8 @@
 """What one selection mask covers, and how masks and weight-shaped fields map onto each other.
 
-A layout is a list of mask sites. ``expand`` spreads a site's values over the weights of a matrix kind;
-``reduce`` is its adjoint, the sum of a weight-shaped field over the weights that each mask covers.
+A layout is a list of mask sites, which follow from the network's ``readers``. ``expand`` spreads a site's values over
+the weights of a matrix kind; ``reduce`` is its adjoint, the sum of a weight-shaped field over the weights that each
+mask covers.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.nets.readers import Matrix, Readers
 from pyro_isingvit.nets.vit import ViT
 
 
@@ -45,67 +47,81 @@ ROW = Spread(lambda xi: xi.unsqueeze(-1), lambda field: field.sum(-1))
 COLUMN = Spread(lambda xi: xi.unsqueeze(-2), lambda field: field.sum(-2))
 
 
-def _head_rows(heads: int, width: int) -> Spread:
-    """(L, H) over the q, k and v rows of the fused qkv matrix: row = part * D + head * d + t."""
-
-    def expand(xi: Tensor) -> Tensor:
-        rows = xi[..., None, :, None].expand(*xi.shape[:-1], 3, heads, width // heads)
-        return rows.reshape(*xi.shape[:-1], 3 * width, 1)
-
-    return Spread(expand, lambda field: field.reshape(-1, 3, heads, width // heads, width).sum((1, 3, 4)))
-
-
-def _head_columns(heads: int, width: int) -> Spread:
-    """(L, H) over the columns of the attention output: column = head * d + t."""
-
-    def expand(xi: Tensor) -> Tensor:
-        return xi.repeat_interleave(width // heads, dim=-1).unsqueeze(-2)
-
-    return Spread(expand, lambda field: field.reshape(-1, width, heads, width // heads).sum((1, 3)))
-
-
-def weight_sites(vit: ViT) -> list[MaskSite]:
-    """One selection variable per weight (the paper)."""
-    return [
-        MaskSite(kind, shape, ("layer", "out", "in"), {kind: WEIGHT}, kind) for kind, shape in vit.matrix_shapes.items()
-    ]
-
-
-def _unit_site(kind: str, shape: tuple[int, int, int]) -> MaskSite:
-    # A class row can never be dropped without losing the class: the head drops features (columns) instead.
-    if kind == "head":
-        return MaskSite(kind, (shape[0], shape[2]), ("layer", "in"), {kind: COLUMN}, kind)
-    return MaskSite(kind, shape[:2], ("layer", "out"), {kind: ROW}, kind)
-
-
-def unit_sites(vit: ViT) -> list[MaskSite]:
-    """One selection variable per output row; for the head, per input column."""
-    return [_unit_site(kind, shape) for kind, shape in vit.matrix_shapes.items()]
-
-
-def head_sites(vit: ViT) -> list[MaskSite]:
-    """One selection variable per attention head (q, k, v rows and output columns); units elsewhere."""
-    heads, width, depth = vit.config.heads, vit.config.width, vit.config.depth
-    spreads = {"qkv": _head_rows(heads, width), "attn_out": _head_columns(heads, width)}
-    attention = MaskSite("attention", (depth, heads), ("layer", "head"), spreads, "attn_out")
-    others = [_unit_site(kind, shape) for kind, shape in vit.matrix_shapes.items() if kind not in spreads]
-    return [others[0], attention, *others[1:]]
-
-
 BLOCK = Spread(lambda xi: xi[..., None, None], lambda field: field.sum((-1, -2)))
 
 
-def block_sites(vit: ViT) -> list[MaskSite]:
+def _head_rows(matrix: Matrix) -> Spread:
+    """(L, H) over the rows of a matrix that writes heads: row = part * channels + head * d + t."""
+    (out, width), parts = matrix.shape, len(matrix.parts)
+    heads, d = matrix.writes.heads or 1, matrix.writes.head_size
+
+    def expand(xi: Tensor) -> Tensor:
+        rows = xi[..., None, :, None].expand(*xi.shape[:-1], parts, heads, d)
+        return rows.reshape(*xi.shape[:-1], out, 1)
+
+    return Spread(expand, lambda field: field.reshape(-1, parts, heads, d, width).sum((1, 3, 4)))
+
+
+def _head_columns(matrix: Matrix) -> Spread:
+    """(L, H) over the columns of a matrix that reads heads: column = head * d + t."""
+    out, heads, d = matrix.shape[0], matrix.reads.heads or 1, matrix.reads.head_size
+
+    def expand(xi: Tensor) -> Tensor:
+        return xi.repeat_interleave(d, dim=-1).unsqueeze(-2)
+
+    return Spread(expand, lambda field: field.reshape(-1, out, heads, d).sum((1, 3)))
+
+
+def weight_sites(readers: Readers) -> list[MaskSite]:
+    """One selection variable per weight (the paper)."""
+    return [
+        MaskSite(kind, shape, ("layer", "out", "in"), {kind: WEIGHT}, kind) for kind, shape in readers.shapes.items()
+    ]
+
+
+def _unit_site(readers: Readers, kind: str) -> MaskSite:
+    layers, out, width = readers.shapes[kind]
+    # A class row can never be dropped without losing the class: what writes the logits drops features (columns).
+    if not readers.readers(readers.matrix(kind).writes):
+        return MaskSite(kind, (layers, width), ("layer", "in"), {kind: COLUMN}, kind)
+    return MaskSite(kind, (layers, out), ("layer", "out"), {kind: ROW}, kind)
+
+
+def _sites(readers: Readers, larger: list[MaskSite]) -> list[MaskSite]:
+    """Larger sites, and units of the kinds that they leave; in the order in which the network computes."""
+    covering = {kind: site for site in larger for kind in site.spreads}
+    sites = [covering.get(kind) or _unit_site(readers, kind) for kind in readers.shapes]
+    return list({site.name: site for site in sites}.values())
+
+
+def unit_sites(readers: Readers) -> list[MaskSite]:
+    """One selection variable per output row; for the head, per input column."""
+    return _sites(readers, [])
+
+
+def head_sites(readers: Readers) -> list[MaskSite]:
+    """One selection variable per attention head (q, k, v rows and output columns); units elsewhere."""
+    larger = []
+    for branch in readers.branches:
+        heads = branch.inner[0].heads
+        if heads is not None:
+            spreads = {kind: _head_rows(readers.matrix(kind)) for kind in branch.written}
+            spreads |= {kind: _head_columns(readers.matrix(kind)) for kind in branch.read}
+            shape = (len(branch.inner), heads)
+            larger.append(MaskSite(branch.name, shape, ("layer", "head"), spreads, branch.read[-1]))
+    return _sites(readers, larger)
+
+
+def block_sites(readers: Readers) -> list[MaskSite]:
     """One selection variable per attention branch and per MLP branch; units elsewhere."""
-    shape = (vit.config.depth,)
-    attention = MaskSite("attention", shape, ("layer",), {"qkv": BLOCK, "attn_out": BLOCK}, "attn_out")
-    mlp = MaskSite("mlp", shape, ("layer",), {"fc1": BLOCK, "fc2": BLOCK}, "fc2")
-    covered = {*attention.spreads, *mlp.spreads}
-    others = [_unit_site(kind, shape3) for kind, shape3 in vit.matrix_shapes.items() if kind not in covered]
-    return [others[0], attention, mlp, *others[1:]]
+    larger = [
+        MaskSite(b.name, (len(b.inner),), ("layer",), dict.fromkeys((*b.written, *b.read), BLOCK), b.read[-1])
+        for b in readers.branches
+    ]
+    return _sites(readers, larger)
 
 
-GRANULARITIES: dict[str, Callable[[ViT], list[MaskSite]]] = {
+GRANULARITIES: dict[str, Callable[[Readers], list[MaskSite]]] = {
     "weight": weight_sites,
     "unit": unit_sites,
     "head": head_sites,
@@ -120,15 +136,30 @@ class MaskLayout:
         vit: the network.
         granularity: a name in ``GRANULARITIES``.
 
+    Attributes:
+        sites: by name.
+        site_of: the site that covers a kind of matrices.
+
     Raises:
         UserError: unknown granularity.
+
+    Examples:
+        >>> import torch
+        >>> from pyro_isingvit.core.settings import ViTConfig
+        >>> vit = ViT(ViTConfig(patch_size=4, width=8, heads=2, depth=3), channels=1, height=8, width=8, classes=10)
+        >>> layout = MaskLayout(vit, "head")
+        >>> {name: site.shape for name, site in layout.sites.items()}
+        {'patch': (1, 8), 'attention': (3, 2), 'fc1': (3, 32), 'fc2': (3, 8), 'head': (1, 8)}
+        >>> ones = {kind: torch.ones(shape) for kind, shape in vit.matrix_shapes.items()}
+        >>> layout.reduce(layout.sites["attention"], ones)[0]  # weights of a head: q, k, v rows and output columns
+        tensor([128., 128.])
     """
 
     def __init__(self, vit: ViT, granularity: str) -> None:
         if granularity not in GRANULARITIES:
-            raise UserError(f"unknown granularity {granularity!r}; known: {', '.join(GRANULARITIES)}.")
+            raise UserError(f"unknown `granularity` {granularity!r}; known: {', '.join(GRANULARITIES)}.")
         self.granularity = granularity
-        self.sites = {site.name: site for site in GRANULARITIES[granularity](vit)}
+        self.sites = {site.name: site for site in GRANULARITIES[granularity](vit.readers)}
         self.site_of = {kind: site for site in self.sites.values() for kind in site.spreads}
 
     def expand(self, kind: str, values: dict[str, Tensor]) -> Tensor:

@@ -36,7 +36,7 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
     """
     p = model.num_masked_weights
     g = sum(guide.field(name).numel() for name in guide.layout.sites)
-    learned_logits = sum(logit.numel() for logit in guide.mask_logit.values())
+    learned_logits = sum(logit.numel() for logit in guide.masks.parameters())
     r = sum(value.numel() for value in model.parameters()) + learned_logits
     learned = guide.config.posterior_scale == "learned"
     s = max(1, (settings.draws or DRAWS) // (processes * settings.accumulate))

@@ -6,13 +6,14 @@ noise from its masks, one that is not sure enough gets less:
     logit max_keep  =  logit 0.95 - 4 log T                 in the pilot phase, where no mask drops: where to start
     logit max_keep <-  logit max_keep - 8 share log T       after an epoch that is ``share`` of the Ising phase
 
-between 0.6 and 0.995. Few images, which the network learns by heart, get much noise; many images and few epochs little.
-docs/method.md has the validation runs that the numbers come from.
+between 0.6 and 0.995. Few images, which the network soon memorises, get much noise; many images and few epochs get
+little. docs/method.md, Noise of the masks, has the validation runs that the numbers come from.
 """
 
 import math
 
 from pyro_isingvit.core.errors import need
+from pyro_isingvit.ising.distributions import log_odds
 
 UNFITTED_KEEP = 0.9  # where nothing was seen of the validation part
 SURE_KEEP = 0.95  # where the pilot phase needs no temperature
@@ -30,8 +31,14 @@ def fitted_keep(keep: float | None, temperature: float, share: float) -> float:
 
     Raises:
         UserError: T is not positive.
+
+    Examples:
+        >>> round(fitted_keep(None, temperature=1.0, share=0.0), 3)  # calibrated without masks
+        0.95
+        >>> round(fitted_keep(0.9, temperature=1.3, share=0.25), 3)  # too sure: more noise
+        0.842
     """
     need(temperature > 0, f"the temperature must be positive, not {temperature}.")
     start, gain = (SURE_KEEP, PILOT_GAIN) if keep is None else (keep, PHASE_GAIN * share)
-    logit = math.log(start / (1.0 - start)) - gain * math.log(temperature)
+    logit = log_odds(start) - gain * math.log(temperature)
     return min(max(1.0 / (1.0 + math.exp(-logit)), LOWEST_KEEP), HIGHEST_KEEP)

@@ -147,7 +147,7 @@ class IsingMethod(Method):
     def parameter_groups(self, settings: TrainConfig) -> list[dict[str, Any]]:
         """Weight means with decay, the network's other parameters, scales and mask logits at their own rate."""
         guide = self.guide
-        scales = [p for p in guide.log_scale.parameters() if p.requires_grad] + list(guide.mask_logit.parameters())
+        scales = [p for p in guide.log_scale.parameters() if p.requires_grad] + list(guide.masks.parameters())
         groups: list[dict[str, Any]] = [
             {"params": list(guide.loc.parameters()), "weight_decay": settings.weight_decay},
             {"params": list(self.model.parameters()), "weight_decay": 0.0},

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import ViTConfig
+from pyro_isingvit.nets.readers import vit_readers
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class ViT(nn.Module):
         classes: number of classes C.
 
     Attributes:
+        readers: who writes and reads which channels.
         checkpoint_activations: where gradients are wanted, keep each block's input alone and compute the block again in
             the backward pass: the same numbers from less memory, for about a third more time.
 
@@ -86,17 +88,11 @@ class ViT(nn.Module):
                 "images of %dx%d are zero-padded to %dx%d, a multiple of the patch size %d",
                 height, width, height + self.padding[3], width + self.padding[1], patch,
             )  # fmt: skip
-        hidden, top = config.mlp_ratio * dim, dim // 2 if config.head == "mlp" else dim
-        self.matrix_shapes: dict[str, tuple[int, int, int]] = {  # kind -> (layers, out, in), input to output
-            "patch": (1, dim, channels * patch * patch),
-            "qkv": (depth, 3 * dim, dim),
-            "attn_out": (depth, dim, dim),
-            "fc1": (depth, hidden, dim),
-            "fc2": (depth, dim, hidden),
-        }
-        if config.head == "mlp":
-            self.matrix_shapes["head_hidden"] = (1, top, dim)
-        self.matrix_shapes["head"] = (1, classes, top)
+        self.readers = vit_readers(
+            patch=channels * patch * patch, width=dim, heads=config.heads, depth=depth, classes=classes,
+            hidden=config.mlp_ratio * dim, top=dim // 2 if config.head == "mlp" else None,
+        )  # fmt: skip
+        self.matrix_shapes = self.readers.shapes  # kind -> (layers, out, in), input to output
         tokens = self.grid[0] * self.grid[1] + (config.pool == "cls")
         self.bias = nn.ParameterDict(
             {kind: nn.Parameter(torch.zeros(shape[:2])) for kind, shape in self.matrix_shapes.items()}
@@ -198,7 +194,7 @@ class ViT(nn.Module):
         weights = {}
         for kind, shape in self.matrix_shapes.items():
             weights[kind] = torch.empty(shape)
-            fan_out = shape[1] // 3 if kind == "qkv" else shape[1]
+            fan_out = shape[1] // len(self.readers.matrix(kind).parts)
             limit = (6.0 / (fan_out + shape[2])) ** 0.5
             nn.init.uniform_(weights[kind], -limit, limit)
         return weights

@@ -12,7 +12,10 @@ Whatever cannot act any more is removed:
 All of it is exact. Zero rows of what writes to the residual stream stay: a scatter into the stream costs as much time
 as the product it saves (docs/pruning.md).
 
-Shapes: D width, H heads, d width of a head, F hidden units.
+Where rows, heads, LayerNorms and constants are is read off the network's ``readers``; kinds of matrices are named where
+the compact network has a module for them.
+
+Shapes: D width, H heads, d channels of a head, F hidden units.
 """
 
 from collections.abc import Mapping
@@ -30,7 +33,7 @@ from pyro_isingvit.pruning.network import CompactConfig, CompactViT, LayerShape,
 
 @dataclass(frozen=True)
 class PosteriorParts:
-    """What the form ``bayes`` keeps beside the means: by kind, over all layers."""
+    """What the form ``bayes`` keeps in addition to the means: by kind, over all layers."""
 
     scale: Weights  # s, (layers, out, in)
     retention: Weights  # pi, 0 where cut, (layers, out, in)
@@ -86,7 +89,8 @@ def plan_layer(vit: ViT, alive: Mapping[str, Tensor], layer: int, merge_queries:
         layer: of the block.
         merge_queries: add up the score channels of constant queries; otherwise they stay as they are.
     """
-    heads, dim = vit.config.heads, vit.config.width // vit.config.heads
+    space = vit.readers.matrix("qkv", layer).writes
+    heads, dim = space.heads or 1, space.head_size
     q, k, v = alive["qkv"][layer].any(1).view(3, heads, dim)
     bias = (vit.bias["qkv"][layer].view(3, heads, dim)[0] != 0).cpu()
     value = v & alive["attn_out"][layer].any(0).view(heads, dim)
@@ -153,7 +157,7 @@ class _Assembly:
     """Builds one compact network: plans every layer, then places rows and columns of the matrices."""
 
     def __init__(self, vit: ViT, info: DataInfo, weights: Weights, posterior: PosteriorParts | None) -> None:
-        self.vit, self.posterior = vit, posterior
+        self.vit, self.readers, self.posterior = vit, vit.readers, posterior
         self.weights = {kind: weight.detach().cpu() for kind, weight in weights.items()}
         self.bias = {kind: bias.detach().cpu() for kind, bias in vit.bias.items()}
         alive = self.weights if posterior is None else posterior.retention
@@ -161,61 +165,65 @@ class _Assembly:
         self._check_something_is_left()
         merge = posterior is None  # a sum of channels under masks of their own is no channel under one mask
         self.plans = [plan_layer(vit, self.alive, layer, merge) for layer in range(vit.config.depth)]
-        first = "head" if vit.config.head == "linear" else "head_hidden"
-        self.features = _where(self.alive[first][0].any(0))
-        self.top = (
-            None
-            if vit.config.head == "linear"
-            else _where(self.alive["head_hidden"][0].any(1) & self.alive["head"][0].any(0))
-        )
+        two_layers = "head_hidden" in self.alive
+        self.features = _where(self.alive["head_hidden" if two_layers else "head"][0].any(0))
+        self.top = _where(self._hidden_of_head()) if two_layers else None
         self.placed: dict[str, tuple[str, int, list[int], list[int]]] = {}
         self.model = CompactViT(self._config(info))
         self._place_all()
 
     def _check_something_is_left(self) -> None:
-        for kind in ("patch", "head_hidden", "head"):
-            if kind in self.alive and not bool(self.alive[kind].any()):
+        skipped = {kind for branch in self.readers.branches for kind in (*branch.written, *branch.read)}
+        for kind in self.readers.shapes:
+            if kind not in skipped and not bool(self.alive[kind].any()):
                 raise UserError(
                     f"nothing is left of the network: every weight of {kind!r} is dropped, so that the classes no "
-                    "longer depend on the image; lower --threshold or raise --keep."
+                    "longer depend on the image; lower `threshold` or raise `keep`."
                 )
         if "head_hidden" in self.alive:
-            units = self.alive["head_hidden"][0].any(1) & self.alive["head"][0].any(0)
-            need(units.any(), "nothing is left of the network: no unit of the two-layer head; lower --threshold.")
+            need(
+                self._hidden_of_head().any(),
+                "nothing is left of the network: no unit of the two-layer head; lower `threshold` or raise `keep`.",
+            )
+
+    def _hidden_of_head(self) -> Tensor:
+        """Which units of a two-layer head are written and read."""
+        return self.alive["head_hidden"][0].any(1) & self.alive["head"][0].any(0)
 
     # Rows and columns: -1 stands for zeros ------------------------------------------------------------------------
 
     def _blocks(self) -> None:
         """Fills ``placed``: module path -> kind, layer, rows, columns."""
-        config = self.vit.config
-        dim, width = config.width // config.heads, config.width
-        everything = list(range(width))
+        patch = self.readers.matrix("patch")
+        everything = list(range(patch.writes.size))
         for layer, plan in enumerate(self.plans):
             shape, path = plan.shape(), f"blocks.{layer}"
+            space = self.readers.matrix("qkv", layer).writes
+            dim, size = space.head_size, space.size
             queries: list[int] = []
             keys: list[int] = []
             values: list[int] = []
             columns: list[int] = []
             for h, head in plan.attending.items():
-                extra = 3 * width + 2 * h  # rows appended by _matrix: constant query and key of head h
+                extra = 3 * size + 2 * h  # rows appended by _matrix: constant query and key of head h
                 score = [h * dim + i for i in head.score]
                 queries += _pad(score + [extra] * head.constant, shape.query)
-                keys += _pad([width + i for i in score] + [extra + 1] * head.constant, shape.query)
-                values += _pad([2 * width + h * dim + i for i in head.value], shape.value)
+                keys += _pad([size + i for i in score] + [extra + 1] * head.constant, shape.query)
+                values += _pad([2 * size + h * dim + i for i in head.value], shape.value)
                 columns += _pad([h * dim + i for i in head.value], shape.value)
             uniform = [h * dim + i for h, head in plan.uniform.items() for i in head.value]
             if shape.heads:
                 self.placed[f"{path}.attention.qkv"] = ("qkv", layer, queries + keys + values, everything)
                 self.placed[f"{path}.attention.out"] = ("attn_out", layer, everything, columns)
             if shape.uniform:
-                rows = [2 * width + i for i in uniform]
+                rows = [2 * size + i for i in uniform]
                 self.placed[f"{path}.attention.uniform_value"] = ("qkv", layer, rows, everything)
                 self.placed[f"{path}.attention.uniform_out"] = ("attn_out", layer, everything, uniform)
             if shape.hidden:
                 self.placed[f"{path}.fc1"] = ("fc1", layer, plan.hidden, everything)
                 self.placed[f"{path}.fc2"] = ("fc2", layer, everything, plan.hidden)
         classes = list(range(self.vit.classes))
-        self.placed["patch"] = ("patch", 0, everything, list(range(self.weights["patch"].shape[2])))
+        self.placed["patch"] = ("patch", 0, everything, list(range(patch.reads.size)))
         if self.top is not None:
             self.placed["head_hidden"] = ("head_hidden", 0, self.top, self.features)
         self.placed["head"] = ("head", 0, classes, self.features if self.top is None else self.top)
@@ -239,7 +247,8 @@ class _Assembly:
                 posteriors[path] = PosteriorShape(site, shape, index, self._masked_by_row(kind))
         return CompactConfig(
             dataset=info.dataset, classes=info.classes, image_shape=self.vit.image_shape, mean=info.mean, std=info.std,
-            patch_size=config.patch_size, width=config.width, head_dim=config.width // config.heads, pool=config.pool,
+            patch_size=config.patch_size, width=self.readers.matrix("patch").writes.size,
+            head_dim=self.readers.matrix("attn_out").reads.head_size, pool=config.pool,
             features=len(self.features), head_hidden=None if self.top is None else len(self.top),
             layers=tuple(plan.shape() for plan in self.plans), form="mean" if self.posterior is None else "bayes",
             sites=sites, posteriors=posteriors,
@@ -250,10 +259,11 @@ class _Assembly:
         weight, bias = self.weights[kind][layer], self.bias[kind][layer]
         if kind != "qkv":
             return weight, bias
-        width, heads = self.vit.config.width, self.vit.config.heads
-        keys = weight[width : 2 * width]
-        fixed = torch.where(self.alive["qkv"][layer, :width].any(1), 0.0, bias[:width])  # b_q where the query is one
-        summed = (fixed[:, None] * keys).view(heads, -1, width).sum(1)  # sum_i b_q_i k_i(x), its bias is ignored
+        space = self.readers.matrix(kind, layer).writes
+        size, heads = space.size, space.heads or 1
+        keys = weight[size : 2 * size]
+        fixed = torch.where(self.alive["qkv"][layer, :size].any(1), 0.0, bias[:size])  # b_q where the query is one
+        summed = (fixed[:, None] * keys).view(heads, -1, weight.shape[1]).sum(1)  # sum_i b_q_i k_i(x), bias ignored
         extra = torch.stack([torch.zeros_like(summed), summed], 1).flatten(0, 1)
         ones = torch.tensor([1.0, 0.0]).to(bias).repeat(heads)
         return torch.cat([weight, extra]), torch.cat([bias, ones])
@@ -262,13 +272,15 @@ class _Assembly:
 
     def _constants(self, kind: str, layer: int) -> Tensor | None:
         """What the inputs of a matrix are where they are dropped, constants: (in,), 0 where they are not."""
-        source = {"attn_out": "qkv", "fc2": "fc1", "head": "head_hidden"}.get(kind)
-        if source is None or source not in self.bias:
+        matrix = self.readers.matrix(kind, layer)
+        space, writers = matrix.reads, self.readers.writers(matrix.reads)
+        if matrix.norm is not None or not writers:  # the residual stream, or the image
             return None
-        bias, alive = self.bias[source][layer], self.alive[source][layer].any(1)
-        if kind == "attn_out":
-            return torch.where(alive, 0.0, bias)[2 * self.vit.config.width :]
-        return torch.where(alive, 0.0, F.gelu(bias) if kind == "fc2" else F.relu(bias))
+        [writer] = writers
+        [rows] = writer.own_rows
+        bias, alive = (values[writer.kind][writer.layer][rows] for values in (self.bias, self.alive))
+        constants = bias if space.activation is None else space.activation(bias)
+        return torch.where(alive.any(1), 0.0, constants)
 
     def _fold(self, kind: str, layer: int) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of what the constants send through a matrix, (out,); under row masks, if on."""
@@ -301,15 +313,15 @@ class _Assembly:
             model.get_buffer(f"retention_{name}").copy_(pi)
         for path in self.placed:
             self._place(path)
-        norms = {"norm": 2 * vit.config.depth}
+        norms = {"norm": ("head" if self.top is None else "head_hidden", 0)}  # module path -> what reads through it
         for layer, plan in enumerate(self.plans):
             if plan.heads:
-                norms[f"blocks.{layer}.attention_norm"] = 2 * layer
+                norms[f"blocks.{layer}.attention_norm"] = ("qkv", layer)
             if plan.hidden:
-                norms[f"blocks.{layer}.mlp_norm"] = 2 * layer + 1
-        for path, row in norms.items():
-            norm = model.get_submodule(path)
-            assert isinstance(norm, nn.LayerNorm)
+                norms[f"blocks.{layer}.mlp_norm"] = ("fc1", layer)
+        for path, reader in norms.items():
+            norm, row = model.get_submodule(path), self.readers.matrix(*reader).norm
+            assert isinstance(norm, nn.LayerNorm) and row is not None
             norm.weight.copy_(vit.norm_gain[row])
             norm.bias.copy_(vit.norm_bias[row])
         self._carry_constants()
@@ -322,17 +334,18 @@ class _Assembly:
         linear.weight.copy_(_take(weight, rows, columns))
         mean, deviation = self._fold(kind, layer)
         owns_bias = linear.bias is not None
+        folds = owns_bias and self._constants(kind, layer) is not None
         if owns_bias:
             linear.bias.copy_(_take(bias[:, None], rows, [0])[:, 0])
         if self.posterior is None:
-            if owns_bias and kind in ("attn_out", "fc2", "head"):
+            if folds:
                 linear.bias.add_(mean[rows])
             return
         kept = self.model.posteriors[path.replace(".", "__")]
         assert isinstance(kept, Posterior)
         scale = self.posterior.scale[kind][layer]
         kept.scale.copy_(scale[0, 0] if kept.scale.dim() == 0 else _take(scale, rows, columns))
-        if owns_bias and kind in ("attn_out", "fc2", "head"):
+        if folds:
             kept.fold_loc.copy_(mean[rows])
             kept.fold_scale.copy_(deviation[rows])
         if kept.index is None:

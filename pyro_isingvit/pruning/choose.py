@@ -39,7 +39,11 @@ def guide_of(run: Run) -> IsingGuide:
     """
     guide = run.guide
     masked = run.config.method != "mean-field" and guide.phase != "pilot"
-    need(masked, f"every mask of this run ({run.config.method}) is at one: there is nothing to prune by.")
+    need(
+        masked,
+        f"every mask of this run ({run.config.method}) is at one: there is nothing to prune by; "
+        "take a run of method ising that is past its pilot phase.",
+    )
     return guide
 
 
@@ -57,9 +61,9 @@ def choose_masks(run: Run, threshold: float | None = None, keep: float | None = 
         UserError: both given, a value outside (0, 1), no masks, or none kept.
     """
     guide = guide_of(run)
-    need(threshold is None or keep is None, "--threshold and --keep contradict each other; give one of them.")
+    need(threshold is None or keep is None, "`threshold` and `keep` contradict each other; give one of them.")
     for name, value in (("threshold", threshold), ("keep", keep)):
-        need(value is None or 0 < value < 1, f"{name} must lie strictly between 0 and 1, not {value}.")
+        need(value is None or 0 < value < 1, f"`{name}` must lie strictly between 0 and 1, not {value}.")
     retention = {name: guide.retention(name).cpu() for name in guide.layout.sites}
     if keep is None:
         chosen = {name: pi > (MIDDLE if threshold is None else threshold) for name, pi in retention.items()}
@@ -67,7 +71,7 @@ def choose_masks(run: Run, threshold: float | None = None, keep: float | None = 
         chosen = _highest(guide, retention, keep)
     if not any(bool(mask.any()) for mask in chosen.values()):
         highest = max(float(pi.max()) for pi in retention.values())
-        raise UserError(f"nothing is left of the network: the highest retention is {highest:.3f}; lower --threshold.")
+        raise UserError(f"nothing is left of the network: the highest retention is {highest:.3f}; lower `threshold`.")
     return chosen
 
 
@@ -132,7 +136,7 @@ def compact(
     Raises:
         UserError: no masks, a threshold outside (0, 1), contradictory arguments, or nothing left.
     """
-    need(form in ("mean", "bayes"), f"form must be mean or bayes, not {form!r}.")
+    need(form in ("mean", "bayes"), f"`form` must be mean or bayes, not {form!r}.")
     kept = choose_masks(run, threshold, keep)
     return from_masks(run, kept, form, weighting, val)
 
@@ -161,7 +165,7 @@ def from_masks(
 
 
 def dense_network(run: Run, val: Split | None) -> CompactViT:
-    """The posterior mean pi m with nothing removed, calibrated on validation images: what to compare with."""
+    """The posterior mean pi m with nothing removed, calibrated on validation images, as the reference."""
     everything = {name: torch.ones(site.shape, dtype=torch.bool) for name, site in guide_of(run).layout.sites.items()}
     return from_masks(run, everything, "mean", "mean", val)
 
@@ -210,9 +214,12 @@ def finetune(
     Raises:
         UserError: the form is ``bayes``, epochs below 0, no images, or a loss that is not finite.
     """
-    need(model.config.form == "mean", "only the form 'mean' can be fine-tuned with cross entropy.")
-    need(epochs >= 0, f"--finetune takes a number of epochs, not {epochs}.")
-    need(epochs == 0 or len(train) > 0, "there are no training images to fine-tune on.")
+    need(
+        model.config.form == "mean",
+        "only the form 'mean' can be fine-tuned with cross entropy; make the network with `form` mean.",
+    )
+    need(epochs >= 0, f"`epochs` must be at least 0, not {epochs}.")
+    need(epochs == 0 or len(train) > 0, "`train` has no images to fine-tune on.")
     trained = list(model.parameters())
     alive = [value.detach() != 0 for value in trained]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
@@ -222,7 +229,7 @@ def finetune(
     for _ in range(epochs):
         for rows in torch.randperm(len(train), generator=generator).split(batch_size):
             loss = F.cross_entropy(model(model.normalise(train.images[rows])) * model.temperature, train.labels[rows])
-            need(bool(loss.isfinite()), "fine-tuning diverged: the loss is not finite.")
+            need(bool(loss.isfinite()), "fine-tuning diverged: the loss is not finite; lower `lr`.")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             for value, on in zip(trained, alive, strict=True):

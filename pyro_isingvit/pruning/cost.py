@@ -1,7 +1,7 @@
 """What a network costs: parameters, multiply-accumulates, time, bytes.
 
-Times are medians over repeats that take turns, so that a machine that slows down slows all of them; ratios of such
-medians are what to compare, the milliseconds hold for one machine and its load.
+Times are medians over repeats that take turns, so that a machine that slows down slows all of them. Compare ratios of
+such medians: the milliseconds hold for one machine and its load.
 """
 
 import statistics
@@ -56,7 +56,7 @@ def latency(
     Raises:
         UserError: repeats below 1.
     """
-    need(repeats >= 1, f"repeats must be at least 1, not {repeats}.")
+    need(repeats >= 1, f"`repeats` must be at least 1, not {repeats}.")
     x = torch.randn(batch, *image_shape)
     cases = {number: partial(network, x) for number, network in enumerate(networks)}
     taken = interleaved(cases, repeats * SINGLE if batch == 1 else repeats, LIMIT_S)

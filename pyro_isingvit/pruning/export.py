@@ -71,7 +71,7 @@ def export_onnx(model: CompactViT, path: Path) -> float:
         import onnx
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's own deprecations are not the user's to mend
+            warnings.simplefilter("ignore")  # the exporter's own deprecations: nothing that the user could change
             exported = torch.onnx.export(
                 _program(model), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
             )

@@ -23,7 +23,7 @@ class Point:
     """One network of the frontier; accuracy, NLL and ECE are of the validation part."""
 
     threshold: float
-    """Masks with a retention above it are kept, as far as ``kept`` allows."""
+    """The lowest retention of a mask that is kept."""
     kept: float
     """Share of the masked weights that is kept."""
     parameters: int
@@ -77,7 +77,7 @@ def frontier(run: Run, val: Split, repeats: int = REPEATS, chosen: Kept | None =
     Raises:
         UserError: no masks, or no validation images.
     """
-    need(len(val) > 0, "the frontier is measured on the validation part, and this run has none (--val-fraction 0).")
+    need(len(val) > 0, "the frontier is measured on the validation part, and this run has none (`val_fraction` 0).")
     guide, masks = guide_of(run), [chosen] if chosen is not None else []
     middle = kept_share(run, choose_masks(run))
     settings = [{"threshold": t} for t in THRESHOLDS] + [{"keep": share * middle} for share in SHARES]
@@ -134,7 +134,7 @@ def smallest_within(
     Raises:
         UserError: a drop outside [0, 100], or none is good enough.
     """
-    need(0 <= drop <= 100, f"--max-accuracy-drop is in percentage points, 0 to 100, not {drop}.")
+    need(0 <= drop <= 100, f"`max_accuracy_drop` is in percentage points, 0 to 100, not {drop}.")
     wanted = reference - drop / 100
     for candidate in reversed(candidates):
         accuracy = candidate.point.accuracy
@@ -145,5 +145,5 @@ def smallest_within(
     best = max(candidate.point.accuracy for candidate in candidates)
     raise UserError(
         f"no compact network is within {drop:g} points of the full posterior's validation accuracy {reference:.4f} "
-        f"(the best has {best:.4f}); allow a larger --max-accuracy-drop, or add --finetune 5."
+        f"(the best has {best:.4f}); allow a larger `max_accuracy_drop`, or fine-tune the candidates (`finetune` 5)."
     )

@@ -74,7 +74,7 @@ class CompactConfig:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     def check(self) -> None:
-        """Checks that the fields are such as a network can have; raises TypeError or ValueError."""
+        """Checks that a network can have such fields; raises TypeError or ValueError."""
         layers = [n for layer in self.layers for n in dataclasses.astuple(layer)]
         for n in (*self.image_shape, self.patch_size, self.width, self.head_dim, self.features, *layers):
             if type(n) is not int or not 0 <= n < 2**24:
@@ -170,7 +170,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm block; a branch of which nothing is left is not there, its constant having gone to the one before."""
+    """A pre-norm block. A branch of which nothing is left is not there; its constant went to the branch before it."""
 
     def __init__(self, width: int, shape: LayerShape, head_dim: int) -> None:
         super().__init__()
@@ -342,7 +342,7 @@ class CompactViT(nn.Module):
         Raises:
             UserError: images that do not fit, or samples or chunk below 1.
         """
-        need(samples >= 1 and chunk >= 1, f"samples ({samples}) and chunk ({chunk}) must be at least 1.")
+        need(samples >= 1 and chunk >= 1, f"`samples` ({samples}) and `chunk` ({chunk}) must be at least 1.")
         bayes, images = self.config.form == "bayes", as_images(images)
         noise = torch.Generator(device=self.position.device).manual_seed(seed)
         result = torch.empty(samples if bayes else 1, len(images), len(self.config.classes))
@@ -387,7 +387,7 @@ class CompactViT(nn.Module):
 
         folder = Path(folder)
         for name in (CONFIG, WEIGHTS):
-            need((folder / name).is_file(), f"{folder} holds no compact network: {name} is missing (inference.prune).")
+            need((folder / name).is_file(), f"{folder} holds no compact network: {name} is missing.")
         config = CompactConfig.from_json((folder / CONFIG).read_text(errors="replace"), folder / CONFIG)
         try:
             state = load((folder / WEIGHTS).read_bytes())

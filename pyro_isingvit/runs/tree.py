@@ -129,7 +129,7 @@ def _axes(name: str, layers: int, *dims: str) -> list[str | None]:
 def _posterior(run: Run, samples: int, full: bool, seed: int) -> xr.Dataset:
     """Joint draws of masks and weights, one by one; those of ``draw_predictive`` with this seed."""
     guide, vit, layout = run.guide, run.model.vit, run.guide.layout
-    attention = next(site for site in head_sites(vit) if site.name == "attention")
+    attention = next(site for site in head_sites(vit.readers) if site.name == "attention")
     covered = 4 * vit.config.width**2 / vit.config.heads  # weights of a head: q, k, v, output
     dims: Dims = {"kept_heads": ["layer", "head"]}
     for kind, shape in vit.matrix_shapes.items():
@@ -146,7 +146,7 @@ def _posterior(run: Run, samples: int, full: bool, seed: int) -> xr.Dataset:
         torch.manual_seed(seed)
         for s in range(samples):
             with fork_rng(devices=cuda):  # guide.draw starts from the same random state, with the same masks
-                masks = {name: torch.bernoulli(guide.retention(name)) for name in layout.sites}
+                masks = guide.masks.draw()
             weights = guide.draw()
             fields = {kind: layout.expand(kind, masks).expand_as(weight) for kind, weight in weights.items()}
             drawn = {f"kept_{kind}": field.mean((1, 2)).squeeze(0) for kind, field in fields.items()}

@@ -11,7 +11,7 @@ from pyro_isingvit.core.processes import averaged, gathered, is_first, launched,
 from pyro_isingvit.data.batches import batches, count_steps
 from pyro_isingvit.ising.curvature import SALIENCY
 from pyro_isingvit.ising.fused import FusedELBO
-from pyro_isingvit.ising.guide import BISECTION_SAMPLE, evenly
+from pyro_isingvit.ising.masks import BISECTION_SAMPLE, evenly
 from pyro_isingvit.methods.registry import METHODS
 
 

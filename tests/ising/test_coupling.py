@@ -1,23 +1,25 @@
-"""Coupling against loops written from the formula, and the properties METHOD section 4 asks for."""
+"""Coupling against loops written from the formula, and the properties that docs/method.md, Posterior, asks for."""
 
 import pytest
 import torch
 
 from pyro_isingvit.ising.coupling import COUPLINGS, Network
+from pyro_isingvit.nets.readers import Matrix, Readers, Space, vit_readers
 
 D, H, F, L, C, P, DECAY = 6, 2, 8, 3, 3, 5, 0.5
 HEAD_DIM = D // H
+SIZES = {"patch": P, "width": D, "heads": H, "depth": L, "hidden": F, "classes": C}
 
 
 def network(two_layer_head: bool, seed: int = 0):
     torch.manual_seed(seed)
-    shapes = {"patch": (1, D, P), "qkv": (L, 3 * D, D), "attn_out": (L, D, D), "fc1": (L, F, D), "fc2": (L, D, F)}
-    if two_layer_head:
-        shapes["head_hidden"] = (1, D // 2, D)
-    shapes["head"] = (1, C, D // 2 if two_layer_head else D)
-    squared = {kind: torch.rand(shape) for kind, shape in shapes.items()}
-    retention = {kind: torch.rand(shape) for kind, shape in shapes.items()}
-    return Network(squared, torch.rand(2 * L + 1, D) + 0.5, H, DECAY), retention
+    return of(vit_readers(**SIZES, top=D // 2 if two_layer_head else None))
+
+
+def of(readers: Readers):
+    squared = {kind: torch.rand(shape) for kind, shape in readers.shapes.items()}
+    retention = {kind: torch.rand(shape) for kind, shape in readers.shapes.items()}
+    return Network(squared, torch.rand(2 * L + 1, D) + 0.5, readers, DECAY), retention
 
 
 def fields(name: str, net: Network, retention) -> dict[tuple[str, int], torch.Tensor]:
@@ -154,3 +156,55 @@ def test_fused_qkv_rows_are_those_of_an_unfused_network() -> None:
         torch.testing.assert_close(fused[0, h], head_share.expand(HEAD_DIM))
         torch.testing.assert_close(fused[1, h], head_share.expand(HEAD_DIM))
         torch.testing.assert_close(fused[2, h], (w2[:, h] * pi[:, h]).sum(0) / w2[:, h].sum(0))
+
+
+# Other networks: only the description differs ------------------------------------------------------------------------
+
+
+def with_probe(after: int) -> Readers:
+    """The network, and one more reader of the stream: a probe that looks at it after the MLP of a block."""
+    readers = vit_readers(**SIZES)
+    place = readers.matrices.index(readers.matrix("fc2", after)) + 1
+    probe = Matrix("probe", 0, readers.matrix("patch").writes, Space("probe logits", 4))
+    return Readers((*readers.matrices[:place], probe, *readers.matrices[place:]))
+
+
+def test_one_more_reader_of_the_stream_is_read_off_the_description() -> None:
+    net, retention = of(with_probe(1))
+    seen = fields("all_readers", net, retention)
+    for j in range(D):
+        # fc2 of block 1: the probe is nearest and has no LayerNorm, then come the readers that there were.
+        later = [(kind, layer, DECAY * rho, norm) for kind, layer, rho, norm in residual_readers(4, DECAY, False)]
+        expected = c_from_readers(net, retention, [("probe", 0, 1.0, None), *later], j)
+        assert float(seen["fc2", 1][j, 0]) == pytest.approx(expected, rel=1e-4)
+        # fc2 of block 2 lies behind it and is as it was.
+        expected = c_from_readers(net, retention, residual_readers(6, DECAY, False), j)
+        assert float(seen["fc2", 2][j, 0]) == pytest.approx(expected, rel=1e-4)
+    assert (seen["probe", 0] == 0).all()  # nothing reads what it writes
+    near = fields("nearest", net, retention)
+    assert float(near["fc2", 1][0, 0]) == pytest.approx(c_from_readers(net, retention, [("probe", 0, 1, None)], 0))
+    everything = {(matrix.kind, matrix.layer) for matrix in net.readers.matrices}
+    assert all(set(fields(name, net, retention)) == everything for name in COUPLINGS)
+
+
+def test_unfused_projections_couple_as_fused_ones_do() -> None:
+    """q, k and v as three matrices: the same c as the fused matrix's rows."""
+    fused, retention = network(False)
+    parts = {"q": ("head",), "k": ("head",), "v": ("own",)}
+    matrices = [
+        Matrix(kind, m.layer, m.reads, m.writes, m.norm, rows)
+        for m in fused.readers.matrices
+        for kind, rows in (parts.items() if m.kind == "qkv" else [(m.kind, m.parts)])
+    ]
+
+    def split(fields):
+        q, k, v = fields["qkv"].chunk(3, 1)
+        return {kind: field for kind, field in fields.items() if kind != "qkv"} | {"q": q, "k": k, "v": v}
+
+    net = Network(split(fused.squared), fused.gain, Readers(tuple(matrices)), DECAY)
+    expected, seen = fields("all_readers", fused, retention), fields("all_readers", net, split(retention))
+    last = L - 1  # behind it, one fused matrix is one reader and three are three
+    torch.testing.assert_close(torch.cat([seen[kind, last] for kind in "qkv"]), expected["qkv", last])
+    expected, seen = fields("forward", fused, retention), fields("forward", net, split(retention))
+    for b in range(L):
+        torch.testing.assert_close(seen["attn_out", b], expected["attn_out", b])

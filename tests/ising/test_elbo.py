@@ -17,7 +17,7 @@ X, Y = torch.randn(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
 def by_hand(model, guide, weights) -> torch.Tensor:
-    """-(N/B) sum log p(y|x,W) + (1/kappa) [sum pi KL_e + sum KL(Bern(pi) || Bern(prior))], from METHOD 5."""
+    """-(N/B) sum log p(y|x,W) + (1/kappa) [sum pi KL_e + sum KL(Bern(pi) || Bern(prior))] (docs/method.md)."""
     nll = F.cross_entropy(model.vit(weights, X), Y, reduction="sum") * model.num_data / len(X)
     kl = torch.zeros(())
     for kind, loc in guide.loc.items():

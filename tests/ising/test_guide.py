@@ -13,8 +13,9 @@ from pyro_isingvit.core.settings import IsingConfig
 from pyro_isingvit.ising.coupling import COUPLINGS
 from pyro_isingvit.ising.curvature import SALIENCY
 from pyro_isingvit.ising.distributions import slab_kl
-from pyro_isingvit.ising.guide import LOGIT_BOUND, IsingGuide, tempering
+from pyro_isingvit.ising.guide import IsingGuide, tempering
 from pyro_isingvit.ising.layout import GRANULARITIES
+from pyro_isingvit.ising.masks import LOGIT_BOUND
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.registry import PAPER_ISING
 
@@ -191,7 +192,7 @@ def test_tempering() -> None:
     [
         {"saliency": "nope"}, {"coupling": "nope"}, {"granularity": "nope"}, {"delta": 0.0}, {"delta": 1.0},
         {"max_keep": 1.5}, {"target_retention": 0.0}, {"tau_0": 0.5}, {"tau_1": -1.0}, {"temperature": 0.0},
-        {"decay": 2.0}, {"mask_damping": 0.0}, {"update_every": 0}, {"kappa_weights": -1.0},
+        {"decay": 2.0}, {"mask_damping": 0.0}, {"update_every": 0}, {"kappa_weights": -1.0}, {"mask_posterior": "nope"},
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(setting: dict) -> None:
