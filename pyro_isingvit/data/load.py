@@ -1,4 +1,4 @@
-"""Image data sets as tensors: ``DATASETS`` by name, ``PREFIXES`` for files of your own.
+"""Image data sets by name (``DATASETS``) or from files of your own (``PREFIXES``), split into parts.
 
 Test is the official part; where there is none, a stratified fifth, the same whatever the seed. Training is
 the rest, or exactly ``train_size`` images of it, stratified. Validation is the official part; where there is
@@ -7,7 +7,7 @@ leaves over if those are enough, otherwise out of the training images themselves
 every class; no image is in two parts; ``val_fraction=0`` leaves validation empty.
 
 A new data set is one function ``DataConfig -> Parts`` and one line in ``DATASETS``.
-Shapes: N images, C channels (1 or 3), H height, W width; images are (N, C, H, W) uint8, contiguous.
+Shapes: N images, C channels (1 or 3), H height, W width; images are (N, C, H, W) uint8.
 """
 
 import logging

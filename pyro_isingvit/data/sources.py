@@ -1,7 +1,7 @@
 """Where images come from: ``DATASETS`` by name, ``PREFIXES`` for files of your own.
 
 A new data set is one function ``DataConfig -> Parts`` and one line in ``DATASETS``.
-Shapes: N images, C channels (1 or 3), H height, W width; images are (N, C, H, W) uint8, contiguous.
+Shapes: N images, C channels (1 or 3), H height, W width; images are (N, C, H, W) uint8.
 """
 
 from collections.abc import Callable
