@@ -1,6 +1,7 @@
 """The benchmark's cases do what they say, and its results become tables and figures. No test asserts a time."""
 
 import json
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,8 +131,12 @@ def test_a_case_that_takes_long_has_three_repeats_at_least() -> None:
     assert {len(s) for s in interleaved({"a": lambda: sum(range(1000))}, 50, limit_s=0.0).values()} == {3}
 
 
-def test_memory_of_draws_is_bounded_by_the_chunk() -> None:
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_memory_of_draws_is_bounded_by_the_chunk(start: str, monkeypatch) -> None:
     """150 MB of activations at once, or a few: what a chunk holds is what is added."""
+    context = multiprocessing.get_context(start)  # a fork is not fresh, but its growth is its own
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: context)
     shape = replace(SHAPE, vit=replace(TINY, width=64, heads=4), side=16)
     small, large = (in_fresh_process(peak_of_draws, shape, chunk, 8, 3000) for chunk in (100, 24_000))
     assert small["result_mb"] == large["result_mb"] == pytest.approx(8 * 3000 * 3 * 4e-6)
