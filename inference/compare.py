@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from inference.cli import run_script
+from inference.cli import in_flags, run_script
 from inference.workers import workers
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import DataConfig, RunConfig, check_fields, default_preset, preset
@@ -269,7 +269,7 @@ def _run_and_record(
             bar.update()
             name = f"{cell.dataset} n={cell.train_size} {cell.method} seed {cell.seed}"
             if isinstance(outcome, Exception):
-                bar.write(f"failed: {name}: {outcome}", file=sys.stderr)
+                bar.write(f"failed: {name}: {in_flags(str(outcome), None)}", file=sys.stderr)
             else:
                 bar.write(f"{name}: accuracy {outcome['accuracy']:.4f}, NLL {outcome['nll']:.4f}", file=sys.stderr)
     return failed
@@ -297,7 +297,8 @@ def _record(results: dict[tuple[Any, ...], dict[str, Any]], cell: Cell, outcome:
         "vit": asdict(cell.config.vit),
     }  # fmt: skip
     if isinstance(outcome, Exception):
-        row |= {"status": "failed", "error": str(outcome).splitlines()[0][:300] if str(outcome) else repr(outcome)}
+        text = in_flags(str(outcome), None) or repr(outcome)  # a cell's settings are not flags of the grid
+        row |= {"status": "failed", "error": text.splitlines()[0][:300]}
     else:
         row |= {"status": "done", "metrics": outcome}
     results[cell.key] = row

@@ -28,7 +28,6 @@ from pyro_isingvit.core.settings import (
     preset,
 )
 from pyro_isingvit.data.split import ImageData
-from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.registry import METHODS, train_defaults
 
 CONFIG = RunConfig(
@@ -87,18 +86,16 @@ def fitted(monkeypatch, vit: str | ViTConfig, **settings: Any) -> RunConfig:
     """The settings that ``fit`` would train with."""
     seen: list[RunConfig] = []
 
-    class Nothing:
-        def __init__(self, config: RunConfig, *_: object) -> None:
-            seen.append(config)
+    def caught(config: RunConfig, *_: object) -> None:
+        seen.append(config)
+        raise InterruptedError
 
-        def fit(self) -> None:
-            """Trains nothing."""
-
-    monkeypatch.setattr(experiment, "Trainer", Nothing)
+    monkeypatch.setattr(experiment, "Trainer", caught)
     generator = torch.Generator().manual_seed(0)
     parts = [make_split(3, generator) for _ in range(3)]  # of other images than the network's: nothing is trained
     data = ImageData(*parts, replace(INFO, height=32, width=32))
-    experiment.fit(IsingViT.for_data(data, vit), data, **settings)
+    with pytest.raises(InterruptedError):
+        experiment.fit(vit, data, **settings)
     return seen[0]
 
 
@@ -134,11 +131,11 @@ def test_scripts_and_python_train_at_the_same_rate(name: str, method: str, monke
     assert trained_by_script(monkeypatch, *words, "--lr", "0.0123").train.lr == 0.0123
     (cell,) = make_cells(CompareArguments(Path("x"), (method,), (300,), (0,), preset=name))
     assert cell.config.train.lr == expected
+    assert fitted(monkeypatch, name, method=method).train.lr == expected
+    assert fitted(monkeypatch, preset(name), method=method, lr=0.0123).train.lr == 0.0123
+    assert fitted(monkeypatch, name, method=method, train=TrainConfig()).train == TrainConfig()  # all of it is given
     if method == "ising":
         assert variance_config(VarianceArguments(Path("x"), preset=name)).train.lr == expected
-        assert fitted(monkeypatch, name).train.lr == expected
-        assert fitted(monkeypatch, name, lr=0.0123).train.lr == 0.0123
-        assert fitted(monkeypatch, name, train=TrainConfig()).train.lr == TrainConfig().lr  # all of it is said
 
 
 def test_the_width_of_the_command_line_counts(monkeypatch) -> None:

@@ -152,7 +152,7 @@ def test_a_run_cut_short_or_of_another_version_is_refused(run: Path, tmp_path: P
         (["--epochs", "x"], ["epochs"]),
         (["--lr", "-1"], ["lr"]),
         (["--train-size", "3"], ["3"]),
-        (["--val-fraction", "2"], ["val_fraction"]),
+        (["--val-fraction", "2"], ["--val-fraction"]),
         (["--delta", "1.5"], ["delta"]),
         (["--saliency", "nope"], ["gnb"]),
         (["--granularity", "nope"], ["granularity"]),
