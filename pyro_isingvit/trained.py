@@ -8,9 +8,9 @@ from typing import Any
 from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint, write_atomically, write_text
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.data.given import Labelled, labelled, pixels
 from pyro_isingvit.data.split import DataInfo, ImageData, Split
 from pyro_isingvit.evaluation import Evaluation, evaluate, write_evaluation
-from pyro_isingvit.given import Labelled, labelled, pixels
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.pruning.choose import Form, Weighting, compact
 from pyro_isingvit.pruning.network import CompactViT

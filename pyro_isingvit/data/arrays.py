@@ -71,7 +71,7 @@ def read_dataset(dataset: Any, channels: Channels, what: str) -> tuple[Images, n
         if hasattr(image, "convert") and hasattr(image, "mode"):
             array, axis = _picture(image), LAST
         else:
-            array, axis = _array(image, where), channels or (FIRST if isinstance(image, Tensor) else None)
+            array, axis = to_array(image, where), channels or (FIRST if isinstance(image, Tensor) else None)
         need(array.ndim in (2, 3), f"`{where}image` has shape {array.shape}; expected (H, W), (C, H, W) or (H, W, C).")
         pixels.append(to_pixels(array[None], axis if array.ndim == 3 else None, where)[0])
         shapes = f"item 0 is {pixels[0].shape}, item {number} is {pixels[number].shape} (C, H, W)"
@@ -103,7 +103,8 @@ def _kind(item: object) -> str:
     return f"{type(item).__name__} of {len(item)}" if isinstance(item, tuple | list) else type(item).__name__
 
 
-def _array(given: Any, what: str) -> np.ndarray:
+def to_array(given: Any, what: str = "") -> np.ndarray:
+    """Images of any kind as a NumPy array of their own type; ``what`` names the part in messages."""
     if isinstance(given, Tensor):
         given = given.detach().cpu()
         given = given.float() if given.dtype == torch.bfloat16 else given
@@ -128,7 +129,7 @@ def to_pixels(images: Any, channels: Channels = None, what: str = "") -> np.ndar
     Raises:
         UserError: another shape, no images, NaN, or values out of their range.
     """
-    array = _array(images, what)
+    array = to_array(images, what)
     need(array.size > 0, f"`{what}images` are empty, their shape is {array.shape}.")
     flat = "; bring flat pixels into shape by `images.reshape(-1, height, width)`" if array.ndim == 2 else ""
     shapes = f"`{what}images` have shape {array.shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W)"

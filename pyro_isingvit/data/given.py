@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.data.arrays import label_array, to_array, to_uint8
+from pyro_isingvit.data.images import from_numpy
 from pyro_isingvit.data.split import DataInfo, ImageData, Split
 
 Labelled = Split | tuple[Any, Any] | ImageData
@@ -28,21 +30,16 @@ def pixels(images: Any, info: DataInfo) -> Tensor:
     Raises:
         UserError: another shape or type, or values out of their range.
     """
-    array = images if isinstance(images, Tensor) else torch.from_numpy(np.asarray(images))
     channels, height, width = info.channels, info.height, info.width
+    array = to_array(images)
     if array.ndim == 3 and channels == 1:
-        array = array.unsqueeze(1)
+        array = array[:, None]
     elif array.ndim == 4 and array.shape[1:] != (channels, height, width) and array.shape[3] == channels:
-        array = array.permute(0, 3, 1, 2)
-    shape = f"(N, {channels}, {height}, {width})"
+        array = array.transpose(0, 3, 1, 2)
+    expected = f"(N, {channels}, {height}, {width})"
     fits = array.ndim == 4 and array.shape[1:] == (channels, height, width)
-    need(fits, f"`images` have shape {tuple(images.shape)}; expected {shape}, as in training on {info.dataset}.")
-    if array.is_floating_point():
-        in_range = array.numel() == 0 or (float(array.min()) >= 0 and float(array.max()) <= 1)
-        need(in_range, "`images` are floats outside [0, 1]; rescale them, or give uint8.")
-        return (array * 255).round().to(torch.uint8)
-    need(array.dtype == torch.uint8, f"`images` are {array.dtype}; expected uint8, or float in [0, 1].")
-    return array.contiguous()
+    need(fits, f"`images` have shape {np.shape(images)}; expected {expected}, as in training on {info.dataset}.")
+    return from_numpy(to_uint8(array))
 
 
 def labelled(data: Labelled, info: DataInfo, name: str) -> Split:
@@ -70,8 +67,7 @@ def labelled(data: Labelled, info: DataInfo, name: str) -> Split:
 
 def class_numbers(labels: Any, info: DataInfo) -> Tensor:
     """Class numbers (N,) int64 of labels that are class numbers or names of classes."""
-    array = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-    need(array.ndim == 1, f"labels have shape {array.shape}; expected (N,).")
+    array = label_array(labels)
     if array.dtype.kind in "iu":
         return torch.from_numpy(array.astype(np.int64))
     known = {name: number for number, name in enumerate(info.classes)}
