@@ -1,6 +1,6 @@
 """The generative model: selection masks, spike-and-slab weights, a Vision Transformer, class labels.
 
-    xi_g        ~ Bernoulli(logits = prior_logit_g)                 METHOD 1
+    xi_g        ~ Bernoulli(logits = prior_logit_g)                 docs/method.md, Model
     w_e | xi_g  ~ N(0, tau_1^2) if xi_g = 1 (kept) else N(0, tau_0^2)
     y_n | x_n, W ~ Categorical(softmax f_W(x_n))
 

@@ -1,4 +1,4 @@
-"""Attention log-barrier: keeps a token's attention an invertible change of variables (METHOD 8).
+"""Attention log-barrier: keeps attention an invertible change of variables (docs/method.md, Attention log-barrier).
 
 In causal attention the residual x_i - sum_j alpha_ij x_j, as a function of the querying token x_i, has the Jacobian
 

@@ -119,21 +119,22 @@ def frontier(run: Run, val: Split, repeats: int = REPEATS, chosen: Kept | None =
 def smallest_within(
     candidates: list[Candidate],
     reference: float,
-    drop: float,
+    max_accuracy_drop: float,
     improve: Callable[[Candidate], float] | None = None,
 ) -> Candidate:
-    """The network of fewest multiply-accumulates whose validation accuracy is at least ``reference - drop``.
+    """The network of fewest multiply-accumulates whose validation accuracy is within a drop of the reference.
 
     Args:
         candidates: of ``frontier``.
         reference: validation accuracy of the full posterior, 0 to 1.
-        drop: allowed, in percentage points.
+        max_accuracy_drop: how far it may lie below the reference, in percentage points.
         improve: fine-tunes a candidate's network and gives its new accuracy; None takes the point's. Candidates that
             are more than 30 points short before it are passed over.
 
     Raises:
         UserError: a drop outside [0, 100], or none is good enough.
     """
+    drop = max_accuracy_drop
     need(0 <= drop <= 100, f"`max_accuracy_drop` is in percentage points, 0 to 100, not {drop}.")
     wanted = reference - drop / 100
     for candidate in reversed(candidates):
@@ -145,5 +146,5 @@ def smallest_within(
     best = max(candidate.point.accuracy for candidate in candidates)
     raise UserError(
         f"no compact network is within {drop:g} points of the full posterior's validation accuracy {reference:.4f} "
-        f"(the best has {best:.4f}); allow a larger `max_accuracy_drop`, or fine-tune the candidates (`finetune` 5)."
+        f"(the best has {best:.4f}); allow a larger `max_accuracy_drop`, or fine-tune the candidates."
     )

@@ -387,7 +387,10 @@ class CompactViT(nn.Module):
 
         folder = Path(folder)
         for name in (CONFIG, WEIGHTS):
-            need((folder / name).is_file(), f"{folder} holds no compact network: {name} is missing.")
+            need(
+                (folder / name).is_file(),
+                f"{folder} holds no compact network: {name} is missing; prune a run into it.",
+            )
         config = CompactConfig.from_json((folder / CONFIG).read_text(errors="replace"), folder / CONFIG)
         try:
             state = load((folder / WEIGHTS).read_bytes())

@@ -131,7 +131,7 @@ def test_mean_field_is_stationary_and_starts_from_kept() -> None:
 
 def test_mean_field_that_does_not_converge_says_so() -> None:
     rivals = torch.tensor([[0.0, -20.0], [-20.0, 0.0]])
-    with pytest.raises(UserError, match="lower damping"):
+    with pytest.raises(UserError, match="lower `damping`"):
         mean_field(torch.tensor([10.0, 10.0]), rivals, damping=1.0)
     assert mean_field(torch.tensor([10.0, 10.0]), rivals, damping=0.1).tolist() == pytest.approx([0.5, 0.5])
     with pytest.raises(UserError, match="damping"):

@@ -80,7 +80,7 @@ def test_padding_is_said_in_the_log(caplog) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 9}, "not divisible by heads"), ({"patch_size": 5}, "does not fit"), ({"heads": 0}, "at least 1"),
+        ({"width": 9}, "not divisible by `heads`"), ({"patch_size": 5}, "does not fit"), ({"heads": 0}, "at least 1"),
         ({"depth": 0}, "at least 1"), ({"width": 3, "heads": 1, "head": "mlp"}, "odd"),
     ],
 )  # fmt: skip
