@@ -43,7 +43,7 @@ test-matrix: $(VENV)/.installed ## every supported Python with the oldest and th
 	$(PY) tests/matrix.py
 
 demo: $(VENV)/.installed ## train on real handwritten digits, write the report
-	$(PY) -m inference.train --dataset digits --preset digits --epochs 140 --target-retention 0.7 --lr 0.004 --mix mixup --samples 100 --out $(DEMO) --overwrite
+	OMP_NUM_THREADS=1 $(PY) -m inference.train --dataset digits --preset digits --epochs 140 --target-retention 0.7 --lr 0.004 --mix mixup --samples 100 --out $(DEMO) --overwrite
 	$(PY) -m analysis.report --run $(DEMO)
 
 soak: $(VENV)/.installed ## train, kill, resume, predict, prune for SOAK_MINUTES=30: memory and open files must not grow
