@@ -102,7 +102,7 @@ def test_models_and_their_settings(images) -> None:
     ("model", "settings", "words"),
     [
         ("huge", {}, "unknown `preset` 'huge'"),
-        (TINY, {"method": "magic"}, "unknown method 'magic'"),
+        (TINY, {"method": "magic"}, "unknown `method` 'magic'"),
         (7, {}, "`model` must be"),
         (TINY, {"epoch": 3, "kepe": 1}, "`epoch`, `kepe`"),
         (TINY, {"epochs": 0}, "`epochs`"),

@@ -105,7 +105,7 @@ def row(name: str) -> Row:
     Raises:
         UserError: there is none of that name.
     """
-    need(name in METHODS, f"unknown method {name!r}; known: {', '.join(METHODS)}.")
+    need(name in METHODS, f"unknown `method` {name!r}; known: {', '.join(METHODS)}.")
     return METHODS[name]
 
 
