@@ -101,7 +101,7 @@ def test_models_and_their_settings(images) -> None:
 @pytest.mark.parametrize(
     ("model", "settings", "words"),
     [
-        ("huge", {}, "unknown preset 'huge'"),
+        ("huge", {}, "huge"),
         (TINY, {"method": "magic"}, "unknown method 'magic'"),
         (7, {}, "`model` must be"),
         (TINY, {"epoch": 3, "kepe": 1}, "`epoch`, `kepe`"),

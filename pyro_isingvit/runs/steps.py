@@ -4,12 +4,9 @@ import inspect
 import logging
 import math
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning_fabric as lf
 import torch
-from lightning_fabric.strategies import DDPStrategy
-from lightning_fabric.wrappers import _FabricModule
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,16 +15,23 @@ from pyro_isingvit.core.processes import launched, own_rows, rank, world
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.methods.base import Method, Terms, method_class
 
+if TYPE_CHECKING:  # loading it takes twice as long as loading torch
+    import lightning_fabric as lf
+    from lightning_fabric.wrappers import _FabricModule
+
 PRECISION = {"32": "32-true", "bf16": "bf16-mixed"}
 FINETUNE_LR = 0.1  # peak learning rate of fine-tuning, as a share of lr
 
 
-def set_up_fabric(config: RunConfig) -> lf.Fabric:
+def set_up_fabric(config: RunConfig) -> "lf.Fabric":
     """Fabric for one device; under torchrun for this process's own, joined with the others by DDP.
 
     Raises:
         UserError: fewer GPUs than processes.
     """
+    import lightning_fabric as lf
+    from lightning_fabric.strategies import DDPStrategy
+
     settings, (here, machines) = config.train, launched()
     kwargs: dict[str, Any] = {"devices": 1}
     if here * machines > 1:
@@ -69,7 +73,7 @@ def total(terms: Terms) -> Tensor:
 
 
 def backward(
-    fabric: lf.Fabric, wrapped: _FabricModule, method: Method, x: Tensor, y: Tensor, rows: Tensor, pieces: int
+    fabric: "lf.Fabric", wrapped: "_FabricModule", method: Method, x: Tensor, y: Tensor, rows: Tensor, pieces: int
 ) -> Terms:
     """Adds the gradient of a batch's loss to the parameters' gradients.
 
