@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.settings import ViTConfig
-from pyro_isingvit.data.split import DataInfo, ImageData, Split, hold_out, statistics
+from pyro_isingvit.data.split import ImageData, Split, check_division, divide
 from pyro_isingvit.experiment import fit
 from pyro_isingvit.predictive.draws import PredictiveDraws
 
@@ -235,17 +235,11 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         return ViTConfig(patch_size=min(16, max(1, patch)), mlp_ratio=2)
 
     def _data(self, images: torch.Tensor, numbers: torch.Tensor, seed: int) -> ImageData:
-        names = tuple(str(name) for name in self.classes_)
-        need(0 <= self.val_fraction <= 0.5, f"`val_fraction` must be between 0 and 0.5, not {self.val_fraction}.")
-        pool, everything = Split(images, numbers), np.arange(len(numbers))
-        rest, held_out = everything, everything[:0]
-        if self.val_fraction > 0 and int(numbers.bincount().min()) >= FEW:
-            count = max(round(self.val_fraction * len(numbers)), len(names))
-            rest, held_out = hold_out(numbers.numpy(), count, np.random.default_rng(seed), names, "`val_fraction`")
-        train = pool.take(rest)
-        height, width, channels = self.image_shape_
-        info = DataInfo("arrays", names, channels, height, width, *statistics(train.images))
-        return ImageData(train, pool.take(held_out), pool.take(everything[:0]), info)
+        check_division(self.val_fraction, 0.0, seed)
+        fraction = self.val_fraction if int(numbers.bincount().min()) >= FEW else 0.0
+        pool, names = Split(images, numbers), tuple(str(name) for name in self.classes_)
+        none = pool.take(np.arange(0))
+        return divide(pool, None, none, names, name="arrays", train_size=None, val_fraction=fraction, seed=seed)
 
 
 def _axes(X: Any) -> int:

@@ -3,43 +3,42 @@
 Shapes: N images, C channels (1 or 3), H height, W width.
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.data.arrays import label_array, to_array, to_uint8
-from pyro_isingvit.data.images import from_numpy
+from pyro_isingvit.data.arrays import class_numbers, label_array, to_pixels
+from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.data.split import DataInfo, ImageData, Split
 
 Labelled = Split | tuple[Any, Any] | ImageData
 
 
-def pixels(images: Any, info: DataInfo) -> Tensor:
+def pixels(images: Any, info: DataInfo, what: str = "") -> Images:
     """Images as the network takes them.
 
     Args:
-        images: (N, C, H, W), (N, H, W, C) or, with one channel, (N, H, W); uint8, or float in [0, 1].
+        images: ``Images``, or an array, tensor or nested list of shape (N, C, H, W), (N, H, W, C) or, with one channel,
+            (N, H, W); uint8, or float in [0, 1].
         info: the images that the network was trained on.
-
-    Returns:
-        (N, C, H, W) uint8.
+        what: the part, in messages: "" or "val ".
 
     Raises:
         UserError: another shape or type, or values out of their range.
     """
-    channels, height, width = info.channels, info.height, info.width
-    array = to_array(images)
-    if array.ndim == 3 and channels == 1:
-        array = array[:, None]
-    elif array.ndim == 4 and array.shape[1:] != (channels, height, width) and array.shape[3] == channels:
-        array = array.transpose(0, 3, 1, 2)
-    expected = f"(N, {channels}, {height}, {width})"
-    fits = array.ndim == 4 and array.shape[1:] == (channels, height, width)
-    need(fits, f"`images` have shape {np.shape(images)}; expected {expected}, as in training on {info.dataset}.")
-    return from_numpy(to_uint8(array))
+    if isinstance(images, Images):
+        return images
+    array = images if isinstance(images, Tensor) else np.asarray(images)
+    height, width, channels = info.height, info.width, info.channels
+    layouts = {(channels, height, width): "first", (height, width, channels): "last"}
+    wanted = f"(N, {channels}, {height}, {width})"
+    given = f"`{what}images` have shape {tuple(array.shape)}"
+    fits = tuple(array.shape[1:]) in {*layouts, (height, width) if channels == 1 else None}
+    need(fits, f"{given}; expected {wanted} or (N, {height}, {width}, {channels}), as in training on {info.dataset}.")
+    return as_images(to_pixels(array, layouts.get(tuple(array.shape[1:])), what))  # type: ignore[arg-type]
 
 
 def labelled(data: Labelled, info: DataInfo, name: str) -> Split:
@@ -60,19 +59,12 @@ def labelled(data: Labelled, info: DataInfo, name: str) -> Split:
         return data
     if not (isinstance(data, tuple | list) and len(data) == 2):
         raise UserError(f"`{name}` must be a part of a data set or a pair (images, labels), not {type(data).__name__}.")
-    images, labels = pixels(data[0], info), class_numbers(data[1], info)
+    what = "val " if name == "val" else ""
+    images, labels = pixels(data[0], info, what), label_array(data[1], what)
     need(len(images) == len(labels), f"`{name}` has {len(images)} images and {len(labels)} labels.")
-    return Split(images, labels)
-
-
-def class_numbers(labels: Any, info: DataInfo) -> Tensor:
-    """Class numbers (N,) int64 of labels that are class numbers or names of classes."""
-    array = label_array(labels)
-    if array.dtype.kind in "iu":
-        return torch.from_numpy(array.astype(np.int64))
-    known = {name: number for number, name in enumerate(info.classes)}
-    strange = sorted({str(label) for label in array.tolist()} - known.keys())
-    need(
-        not strange, f"labels name {', '.join(map(repr, strange[:5]))}; the classes are {', '.join(info.classes[:20])}."
-    )
-    return torch.tensor([known[str(label)] for label in array.tolist()], dtype=torch.int64)
+    known: dict[Hashable, int] = {text: number for number, text in enumerate(info.classes)}
+    if labels.dtype.kind in "iu":
+        known = {number: number for number in known.values()}
+    else:
+        labels = labels.astype(str)
+    return Split(images, class_numbers(labels, known, what))
