@@ -156,7 +156,7 @@ def test_validation_images_are_held_out_where_there_are_enough(made) -> None:
     ("changes", "X", "words"),
     [
         ({"vit": "huge"}, None, "huge"),
-        ({"method": "magic"}, None, "method .magic."),
+        ({"method": "magic"}, None, "method. .magic."),
         ({"settings": {"epoch": 3}}, None, "`epoch`"),
         ({"val_fraction": 0.9}, None, "`val_fraction`"),
         ({"image_shape": (3, 3)}, np.zeros((90, 16)), "`image_shape`"),
