@@ -32,7 +32,7 @@ def test_conventions(estimator, check) -> None:
 def quick(**changes) -> IsingViTClassifier:
     vit = ViTConfig(patch_size=2, width=16, heads=2, depth=1, mlp_ratio=2)
     return IsingViTClassifier(
-        **{"vit": vit, "epochs": 12, "samples": 5, "settings": QUICK, "random_state": 0} | changes
+        **{"vit": vit, "epochs": 25, "samples": 5, "settings": QUICK, "random_state": 0} | changes
     )
 
 
