@@ -21,6 +21,7 @@ from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.pruning.assembly import structure
 from pyro_isingvit.report import attention_figures, figures, mask_figures, pruning_figures, style
+from pyro_isingvit.report.verdicts import verdicts
 from pyro_isingvit.runs.folder import CONFIG, HISTORY, METRICS, POSTERIOR, read_config, read_history
 
 PAGE = "index.html"
@@ -140,7 +141,8 @@ def write_report(folder: Path) -> Path:
     tree = load_datatree(folder / POSTERIOR)
     try:
         shown = [_draw(section, folder / "report") for section in _sections(tree, history, config)]
-        confusions = _confusions(tree)
+        confusions, summary = _confusions(tree), _arrays(tree, "predictive_summary")
+        judged = verdicts(summary["prob_mean"], summary["y"])
     except UserError:
         raise
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
@@ -154,8 +156,8 @@ def write_report(folder: Path) -> Path:
     )  # fmt: skip
     page = environment.get_template("report.html.j2").render(
         config=config, version=tree.attrs.get("version") or config.version, metrics=metric_rows(metrics),
-        sections=shown,
-        confusions=confusions, configuration=config.to_json(), folder=folder.resolve().name,
+        sections=shown, verdicts=judged, confusions=confusions, configuration=config.to_json(),
+        folder=folder.resolve().name,
     )  # fmt: skip
     write_text(folder / "report" / PAGE, page)
     return folder / "report" / PAGE
