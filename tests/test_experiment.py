@@ -27,6 +27,7 @@ from pyro_isingvit import (
     load_run,
 )
 from pyro_isingvit.core.checkpoint import load_checkpoint
+from pyro_isingvit.data.images import Images
 from pyro_isingvit.experiment import train_run
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.predictive.datatree import load_datatree
@@ -236,6 +237,21 @@ def test_predictions_of_every_layout_are_the_same(run, images) -> None:
         assert torch.equal(run.predict(given, 5, seed=2).probs, draws.probs)
     with pytest.raises(UserError, match="`images`"):
         run.predict(pixels.float())
+
+
+def test_images_on_demand_are_read_a_chunk_at_a_time(run, images) -> None:
+    asked: list[int] = []
+
+    class OnDemand(Images):
+        shape = images.test.images.shape
+
+        def rows(self, index: torch.Tensor) -> torch.Tensor:
+            asked.append(len(index))
+            return images.test.images[index]
+
+    draws = run.predict(OnDemand(), 2, chunk=10)
+    assert torch.equal(draws.probs, run.predict(images.test.images, 2, chunk=10).probs)
+    assert max(asked) == 10
 
 
 def test_pruning_is_compact(run, images) -> None:
