@@ -2,8 +2,8 @@
 
 python -m inference.benchmark --device cpu --out runs/benchmark
 
-Compared cases take turns. Read the ratios of medians; the seconds hold for this machine and its load only.
-Figures of what it wrote: python -m analysis.benchmark --results runs/benchmark
+Compared cases take turns. Read the ratios of medians; the seconds hold only for this machine and its load.
+To draw the results: python -m analysis.benchmark --results runs/benchmark
 """
 
 import sys
@@ -38,7 +38,7 @@ class BenchmarkArguments:
     preset: Literal["digits", "small", "cifar"] = "small"
     """Shape of the network; the plain one has mean pooling and a linear head."""
     depth: int | None = None
-    """Another depth than the preset's."""
+    """Number of blocks; by default the preset's."""
     batch_size: int = 64
     """Images of a training step."""
     draws: int = 100
@@ -46,21 +46,21 @@ class BenchmarkArguments:
     images: int = 1000
     """Images that the draws predict."""
     repeats: int = 15
-    """Of each measurement; fewer, but 3 at least, where they would take more than a minute."""
+    """Repeats of each measurement; fewer, but at least 3, if they would take more than a minute."""
     threads: int = 2
-    """Of PyTorch on the CPU."""
+    """Threads of PyTorch on the CPU."""
     compiled: bool = True
-    """Time the steps through torch.compile as well (on a CPU it needs a C++ compiler)."""
+    """Also time the steps through torch.compile (a CPU needs a C++ compiler)."""
     bf16: bool = False
-    """Forward passes of both in bfloat16."""
+    """Run the forward passes of both in bfloat16."""
     variants: bool = True
     """Time every granularity and saliency."""
     curves: bool = True
     """Time other widths, depths, batch sizes and numbers of draws."""
     memory: bool = True
-    """Measure peak memory in processes of their own."""
+    """Measure peak memory, each in its own process."""
     peers: bool = False
-    """Time epochs of TyXe and bayesian-torch as well (extra: peers)."""
+    """Also time epochs of TyXe and bayesian-torch (extra: peers)."""
     profile: bool = False
     """Write PyTorch's profile of ten of our steps."""
     overwrite: bool = False
@@ -162,7 +162,7 @@ def _images_of(vit: ViTConfig) -> dict[str, Any]:
 
 
 def machine(threads: int, device: str) -> dict[str, Any]:
-    """What the figures hold for: processor, threads, PyTorch, and how busy the machine was at the start."""
+    """The conditions of the measurement: processor, threads, PyTorch, and the load at the start."""
     import os
     import platform
 

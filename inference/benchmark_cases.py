@@ -67,7 +67,7 @@ class Shape:
         return torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 where it is asked for."""
+        """Autocast to bfloat16 if the case asks for it."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
 
 
@@ -77,7 +77,7 @@ def plain_network(shape: Shape) -> PlainViT:
 
 
 def ising_run(shape: Shape, ising: IsingConfig | None = None) -> Run:
-    """A fresh run of the library, masks at work."""
+    """A fresh run of the library in the Ising phase."""
     config = RunConfig(vit=shape.vit, ising=ising or IsingConfig())
     run = build_run(config, shape.info, shape.num_data).to(shape.device)
     run.guide.start_masks()
@@ -119,12 +119,12 @@ def plain_step(shape: Shape) -> Case:
 
 @dataclass(frozen=True)
 class IsingStep:
-    """A step of ours.
+    """A training step of this library.
 
     Attributes:
         step: without mask update.
         update: curvature estimate and mask sweep.
-        amortised: a step, and every ``update_every`` of them an update first, as in training.
+        amortised: a step; every ``update_every`` steps an update comes first, as in training.
         run: what is trained.
     """
 
@@ -135,7 +135,7 @@ class IsingStep:
 
 
 def ising_step(shape: Shape, ising: IsingConfig | None = None, settings: TrainConfig | None = None) -> IsingStep:
-    """A step of SVI with the fused ELBO unless the settings say otherwise."""
+    """A step of SVI, with the fused ELBO unless the settings say otherwise."""
     settings = replace(settings or TrainConfig(), compile=shape.compiled, lr=LR)
     run = ising_run(shape, ising)
     config = replace(run.config, train=settings)
@@ -164,7 +164,7 @@ def ising_step(shape: Shape, ising: IsingConfig | None = None, settings: TrainCo
 
 
 def plain_draws(shape: Shape, draws: int, images: int) -> Case:
-    """S forward passes of a plain ViT over the same images, which are normalised already."""
+    """S forward passes of a plain ViT over the same images, normalised beforehand."""
     network, x = plain_network(shape).eval(), shape.info.normalise(shape.images(images))
     forward = torch.compile(network) if shape.compiled else network
 

@@ -29,12 +29,12 @@ UPDATE = "update"
 
 
 def medians(taken: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Median seconds of every case."""
+    """The median seconds of every case."""
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
 def against_plain(plain: float, step: float, update: float, steps: int) -> dict[str, float]:
-    """Our step, with an update every ``steps`` of them, over the plain one; and the update's share of ours."""
+    """The ratio of our step, with an update every ``steps`` steps, to the plain one; and the update's share of ours."""
     ours = step + update / steps
     return {"step_ratio": ours / plain, "mask_update_share": update / steps / ours}
 
@@ -109,7 +109,7 @@ def input_path(shape: Shape, turns: Turns) -> dict[str, Any]:
 def memory(shape: Shape, chunks: Sequence[int], draws: int, images: int) -> dict[str, Any]:
     """Peak memory of a training step and of posterior draws, each in a fresh process; MB = 10^6 bytes.
 
-    ``growth_mb`` is what the work itself added to the process's peak; on a GPU both count its memory alone.
+    ``growth_mb`` is what the work itself added to the process's peak. On a GPU both count only GPU memory.
     """
     rows: dict[str, Any] = {"draws": draws, "images": images}
     rows["plain_step"] = in_fresh_process(peak_of_step, shape, False)
@@ -147,7 +147,7 @@ def peak_of_draws(shape: Shape, chunk: int, draws: int, images: int) -> dict[str
 
 
 def _peak(shape: Shape) -> float:
-    """The most memory that was held since the last call, MB; counts anew from here."""
+    """The most memory held since the last call, MB; the count starts again here."""
     if shape.device == "cuda":
         most = torch.cuda.max_memory_allocated() / 1e6
         torch.cuda.reset_peak_memory_stats()
@@ -159,7 +159,7 @@ def _peak(shape: Shape) -> float:
 
 
 def _held(shape: Shape) -> float:
-    """What is held now, MB; the peak counts from here."""
+    """The memory held now, MB; the peak counts from here."""
     _peak(shape)
     return _peak(shape)
 
@@ -189,7 +189,7 @@ def peer_config(device: str) -> RunConfig:
 
 
 def peers(device: str) -> dict[str, Any]:
-    """Epochs of other libraries on the digits and the same network, taking turns; seconds over ours."""
+    """Epochs of other libraries on the digits and the same network, taking turns; their seconds divided by ours."""
     from inference.peers import ratio, run_methods
 
     rows = {row["peer"]: row for row in run_methods(["ising", "deterministic", *PEERS], peer_config(device))}

@@ -25,7 +25,7 @@ from pyro_isingvit.core.launcher import by_torchrun
 from pyro_isingvit.core.settings import check_fields
 from pyro_isingvit.core.untrusted import printable
 
-# torchrun starts a script several times; the first process on each machine speaks, the first of all reports.
+# torchrun starts a script several times; the first process on each machine prints errors, the first of all reports.
 SPEAKS = not by_torchrun() or os.environ["LOCAL_RANK"] == "0"
 REPORTS = not by_torchrun() or os.environ["RANK"] == "0"
 PATIENCE_S = 30.0  # how long the other processes hold their message back
@@ -60,7 +60,7 @@ def in_flags(message: str, arguments: type | None) -> str:
 
     Args:
         message: names settings and arguments in backticks.
-        arguments: the script's dataclass; its fields, nested ones included, become flags. None: no name does.
+        arguments: the script's dataclass; its fields, including nested ones, become flags. None: no name becomes a flag.
     """
     names = set() if arguments is None else set(_field_names(arguments))
 
@@ -127,8 +127,8 @@ def with_clear_errors(call: Callable[[], object], arguments: type | None = None)
 def _fail(text: str) -> NoReturn:
     """Leaves with a message and exit code 2.
 
-    torchrun terminates all processes when the first one fails. Processes that do not speak therefore wait to be
-    terminated. A process that is still there afterwards failed alone, and says why.
+    torchrun terminates all processes when the first one fails. The other processes therefore wait to be terminated. A
+    process that is still running afterwards failed alone, and prints its message.
     """
     if not SPEAKS:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -141,7 +141,7 @@ def results_file(folder: Path, name: str, overwrite: bool) -> Path:
     """Where a script writes its results.
 
     Raises:
-        UserError: ``folder`` is a file, or it holds such results already and they are not to be replaced.
+        UserError: ``folder`` is a file, or it already holds such results and they must not be replaced.
     """
     need(not folder.exists() or folder.is_dir(), f"{folder} is a file; --out takes a folder.")
     path = folder / name

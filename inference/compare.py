@@ -36,31 +36,31 @@ class CompareArguments:
     out: Path
     """Folder of the grid: runs/, results.json, table.md, table.csv and figures."""
     methods: tuple[str, ...] = ("ising", "deterministic", "dropout:0.1", "dropconnect:0.1", "ensemble:5")
-    """Names that --method of training knows, each with an optional number after a colon."""
+    """Methods of inference.train, each with an optional number after a colon."""
     train_sizes: tuple[int, ...] = (300,)
-    """Training images; each size is drawn anew for each seed."""
+    """Numbers of training images; each seed draws its own subset of each size."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; the same for all methods."""
     epochs: tuple[int, ...] = (30,)
-    """Epochs of every method, one number for all sizes or one for each; magnitude fine-tunes in the last fifth."""
+    """Epochs of every method: one number for all sizes, or one for each. magnitude fine-tunes in the last fifth."""
     preset: str | None = None
-    """Network shape; by default the one made for the data set."""
+    """Network shape; by default the preset for the data set."""
     depth: int | None = None
-    """Blocks of the network, in place of the preset's."""
+    """Number of blocks; by default the preset's."""
     patch_size: int | None = None
-    """Side of a patch, in place of the preset's."""
+    """Side of a patch in pixels; by default the preset's."""
     width: int | None = None
-    """D, in place of the preset's."""
+    """D, the width; by default the preset's."""
     batch_size: int = 64
     """Images per step."""
     samples: int = 50
-    """Posterior draws of the evaluation, for methods that can draw."""
+    """Posterior draws of the evaluation; methods without draws ignore it."""
     jobs: int = 1
-    """Cells trained at the same time, each in a process of its own."""
+    """Cells trained at the same time, each in its own process."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     label: str | None = None
-    """Name of the data set in the tables, in place of --dataset."""
+    """Name of the data set in the tables; by default that of --dataset."""
     data: DataConfig = field(default_factory=DataConfig)
 
 
@@ -70,7 +70,7 @@ class Cell:
 
     dataset: str
     train_size: int
-    method: str  # as asked for, with its number
+    method: str  # as given, with its number
     seed: int
     config: RunConfig
     folder: Path
@@ -90,7 +90,7 @@ def method_config(spec: str, epochs: int, base: RunConfig) -> RunConfig:
     """The settings of one method, ``name`` or ``name:number``, trained for ``epochs`` in all.
 
     Raises:
-        UserError: unknown method, a number that is none, or one for a method without a knob.
+        UserError: unknown method, an invalid number, or a number for a method without a knob.
     """
     name, _, number = spec.partition(":")
     chosen = row(name)
@@ -112,7 +112,7 @@ def make_cells(arguments: CompareArguments) -> list[Cell]:
     """All cells, checked; methods that build on deterministic training come last.
 
     Raises:
-        UserError: a size, seed, method or preset that cannot be.
+        UserError: an invalid size, seed, method or preset.
     """
     from pyro_isingvit.methods.plain import check_baseline
 
@@ -148,14 +148,14 @@ def _folder(out: Path, label: str, size: int, spec: str, seed: int) -> Path:
 
 
 def _same_settings(cell: Cell) -> bool:
-    """Whether the cell's folder holds a run of the cell's settings, whatever version wrote it."""
+    """Whether the cell's folder holds a run with the cell's settings, whichever version wrote it."""
     from pyro_isingvit.runs.folder import read_config
 
     return replace(read_config(cell.folder), version="") == replace(cell.config, version="")
 
 
 def finished(cell: Cell) -> dict[str, Any] | None:
-    """The metrics of a cell that is done with the same settings, or None."""
+    """The metrics of a cell that is finished with the same settings, or None."""
     from pyro_isingvit.runs.folder import METRICS
 
     try:
@@ -167,7 +167,7 @@ def finished(cell: Cell) -> dict[str, Any] | None:
 
 
 def run_cell(cell: Cell, threads: int) -> dict[str, Any]:
-    """Trains one cell, or finishes it where it was begun; returns its metrics."""
+    """Trains one cell, or resumes it; returns its metrics."""
     import torch
 
     from pyro_isingvit.experiment import train_run
@@ -182,7 +182,7 @@ def run_cell(cell: Cell, threads: int) -> dict[str, Any]:
 def sibling(cell: Cell) -> Path | None:
     """The finished run in the grid's folder whose weights a derived method takes, found by its settings.
 
-    None where the method is not derived, or no such run is there.
+    None if the method is not derived, or there is no such run.
     """
     from pyro_isingvit.runs.folder import METRICS, read_config, trained_alike
 
@@ -191,7 +191,7 @@ def sibling(cell: Cell) -> Path | None:
     for metrics in sorted(cell.folder.parent.glob(f"*/{METRICS}")):
         try:
             config = read_config(metrics.parent)
-        except UserError:  # a damaged run is no sibling
+        except UserError:  # a damaged run cannot be shared
             continue
         if config.method == cell.derived_from and trained_alike(config, cell.config):
             return metrics.parent
@@ -199,9 +199,9 @@ def sibling(cell: Cell) -> Path | None:
 
 
 def run_grid(cells: list[Cell], jobs: int) -> Iterator[tuple[Cell, dict[str, Any] | Exception]]:
-    """Runs the cells in ``jobs`` processes; yields each with its metrics or what stopped it.
+    """Runs the cells in ``jobs`` processes; yields each with its metrics or its error.
 
-    A process that dies (out of memory, killed) fails the cells that it may have held; new processes run the rest.
+    A process that dies (out of memory, killed) fails the cells that it may have been running. New processes run the rest.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     waves = [[c for c in cells if c.derived_from is None], [c for c in cells if c.derived_from is not None]]
@@ -217,7 +217,7 @@ def run_grid(cells: list[Cell], jobs: int) -> Iterator[tuple[Cell, dict[str, Any
                     cell = futures[future]
                     error = future.exception()
                     if isinstance(error, BrokenProcessPool):
-                        # Its own fault or a neighbour's: the cells nearest the front of the queue were running.
+                        # The cause may be another cell: those nearest the front of the queue were running.
                         running = [c for c in left if c not in done][:jobs]
                         for lost in running:
                             done.append(lost)
@@ -246,7 +246,7 @@ def compare(arguments: CompareArguments) -> None:
     except KeyboardInterrupt as stop:
         stop.args = ("interrupted; finished cells and epochs are kept; re-run the same command to resume",)
         raise
-    # Figures and tables belong to analysis, which scripts of this folder do not import.
+    # Figures and tables belong to analysis/, which scripts of this folder do not import.
     if any(row["status"] == "done" for row in results.values()):
         subprocess.run([sys.executable, "-m", "analysis.comparison", "--results", str(arguments.out)], check=True)
     print(f"grid: {arguments.out}, {len(cells) - failed} cells done, {failed} failed")
@@ -257,7 +257,7 @@ def compare(arguments: CompareArguments) -> None:
 def _run_and_record(
     todo: list[Cell], arguments: CompareArguments, results: dict[tuple[Any, ...], dict[str, Any]]
 ) -> int:
-    """Runs the cells, writes results.json after each; returns how many failed."""
+    """Runs the cells and writes results.json after each; returns how many failed."""
     from tqdm.auto import tqdm
 
     failed = 0

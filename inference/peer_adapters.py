@@ -1,6 +1,6 @@
-"""Each peer, trained and asked for predictions as its own documentation says (docs/peers.md).
+"""Each peer, trained and used for prediction as its own documentation says (docs/peers.md).
 
-A method is a function and a line in METHODS. Peers are imported inside their function: none is needed elsewhere.
+A method is a function and a line in METHODS. Each function imports its own peer, so no other code needs it.
 
 Shapes: S samples, B batch, C classes.
 """
@@ -32,14 +32,14 @@ def own(job: Job, clock: Clock, method: str) -> Predict:
         samples=asked.samples, device=asked.device,
     )  # fmt: skip
     config = replace(job.config, method=method, ising=OWN[method].ising, train=settings)
-    # Validation, which the peers do not have, is left out of the epochs' times.
+    # The peers have no validation, so the epochs' times leave it out.
     run = Trainer(config, job.data, None, False, on_epoch=lambda at: clock.note(at.epoch_seconds[-1])).fit()
     return lambda images: draw_predictive(run, images, asked.samples, seed=asked.seed).probs
 
 
 @contextmanager
 def deep_getattr() -> Iterator[None]:
-    """Lends Pyro 1.9 the function that it no longer has and TyXe 0.0.2 calls."""
+    """Puts back the function that TyXe 0.0.2 calls and Pyro 1.9 no longer has."""
     from pyro import util
 
     missing = not hasattr(util, "deep_getattr")
@@ -55,8 +55,8 @@ def deep_getattr() -> Iterator[None]:
 def tyxe(job: Job, clock: Clock, local: bool = True) -> Predict:
     """TyXe: mean-field Gaussians over the linear layers; ``local``: by local reparameterisation in training.
 
-    Prior, initial means and the guide's scales are those of its examples/resnet.py. Trained through Pyro's
-    differentiable loss rather than ``bnn.fit``, which keeps an optimiser for each tensor and clips each alone.
+    Prior, initial means and the guide's scales are those of its examples/resnet.py. It is trained through Pyro's
+    differentiable loss instead of ``bnn.fit``, which keeps an optimiser for each tensor and clips each one alone.
     """
     with deep_getattr():
         import pyro
@@ -75,7 +75,7 @@ def tyxe(job: Job, clock: Clock, local: bool = True) -> Predict:
         )  # fmt: skip
         bnn = library.VariationalBNN(network, prior, library.likelihoods.Categorical(dataset_size=n), guide)
         first = job.data.info.normalise(job.data.train.images[:2])
-        bnn.net_guide(first)  # its parameters exist from the first call on
+        bnn.net_guide(first)  # the first call creates its parameters
         elbo = TraceMeanField_ELBO()
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def bayesian_torch(job: Job, clock: Clock) -> Predict:
         "moped_enable": False, "moped_delta": 0.5,
     })  # fmt: skip
     layers: dict[str, Any] = {name: layer for name, layer in network.named_modules() if hasattr(layer, "mu_weight")}
-    with torch.no_grad():  # the same initial weights for all, in place of N(0, 0.1)
+    with torch.no_grad():  # the same initial weights for all, instead of N(0, 0.1)
         for name, layer in layers.items():
             layer.mu_weight.copy_(means[f"{name}.weight"])
             layer.mu_bias.copy_(means[f"{name}.bias"])
@@ -169,9 +169,9 @@ class Method:
     """A row of the table.
 
     Attributes:
-        what: in a few words.
+        what: description in a few words.
         fit: trains on a job and returns what predicts.
-        module: that the peer is imported as; None for our own.
+        module: name under which the peer is imported; None for our own methods.
         package: its name for pip.
         calibrated: the method itself fits a temperature on the validation part.
     """

@@ -22,7 +22,7 @@ from pyro_isingvit.nets.plain import PlainViT
 from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule
 from pyro_isingvit.runs.run import build_run
 
-CHUNK = 500  # images that are predicted at a time
+CHUNK = 500  # images per forward pass in prediction
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Clock:
     """Measures epochs.
 
     Args:
-        pause: called after each, outside the measured time; processes that take turns wait there.
+        pause: called after each epoch, outside the measured time; processes that take turns wait there.
 
     Attributes:
         seconds: of each epoch.
@@ -70,7 +70,7 @@ class Clock:
 
     @contextmanager
     def epoch(self) -> Iterator[None]:
-        """What runs inside is one epoch."""
+        """Measures one epoch."""
         start = time.perf_counter()
         yield
         if torch.cuda.is_available():
@@ -78,7 +78,7 @@ class Clock:
         self.note(time.perf_counter() - start)
 
     def note(self, seconds: float) -> None:
-        """One more epoch is over."""
+        """Records the end of an epoch."""
         self.seconds.append(seconds)
         self.pause()
         self.resumed = time.perf_counter()

@@ -1,10 +1,10 @@
-"""Train methods of other libraries on the same network and split; one table of quality and seconds per epoch.
+"""Train methods of other libraries on the same network and split, and print quality and seconds per epoch.
 
 python -m inference.peers --dataset fashion-mnist --data-root data --train-size 6000 --preset small --epochs 30 \
     --seed 0 --samples 50 --peers tyxe bayesian-torch laplace torch-uncertainty --out runs/peers
 
-Each method runs in a process of its own, so that a peer's patches, warnings and errors stay there. The processes take
-turns, an epoch each, so that other load on the machine slows all of them alike.
+Each method runs in its own process, so that a peer's patches, warnings and errors stay there. The processes take turns,
+one epoch each, so that other load on the machine slows all of them alike.
 """
 
 import importlib.util
@@ -28,9 +28,9 @@ from pyro_isingvit.version import __version__
 
 RESULTS = "peers.json"
 OURS = ("ising", "deterministic")
-REFERENCE = "deterministic"  # whose seconds per epoch are 1
+REFERENCE = "deterministic"  # the ratios are to its seconds per epoch
 LR = 2e-3  # at which every peer and both of ours train well on narrow networks
-PATIENCE = 20.0  # seconds that a process has to end by itself
+PATIENCE = 20.0  # seconds that a process gets to end by itself
 INSTALL = "pip install 'pyro-isingvit[peers]'"
 SHOWN = {"accuracy": "accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE", "nll_calibrated": "NLL, T fitted"}
 
@@ -42,15 +42,15 @@ class PeersArguments:
     out: Path
     """Folder that receives peers.json."""
     peers: tuple[str, ...] = ("tyxe", "bayesian-torch", "laplace", "torch-uncertainty")
-    """tyxe, tyxe-plain, bayesian-torch, laplace, torch-uncertainty; our ising and deterministic are always there."""
+    """tyxe, tyxe-plain, bayesian-torch, laplace, torch-uncertainty; our ising and deterministic always run too."""
     preset: str | None = None
-    """Network shape; by default the one made for the data set."""
+    """Network shape; by default the preset for the data set."""
     depth: int | None = None
-    """Blocks of the network, in place of the preset's."""
+    """Number of blocks; by default the preset's."""
     patch_size: int | None = None
-    """Side of a patch, in place of the preset's."""
+    """Side of a patch in pixels; by default the preset's."""
     width: int | None = None
-    """D, in place of the preset's."""
+    """D, the width; by default the preset's."""
     epochs: int = 30
     """Epochs of every method."""
     batch_size: int = 64
@@ -58,7 +58,7 @@ class PeersArguments:
     lr: float | None = None
     """Peak learning rate of AdamW, the same for all; by default 2e-3, or less for wide networks."""
     seed: int = 0
-    """Of split, initial weights, order of batches and noise."""
+    """Seed of split, initial weights, order of batches and noise."""
     samples: int = 50
     """S, draws at prediction."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -69,10 +69,10 @@ class PeersArguments:
 
 
 def make_config(arguments: PeersArguments) -> RunConfig:
-    """The settings that all methods share, as those of the deterministic one.
+    """The settings that all methods share, as a configuration of the deterministic method.
 
     Raises:
-        UserError: peers that are unknown, twice, none or not installed, or an unknown preset.
+        UserError: no peer, a peer that is unknown, repeated or not installed, or an unknown preset.
     """
     from inference.peer_adapters import METHODS as KNOWN
     from inference.peer_adapters import PEERS
@@ -96,7 +96,7 @@ def make_config(arguments: PeersArguments) -> RunConfig:
 
 
 def check(config: RunConfig) -> None:
-    """Raises UserError for data or settings that no method could use, before any process is started."""
+    """Raises UserError for data or settings that no method could use, before any process starts."""
     from pyro_isingvit.data.load import load_data
     from pyro_isingvit.nets.plain import PlainViT
     from pyro_isingvit.nets.vit import ViT
@@ -135,7 +135,7 @@ def fit_and_score(name: str, config: RunConfig, pause: Any = lambda: None) -> di
     torch.manual_seed(config.train.seed)
     val = predict(data.val.images[:]) if len(data.val) else None
     start = time.perf_counter()
-    probs = predict(data.test.images[:])  # the one look at the test part, (S, B, C)
+    probs = predict(data.test.images[:])  # the only use of the test part, (S, B, C)
     seconds = time.perf_counter() - start
     temperature = 1.0 if val is None or method.calibrated else fit_temperature(val, data.val.labels)
     fitted = classification_metrics(temper(probs, temperature).mean(0), data.test.labels)
@@ -157,7 +157,7 @@ def fit_and_score(name: str, config: RunConfig, pause: Any = lambda: None) -> di
 
 
 def work(name: str, config: RunConfig, pipe: Connection) -> None:
-    """A process: waits for its turn, answers each with None, and the last with its row."""
+    """The body of a process: waits for each turn, answers it with None, and answers the last one with its row."""
     from inference.peer_adapters import METHODS as KNOWN
 
     method = KNOWN[name]
@@ -172,11 +172,11 @@ def work(name: str, config: RunConfig, pipe: Connection) -> None:
         pipe.recv()
         with warnings.catch_warnings():
             if method.module is not None:
-                warnings.simplefilter("ignore")  # the peers' own, which their users get
+                warnings.simplefilter("ignore")  # the peers' own warnings, which their users get too
             row = fit_and_score(name, config, pause)
     except ImportError as error:
         row = {"status": "not installed", "reason": f"{why(error)}; {INSTALL}"}
-    except (EOFError, ConnectionError):  # the parent wants no more
+    except (EOFError, ConnectionError):  # the parent has closed the pipe
         return
     except Exception as error:
         row = {"status": "failed", "reason": f"{type(error).__name__}: {why(error)}"[:300]}
@@ -195,7 +195,7 @@ class Worker:
         other.close()
 
     def turn(self) -> dict[str, Any] | None:
-        """Lets it go on for an epoch, or from the last one to the end; its row if it is done."""
+        """Lets it run one more epoch, or from the last one to the end; returns its row if it is done."""
         try:
             self.pipe.send("go on")
             return self.pipe.recv()
@@ -203,7 +203,7 @@ class Worker:
             return {"status": "failed", "reason": "the process died (out of memory, or killed)"}
 
     def end(self) -> None:
-        """Ends the process: a waiting one ends by itself, one in the middle of an epoch is terminated."""
+        """Ends the process: a waiting process ends by itself; a process in the middle of an epoch is terminated."""
         self.pipe.close()
         self.process.join(PATIENCE)
         if self.process.is_alive():
@@ -212,7 +212,7 @@ class Worker:
 
 
 def run_methods(names: list[str], config: RunConfig) -> list[dict[str, Any]]:
-    """Trains all methods, an epoch each in turn; returns their rows in the order of ``names``."""
+    """Trains all methods, one epoch each in turn; returns their rows in the order of ``names``."""
     from tqdm.auto import tqdm
 
     waiting = [Worker(name, config) for name in names]
@@ -240,7 +240,7 @@ def run_methods(names: list[str], config: RunConfig) -> list[dict[str, Any]]:
 def ratio(row: dict[str, Any], reference: dict[str, Any]) -> float | None:
     """Median over epochs of the seconds over those of the reference in the same round; None where one did not run.
 
-    Within a round both met the same load of the machine, which the ratio of two medians would not cancel.
+    Within a round both had the same load of the machine. The ratio of two medians would not cancel it.
     """
     if "epoch_seconds" not in row or "epoch_seconds" not in reference:
         return None
@@ -264,7 +264,7 @@ def _labels(name: str, config: RunConfig) -> dict[str, Any]:
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    """The table, and below it why a row is empty."""
+    """Prints the table, and below it the reason for each empty row."""
     from rich.console import Console
     from rich.table import Table
 

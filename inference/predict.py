@@ -27,17 +27,17 @@ class PredictArguments:
     input: str
     """A folder of images, an npz file, or the name of a data set (its test part)."""
     out: Path = Path("predictions.nc")
-    """ArviZ DataTree to write; a CSV of the same name is written to the same folder."""
+    """ArviZ DataTree to write; a CSV with the same name goes to the same folder."""
     samples: int = 100
     """Posterior predictive draws."""
     chunk: int = 2048
-    """Images times draws that pass through the network at a time: bounds the memory."""
+    """Images times draws in one pass through the network; limits the memory."""
     seed: int = 0
     """Seed of the draws."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
     data_root: str = "data"
-    """Folder of the torchvision data sets, where --input names one."""
+    """Folder of the torchvision data sets, if --input names one."""
     overwrite: bool = False
     """Replace files that are already there."""
 
@@ -89,7 +89,7 @@ def predict(arguments: PredictArguments) -> None:
 
 
 def to_csv(inputs: "Split", draws: "PredictiveDraws", classes: tuple[str, ...]) -> str:
-    """One line an image: file, class, probability, its 5% and 95% ends, entropy, mutual information (nats)."""
+    """One line per image: file, class, probability, its 5% and 95% quantiles, entropy, mutual information (nats)."""
     mean, (low, high) = draws.mean, draws.interval(0.9)
     entropy, information = draws.entropy, draws.mutual_information
     text = io.StringIO()

@@ -38,19 +38,19 @@ class PruneArguments:
     keep: float | None = None
     """Keep this share of the weights: the masks of highest retention."""
     max_accuracy_drop: float | None = None
-    """Take the smallest network within so many percentage points of the full posterior's validation accuracy."""
+    """Take the smallest network within this many percentage points of the full posterior's validation accuracy."""
     finetune: int = 0
-    """Epochs of cross entropy on the training part, for the weights that are left."""
+    """Epochs of cross entropy on the training part, for the remaining weights."""
     export: tuple[Literal["onnx", "torch"], ...] = ()
-    """Write compact.onnx (checked with onnxruntime), compact.pt2 (torch.export), or both; safetensors always."""
+    """Also write compact.onnx (checked with onnxruntime), compact.pt2 (torch.export), or both."""
     peers: bool = False
     """Compare with magnitude pruning and Torch-Pruning's GroupTaylor at the same multiply-accumulates (slow)."""
     data_root: str | None = None
-    """Folder of the torchvision data sets, where it is not the folder that the run names."""
+    """Folder of the torchvision data sets; by default the run's own."""
     repeats: int = 15
-    """Repeats of each time measurement; medians count."""
+    """Repeats of each time measurement; the median is reported."""
     plot: bool = True
-    """Draw the frontier and the network afterwards (analysis.report)."""
+    """Write the report, with the frontier and the network."""
     overwrite: bool = False
     """Replace the compact network that the folder holds."""
 
@@ -164,7 +164,7 @@ def _search(
 
 
 def _quality(run: "Run", model: "CompactViT", bayes: "CompactViT", data: "ImageData") -> dict[str, Any]:
-    """The one look at the test part: compact, sampled compact, dense, and the full posterior."""
+    """The only use of the test part: compact, sampled compact, dense, and the full posterior."""
     from pyro_isingvit.predictive.metrics import classification_metrics
     from pyro_isingvit.pruning.choose import dense_network
     from pyro_isingvit.runs.predict import draw_predictive
@@ -176,7 +176,7 @@ def _quality(run: "Run", model: "CompactViT", bayes: "CompactViT", data: "ImageD
         "dense_": dense_network(run, data.val).predict(test.images).mean(0),
     }
     scores = {name: classification_metrics(mean, test.labels) for name, mean in probs.items()}
-    held = _evaluated(run)  # the run was evaluated already: the same draws would give the same numbers
+    held = _evaluated(run)  # the run was already evaluated: the same draws would give the same numbers
     if held is None:
         held = classification_metrics(
             draw_predictive(run, test.images, samples, seed=seed, progress=True).mean, test.labels
@@ -191,7 +191,7 @@ def _quality(run: "Run", model: "CompactViT", bayes: "CompactViT", data: "ImageD
 
 
 def _evaluated(run: "Run") -> dict[str, float] | None:
-    """The full posterior's metrics from the run's own evaluation; None without one."""
+    """The full posterior's metrics from the run's own evaluation, or None if it has none."""
     from pyro_isingvit.runs.folder import METRICS
 
     assert run.folder is not None
@@ -220,7 +220,7 @@ def _cost(run: "Run", model: "CompactViT", arguments: PruneArguments, data: "Ima
         "macs": macs(model, shape), "dense_macs": macs(original, shape),
     }  # fmt: skip
     costs["macs_ratio"] = costs["dense_macs"] / costs["macs"]
-    for batch in (1, BATCH):  # the library's own dense network and the same cut from nothing: the faster one counts
+    for batch in (1, BATCH):  # the library's own dense network, or the same rebuilt with nothing removed: the faster one counts
         ours, first, second = latency([model, original, dense], shape, batch, arguments.repeats)
         costs |= {f"latency_{batch}": ours, f"dense_latency_{batch}": min(first, second)}
     costs["throughput_ratio"] = costs[f"dense_latency_{BATCH}"] / costs[f"latency_{BATCH}"]
@@ -239,7 +239,7 @@ def _cost(run: "Run", model: "CompactViT", arguments: PruneArguments, data: "Ima
 def _frontier_file(
     run: "Run", masks: "Kept", found: "list[Candidate]", full: dict[str, float], metrics: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the figures read: the points, the chosen one, the dense network, and what is left of each layer."""
+    """The data of the figures: the points, the chosen one, the dense network, and what is left of each layer."""
     from pyro_isingvit.pruning.assembly import structure
     from pyro_isingvit.pruning.choose import masked_weights
 
@@ -274,7 +274,7 @@ def _print_frontier(points: "list[Point]", full: dict[str, float]) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Removes an earlier compact network's files and nothing else."""
+    """Removes the files of an earlier compact network and nothing else."""
     from pyro_isingvit.pruning.export import ONNX, PROGRAM
 
     for name in ("compact.json", "compact.safetensors", ONNX, PROGRAM, "metrics.json", FRONTIER):
@@ -308,7 +308,7 @@ def _show(arguments: PruneArguments, metrics: dict[str, Any]) -> None:
     print_table("cost", shown)
     print_table("test part: accuracy, NLL (nats), ECE", scores)
     print(f"compact network: {arguments.out}\nreport: python -m analysis.report --run {arguments.out}")
-    if arguments.plot:  # analysis is a folder of its own, which this one does not import
+    if arguments.plot:  # scripts of this folder do not import analysis/
         done = subprocess.run([sys.executable, "-m", "analysis.report", "--run", str(arguments.out)], check=False)
         need(done.returncode == 0, f"the network is written, its report is not: see above ({arguments.out}).")
 

@@ -66,7 +66,7 @@ def train_plainly(network: nn.Module, run: Run, split: Split, epochs: int, lr: f
 
 
 def prune_to(dense: PlainViT, importance: Any, wanted: int, run: Run, data: ImageData) -> PlainViT:
-    """A copy of the network, pruned once and globally to at most ``wanted`` multiply-accumulates, as near as can be."""
+    """A copy of the network, pruned once and globally to ``wanted`` multiply-accumulates or just below."""
     import torch_pruning as tp
 
     shape = run.model.vit.image_shape
@@ -81,13 +81,13 @@ def prune_to(dense: PlainViT, importance: Any, wanted: int, run: Run, data: Imag
             max_pruning_ratio=MOST, num_heads=heads, ignored_layers=ignored,
             unwrapped_parameters=[(network.position, 1)],
         )  # fmt: skip
-        F.cross_entropy(network(x), y).backward()  # what Taylor importance reads
+        F.cross_entropy(network(x), y).backward()  # gradients for Taylor importance
         pruner.step()
         network.zero_grad()
         return network
 
     best, most = None, 0
-    for step in range(1, STEPS):  # not a bisection: where a ratio would empty a layer, Torch-Pruning leaves it whole
+    for step in range(1, STEPS):  # not a bisection: if a ratio would empty a layer, Torch-Pruning leaves it whole
         network = pruned(step / STEPS)
         cost = macs(network, shape)
         if most < cost <= wanted:
@@ -138,7 +138,7 @@ def compare_peers(run: Run, data: ImageData, model: CompactViT, epochs: int, rep
 
 
 def check_peers(config: ViTConfig) -> None:
-    """Raises UserError where the comparison is not written for such a network."""
+    """Raises UserError if the comparison does not support this network."""
     fits = config.pool == "mean" and config.head == "linear"
     need(fits, "the comparison with peers is written for mean pooling and a linear head; leave out `peers`.")
 

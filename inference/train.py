@@ -1,4 +1,4 @@
-"""Train an Ising-ViT, evaluate it once on the test part, keep everything in one folder.
+"""Train an Ising-ViT, evaluate it once on the test part, and keep everything in one folder.
 
 python -m inference.train --dataset digits --preset digits --out runs/digits
 python -m inference.train --resume runs/digits
@@ -38,7 +38,7 @@ class TrainArguments:
     out: Path
     """Folder of the run."""
     preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))]
-    """Network shape to start from; by default the one made for the data set."""
+    """Network shape to start from; by default the preset for the data set."""
     method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = OURS
     """What to train: the library's Ising posterior, the paper's literal setting, or a method to compare with."""
     overwrite: bool = False
@@ -63,7 +63,7 @@ class ResumeArguments:
 
 
 def train(arguments: TrainArguments) -> None:
-    """Train an Ising-ViT by stochastic variational inference, or a baseline. To continue a run: --resume DIR alone."""
+    """Train an Ising-ViT by stochastic variational inference, or a baseline. To continue a run, give --resume DIR alone."""
     from pyro_isingvit.runs.folder import holds_run
 
     config = RunConfig(
@@ -94,7 +94,7 @@ def _train_and_report(config: RunConfig, folder: Path, resume: bool, full: bool)
     try:
         metrics = train_run(config, folder, resume=resume, full_posterior=full)
     except KeyboardInterrupt as stop:
-        if stop.args:  # the library says what is kept
+        if stop.args:  # the library's message says what is kept
             stop.args = (f"{stop}{_how_to_go_on(folder)}",)
         raise
     if not REPORTS:
@@ -119,7 +119,7 @@ def _how_to_go_on(folder: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parses the command line; the preset decides the defaults of the shape, the width that of the learning rate."""
+    """Parses the command line. The preset sets the defaults of the shape; the width sets that of the learning rate."""
     argv = sys.argv[1:] if argv is None else argv
     if any(word == "--resume" or word.startswith("--resume=") for word in argv):
         run_script(resume, ResumeArguments, argv)
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    if by_torchrun():  # a process that exits while the group's threads live may abort
+    if by_torchrun():  # a process that exits while the group's threads still run may abort
         from pyro_isingvit.core.processes import part_ways
 
         part_ways()

@@ -1,10 +1,10 @@
-"""Compare ways to draw the posterior in training: noise of the gradient, and time to a validation NLL.
+"""Compare ways to draw the posterior in training by the noise of the gradient and the time to a validation NLL.
 
 python -m inference.variance --dataset fashion-mnist --data-root data --train-size 6000 --epochs 14 --depth 2 \
     --out runs/variance
 
-Every way trains the same network from the same seed. The gradient's variance is measured at one point, the network
-that the first way has trained, with respect to the weight means; the test part is never looked at.
+Every way trains the same network from the same seed. The variance of the gradient with respect to the weight means is
+measured at one point, the network that the first way has trained. The test part is never used.
 """
 
 import sys
@@ -37,15 +37,15 @@ class VarianceArguments:
     preset: str | None = None
     """Network shape; by default the one made for the data set."""
     depth: int | None = None
-    """Blocks of the network, in place of the preset's."""
+    """Number of blocks; by default the preset's."""
     epochs: int = 14
     """Of each way."""
     gradients: int = 100
-    """Gradients of which the variance is taken, at least 2."""
+    """Number of gradients for the variance, at least 2."""
     batch_size: int = 64
     """Images per step."""
     seed: int = 0
-    """Of split, initial weights, batches and noise."""
+    """Seed of split, initial weights, batches and noise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     overwrite: bool = False
@@ -97,7 +97,7 @@ def measure(arguments: VarianceArguments) -> list[dict[str, Any]]:
             "way": way, "settings": change, "val_nll": history, "val_accuracy": trainer.run.history[-1]["val_accuracy"],
             "seconds": [*accumulate(trainer.epoch_seconds)], **gradient_variance(point, change, arguments.gradients),
         })  # fmt: skip
-    goal = max(min(row["val_nll"]) for row in rows)  # which every way reaches
+    goal = max(min(row["val_nll"]) for row in rows)  # an NLL that every way reaches
     for row in rows:
         first = next(i for i, nll in enumerate(row["val_nll"]) if nll <= goal)
         row |= {"goal_nll": goal, "seconds_to_goal": row["seconds"][first], "epochs_to_goal": first + 1}
@@ -108,7 +108,7 @@ def gradient_variance(trainer: Any, change: dict[str, Any], count: int) -> dict[
     """Trace of the covariance of the loss's gradient in the weight means, over draws and over draws and batches.
 
     Args:
-        trainer: whose network, guide and training images are taken; they are left as they were.
+        trainer: provides network, guide and training images, which are left unchanged.
         change: draws or noise of the estimator.
         count: gradients.
 

@@ -23,7 +23,7 @@ def workers(count: int) -> Iterator[ProcessPoolExecutor]:
         except BaseException:
             for child in multiprocessing.active_children():
                 if child not in others:
-                    child.terminate()  # the pool alone would let them finish first
+                    child.terminate()  # otherwise the pool would let them finish first
             raise
 
 
@@ -37,4 +37,4 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)  # nothing gentler ends a process from a thread; files are written atomically
+    os._exit(1)  # a thread cannot end its process more gently; files are written atomically

@@ -1,4 +1,4 @@
-"""Frozen settings of a run. One ``RunConfig`` is saved as ``config.json`` with every run."""
+"""Frozen settings of a run. Every run saves one ``RunConfig`` as ``config.json``."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pyro_isingvit.core.errors import UserError, why
 
-FORMAT = 1  # raised whenever a run folder written before could no longer be read
+FORMAT = 1  # raised when older run folders can no longer be read
 Granularity = Literal["weight", "unit", "head", "block"]
 Tempering = float | Literal["exact", "data_emphasis", "batch_mean", "no_kl"]
 
@@ -22,15 +22,15 @@ class DataConfig:
     dataset: str = "digits"
     """digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH or npz:PATH."""
     data_root: str = "data"
-    """Folder that holds the torchvision data sets, or receives them with download."""
+    """Folder of the torchvision data sets; download writes them here."""
     download: bool = False
     """Fetch a missing torchvision data set into data_root."""
     train_size: int | None = None
-    """Train on a stratified, seeded subset of this many images; None: all but the validation part."""
+    """Train on a stratified, seeded subset of this many images; None: on all except the validation part."""
     val_fraction: float = 0.1
     """Validation images, as a share of the training images."""
     image_size: int | None = None
-    """Resize images of an image folder to this many pixels square; needed where their sizes differ."""
+    """Resize images of an image folder to squares with this many pixels a side; needed if their sizes differ."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ViTConfig:
     width: int = 64
     """D, the width of the residual stream."""
     heads: int = 4
-    """H, attention heads; must divide the width."""
+    """H, the number of attention heads; must divide the width."""
     depth: int = 4
     """L, the number of blocks."""
     mlp_ratio: int = 4
@@ -50,7 +50,7 @@ class ViTConfig:
     pool: Literal["mean", "cls"] = "mean"
     """What the head reads: the mean over tokens, or a CLS token."""
     head: Literal["linear", "mlp"] = "linear"
-    """Plain linear head, or the paper's two layers D -> D/2 -> ReLU -> C."""
+    """A linear head, or the paper's two layers D -> D/2 -> ReLU -> C."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,19 @@ class IsingConfig:
     granularity: Granularity = "weight"
     """What one selection mask covers: a weight, a unit (output row), an attention head, or a whole branch."""
     mask_posterior: str = "likelihood_guided"
-    """likelihood_guided: masks set by the mean-field equation; learned: by relaxed-Bernoulli gradients, with the Ising
-    field as prior; hybrid: by the equation with learned corrections. The names are in
+    """likelihood_guided: the mean-field equation sets the masks; learned: relaxed-Bernoulli gradients do, with the Ising
+    field as prior; hybrid: the equation with learned corrections. The names are in
     pyro_isingvit.ising.masks.MASK_POSTERIORS."""
     saliency: str = "gnb"
     """Curvature estimator; the names are in pyro_isingvit.ising.curvature.SALIENCY."""
     coupling: str = "all_readers"
     """Coupling graph; the names are in pyro_isingvit.ising.coupling.COUPLINGS."""
     kappa_mask: Tempering | Literal["auto"] = "auto"
-    """Weight of the likelihood in the mask field: a number, exact (1), data_emphasis (P/N), or auto: solved at each
-    update so that the mean retention meets target_retention times max_keep."""
+    """Weight of the likelihood in the mask field: a number, exact (1), data_emphasis (P/N), or auto. auto solves for it at
+    each update so that the mean retention equals target_retention times max_keep."""
     target_retention: float = 0.5
-    """Mean retention that kappa_mask "auto" aims at, as a share of max_keep: about the share of weights that stay;
-    ignored for a fixed kappa_mask."""
+    """Mean retention that kappa_mask "auto" aims at, as a share of max_keep. It is about the share of weights that stay.
+    A fixed kappa_mask ignores it."""
     kappa_weights: Tempering = "data_emphasis"
     """Weight of the likelihood in the objective: a number, exact (1) or data_emphasis (P/N)."""
     delta: float = 0.99
@@ -88,42 +88,42 @@ class IsingConfig:
     empirical_tau_1: bool = False
     """Set tau_1 per layer by empirical Bayes at each mask update."""
     posterior_scale: Literal["learned", "shared"] = "shared"
-    """Freeze one shared posterior scale (as the paper does), or learn one per weight."""
+    """shared: one frozen posterior scale for all weights (as in the paper); learned: one per weight."""
     init_scale: float = 0.01
-    """Posterior scale at the start; the constant when shared."""
+    """Initial posterior scale; a shared scale keeps it."""
     max_keep: float | Literal["auto"] = "auto"
-    """Retention is clipped to this, so that every weight is dropped now and then; auto: fitted on the validation part
-    during training, so that the predictions need no temperature (0.9 where there is none)."""
+    """Upper limit of the retention, so that every weight is dropped now and then. auto: fitted on the validation part
+    during training, so that the predictions need no temperature (0.9 without a validation part)."""
     temperature: float = 0.5
     """Temperature of the relaxed-Bernoulli straight-through masks when the Ising phase starts."""
     final_temperature: float = 0.2
-    """The same at its end; in between it falls geometrically."""
+    """The same at the end of the Ising phase; in between it falls geometrically."""
     decay: float = 0.5
     """Coupling all_readers: weight of a reader, per step of distance."""
     update_every: int = 10
     """Optimiser steps between updates of curvature and masks."""
     curvature_batch: int = 16
-    """Images of a batch that a curvature estimate looks at."""
+    """Images of a batch that a curvature estimate uses."""
     curvature_decay: float = 0.95
-    """Exponential average of the curvature, per update."""
+    """Decay of the exponential average of the curvature, per update."""
     mask_damping: float = 0.2
-    """Share of the new mask logit taken at each update; 1 takes it whole."""
+    """Share of the new mask logit taken at each update; 1 takes all of it."""
 
 
 @dataclass(frozen=True)
 class BaselineConfig:
-    """What the methods without Ising masks need; each reads its own (methods/)."""
+    """Settings of the methods without Ising masks; each method reads its own (methods/)."""
 
     drop_rate: float = 0.1
     """dropout, dropconnect: probability of a drop; concrete-dropout, l0: the same at the start."""
     members: int = 5
     """ensemble: K, networks trained side by side."""
     sparsity: float = 0.6
-    """magnitude: share of the weights that is pruned."""
+    """magnitude: share of the weights that are pruned."""
     l0_penalty: float = 0.03
     """l0: nats per weight that is on."""
     kl_weight: float = 1.0
-    """sparse-vd: weight of the KL in the objective once it has risen (1: the ELBO)."""
+    """sparse-vd: weight of the KL in the objective after its warm-up (1: the ELBO)."""
     length_scale: float = 0.01
     """concrete-dropout: prior length scale."""
 
@@ -133,9 +133,9 @@ class TrainConfig:
     """How to train and how to evaluate."""
 
     epochs: int = 30
-    """Passes over the training images, pilot phase included, fine-tuning not."""
+    """Passes over the training images, including the pilot phase but not the fine-tuning."""
     pilot_fraction: float = 0.4
-    """Share of the epochs trained with every mask at one, before the Ising phase."""
+    """Share of the epochs before the Ising phase, with every mask at one."""
     finetune_epochs: int = 0
     """Epochs after the Ising phase with the masks frozen at retention > 0.5."""
     batch_size: int = 64
@@ -147,38 +147,38 @@ class TrainConfig:
     weight_decay: float = 0.0
     """AdamW's decoupled decay on the weight means (the slab prior already shrinks them)."""
     schedule: Literal["cosine", "halving"] = "cosine"
-    """Cosine to zero, or the paper's: halved every 20 epochs."""
+    """cosine: to zero; halving: every 20 epochs, as in the paper."""
     warmup_fraction: float = 0.05
     """Share of the steps over which the learning rate rises."""
     accumulate: int = 1
-    """Micro-batches that each step's batch is cut into, one after another: the same loss from less memory."""
+    """Number of micro-batches into which a step's batch is cut: the same loss with less memory."""
     checkpoint_activations: bool = False
-    """Keep only the input of each block and compute the rest again in the backward pass: less memory, more time."""
+    """Keep only the input of each block and recompute the rest in the backward pass: less memory, more time."""
     clip_norm: float = 1.0
-    """Global gradient norm is clipped to this."""
+    """Upper limit of the global gradient norm."""
     augment: Literal["none", "crop", "crop-flip", "randaugment"] = "none"
     """New views of the training images in every epoch: random crops (zero-padded by an eighth of the side), crops and
-    horizontal flips, or RandAugment on top of both. For digits, letters and whatever else a mirror changes: crop."""
+    horizontal flips, or both with RandAugment. Use crop for digits, letters and other images that a mirror changes."""
     mix: Literal["none", "mixup", "cutmix"] = "none"
-    """Mix each training image and its label with another one's: their weighted sum, or a box cut out of the other."""
+    """Mix each training image and its label with another: mixup sums both, cutmix pastes a box of the other."""
     mix_alpha: float = 0.2
-    """mixup, cutmix: the share is drawn from Beta(alpha, alpha); small: nearly whole images, 1: any share."""
+    """mixup, cutmix: the share is drawn from Beta(alpha, alpha). Small values mix little; 1 makes every share equally likely."""
     log_barrier: float = 0.0
-    """Weight lambda of the attention log-barrier, a heuristic for vision (0.02 to 0.05 for text); 0: none."""
+    """Weight of the attention log-barrier, a heuristic for vision (0.02 to 0.05 for text); 0: none."""
     seed: int = 0
-    """Seed of every random number of the run."""
+    """Seed of all random numbers of the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     precision: Literal["32", "bf16"] = "32"
     """Arithmetic of the forward pass."""
     engine: Literal["auto", "pyro", "fused"] = "auto"
-    """How the ELBO is computed: through Pyro's handlers, by the same formula without them, or auto: fused if it can."""
+    """pyro: the ELBO through Pyro's handlers; fused: the same formula without them; auto: fused if possible."""
     draws: int | None = None
-    """Posterior draws of a training step, which share the batch out; None: 4 with the engine fused, otherwise 1."""
+    """Posterior draws of a training step, among which the batch is split; None: 4 with the fused engine, otherwise 1."""
     noise: Literal["weights", "activations"] = "weights"
-    """Draw weights, or activations by their two first moments (local reparameterisation; masks on single weights)."""
+    """Draw weights, or activations by their first two moments (local reparameterisation; masks on single weights)."""
     compile: bool = False
-    """Run the training step's network through torch.compile (engine fused; on a CPU it needs a C++ compiler)."""
+    """Run the network of the training step through torch.compile (engine fused; a CPU needs a C++ compiler)."""
     val_samples: int = 4
     """Posterior draws for the validation metrics of each epoch."""
     calibrate: bool = True
@@ -239,16 +239,16 @@ class RunConfig:
 
 
 def written_before(version: str, release: tuple[int, int]) -> bool:
-    """Whether a version, such as "0.3.0", is older than a release; one that cannot be read counts as older."""
+    """Whether a version, such as "0.3.0", is older than a release; an unreadable version counts as older."""
     numbers = version.split(".")[:2]
     return not all(map(str.isdecimal, numbers)) or len(numbers) < 2 or (int(numbers[0]), int(numbers[1])) < release
 
 
 def check_fields(settings: Any) -> None:
-    """Checks that every field of a dataclass, nested ones included, is of the kind it is declared as.
+    """Checks that every field of a dataclass, including nested ones, has its declared kind.
 
     Raises:
-        UserError: it is not; a number is not finite, or a whole number is beyond 2^31, which no setting needs.
+        UserError: a field has another kind, a number is not finite, or a whole number is 2^31 or more.
     """
     for each in dataclasses.fields(settings):
         value = getattr(settings, each.name)
@@ -298,11 +298,11 @@ PARTS: dict[str, type] = {"data": DataConfig, "vit": ViTConfig, "ising": IsingCo
 
 @dataclass(frozen=True)
 class Preset:
-    """A network's shape, and the highest learning rate that its width allows.
+    """The shape of a network, and the highest learning rate for its width.
 
     Attributes:
-        vit: the shape; every field can be overridden by itself.
-        lr: methods with a higher rate of their own take this one for networks of this width; None: they keep their own.
+        vit: the shape; each field can be overridden.
+        lr: the highest rate for networks of this width; methods with a higher rate take this one. None: no limit.
     """
 
     vit: ViTConfig
@@ -319,12 +319,12 @@ PRESETS: dict[str, Preset] = {
 
 
 def default_preset(dataset: str) -> str:
-    """The preset made for a data set: by its name, and ``small`` for folders and npz files."""
+    """The preset for a data set, by its name; ``small`` for folders and npz files."""
     return {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar"}.get(dataset, "small")
 
 
 def preset(name: str, **changes: int | None) -> ViTConfig:
-    """The network shape called ``name``, with those fields changed that are not None.
+    """The network shape called ``name``, with every field replaced that is not None in ``changes``.
 
     Raises:
         UserError: unknown name.
@@ -336,10 +336,10 @@ def preset(name: str, **changes: int | None) -> ViTConfig:
 
 
 def fitting_rate(lr: float, vit: ViTConfig) -> float:
-    """A learning rate for the width of a network: at most that of the widest preset that is no wider.
+    """A learning rate for the width of a network: at most the rate of the widest preset that is no wider.
 
     Args:
-        lr: what a method would take for a narrow network.
+        lr: the method's rate for a narrow network.
         vit: the network.
     """
     narrower = [row for row in PRESETS.values() if row.vit.width <= vit.width]
