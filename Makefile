@@ -1,4 +1,4 @@
-# make alone lists what there is to make; every target sets up its own virtual environment first.
+# make alone lists the targets; each sets up the virtual environment first.
 VENV := .venv
 PY := $(VENV)/bin/python
 DEMO := runs/demo
@@ -12,7 +12,7 @@ SOAK_MINUTES ?= 30
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# The first interpreter of version 3.12 or later that really runs; a version manager's own folders come last.
+# The first interpreter of version 3.12 or later that runs; the folders of a version manager come last.
 $(VENV)/.installed: pyproject.toml
 	@set -e; found=; \
 	for candidate in python3.14 python3.13 python3.12 python3 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3; do \
@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[test]'; \
 	touch $@
 
-lint: $(VENV)/.installed ## style and types: ruff, mypy
+lint: $(VENV)/.installed ## check style and types: ruff, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
@@ -33,16 +33,16 @@ format: $(VENV)/.installed ## rewrite the code in the project's style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-test: lint ## lint, and the quick tests
+test: lint ## lint, then the quick tests
 	$(PYTEST) -m "not slow"
 
-test-all: lint ## lint, every test, and the examples of the docstrings
+test-all: lint ## lint, then every test and the docstring examples
 	$(PYTEST) --doctest-modules tests pyro_isingvit
 
-test-matrix: $(VENV)/.installed ## every supported Python with the oldest and the newest torch (long)
+test-matrix: $(VENV)/.installed ## test every supported Python with the oldest and the newest torch (long)
 	$(PY) tests/matrix.py
 
-demo: $(VENV)/.installed ## train on real handwritten digits, write the report
+demo: $(VENV)/.installed ## train on real handwritten digits and write the report
 	OMP_NUM_THREADS=1 $(PY) -m inference.train --dataset digits --preset digits --epochs 140 --target-retention 0.7 --lr 0.004 --mix mixup --samples 100 --out $(DEMO) --overwrite
 	$(PY) -m analysis.report --run $(DEMO)
 

@@ -1,8 +1,8 @@
-"""Draw a benchmark, and write it as tables.
+"""Draw a benchmark and write its tables.
 
 python -m analysis.benchmark --results runs/benchmark
 
-Reads benchmark.json (inference.benchmark); writes scaling.png, steps.png, memory.png and benchmark.md to its folder.
+Reads benchmark.json (inference.benchmark). Writes scaling.png, steps.png, memory.png and benchmark.md to its folder.
 docs/speed.md says how to read them.
 """
 
@@ -33,7 +33,7 @@ def read(folder: Path) -> dict[str, Any]:
     """What the folder's benchmark.json holds.
 
     Raises:
-        UserError: missing, damaged, or another file.
+        UserError: the file is missing, damaged, or not a benchmark.
     """
     path = folder / RESULTS
     need(path.is_file(), f"there is no {path}; run: python -m inference.benchmark --out {folder}")
@@ -47,7 +47,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:
-    """File name -> figure, of what was measured."""
+    """The figures of the measurements, by file name."""
     from analysis import benchmark_figures as draw
 
     found = {"steps.png": draw.steps(result["repeats_s"])}
@@ -112,7 +112,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def make(arguments: BenchmarkFigures) -> None:
-    """Draw what a benchmark measured, and write it as a table."""
+    """Draw the results of a benchmark and write them as tables."""
     from pyro_isingvit.core.checkpoint import write_text
     from pyro_isingvit.report.style import save_png
 

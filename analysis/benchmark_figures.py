@@ -1,4 +1,4 @@
-"""What the benchmark measured, drawn."""
+"""Figures of a benchmark."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ AXES = {"width": "width D", "depth": "depth L", "batch": "batch size B", "draws"
 
 @styled
 def steps(repeats: Mapping[str, list[float]]) -> Figure:
-    """Milliseconds of every repeat of a training step, a row a case, the median as a bar."""
+    """Milliseconds of every repeat of a training step, one row per case; the bar is the median."""
     names = [name for name in NAMES if name in repeats]
     figure = Figure((WIDE, 0.9 + 0.5 * len(names)), layout="constrained")
     ax = figure.subplots()
@@ -43,7 +43,7 @@ def scaling(curves: Mapping[str, list[dict[str, Any]]]) -> Figure:
         key = "predictive_ratio" if name == "draws" else "step_ratio"
         x, y = [row[name] for row in rows], [row[key] for row in rows]
         ax.plot(x, y, "o-", color=BLUE, markersize=4)
-        for row in rows:  # each turn's own ratio: both met the same load
+        for row in rows:  # the ratio within each turn: both had the same load
             ising, plain = (np.array(row["repeats_s"][case]) for case in ("ising", "plain"))
             turns = ising / plain + (row[key] - np.median(ising / plain))
             ax.plot([row[name]] * 2, np.quantile(turns, [0.25, 0.75]), color=SKY, linewidth=3, alpha=0.7, zorder=0)
@@ -57,7 +57,7 @@ def scaling(curves: Mapping[str, list[dict[str, Any]]]) -> Figure:
 
 @styled
 def memory(measured: Mapping[str, Any]) -> Figure:
-    """Peak memory that posterior draws add, over the chunk, with the result itself hatched."""
+    """Peak memory that posterior draws add, against the chunk; the hatched part is the result itself."""
     figure = Figure((0.6 * WIDE, 3.2), layout="constrained")
     ax, rows = figure.subplots(), measured["predictive"]
     chunks, counts = sorted({row["chunk"] for row in rows}), sorted({row["samples"] for row in rows})

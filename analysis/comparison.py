@@ -3,8 +3,8 @@
 python -m analysis.comparison --results runs/compare
 python -m analysis.comparison --results analysis/results --page docs/comparison.md --readme README.md
 
-Tables: mean and standard deviation over seeds; the Ising posterior against the best other single network by a paired
-t-test over seeds.
+The tables have the mean and standard deviation over seeds. A paired t-test over seeds compares the Ising posterior with
+the best other single network.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ class Arguments:
     results: Path
     """Folder with the results.json of inference.compare."""
     page: Path | None = None
-    """Markdown file whose tables of every method are written anew, between its two marker comments."""
+    """Markdown file whose tables of all methods are replaced, between its two marker comments."""
     readme: Path | None = None
-    """Markdown file whose short table is written anew, between its two marker comments."""
+    """Markdown file whose short table is replaced, between its two marker comments."""
     ours: str = OURS
-    """The method that is held against the others."""
+    """The method to compare with the others."""
 
 
 def comparison(arguments: Arguments) -> None:

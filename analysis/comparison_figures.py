@@ -1,4 +1,4 @@
-"""Figures of a grid: accuracy and NLL against size, pruned share, reliability, entropy of right and wrong."""
+"""Figures of a grid: accuracy and NLL against size, pruned share, reliability, entropy of predictions."""
 
 import itertools
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def _legend_of_all(figure: Figure) -> None:
 
 @styled
 def curves(frame: pd.DataFrame, ours: str) -> Figure:
-    """Accuracy and NLL against training size, a row each, a column per data set; bars: standard deviation of seeds.
+    """Accuracy and NLL against training size: one row each, one column per data set; bars: deviation over seeds.
 
     Args:
         frame: a row per finished cell.
@@ -71,7 +71,7 @@ def curves(frame: pd.DataFrame, ours: str) -> Figure:
                 percent(ax.yaxis)
             else:
                 ax.set_yscale("log")
-                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))  # all nine would overlap
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))  # all nine labels would overlap
                 ax.yaxis.set_minor_locator(NullLocator())
                 ax.yaxis.set_major_formatter("{x:g}")
     _legend_of_all(figure)
@@ -80,7 +80,7 @@ def curves(frame: pd.DataFrame, ours: str) -> Figure:
 
 @styled
 def pruning(frame: pd.DataFrame, ours: str) -> Figure:
-    """Share of weights pruned against accuracy: a point per method, a panel per data set and size."""
+    """Accuracy against the share of weights pruned: one point per method, one panel per data set and size."""
     cells = list(frame.groupby(["dataset", "train_size"]))
     columns = min(4, len(cells))
     lines = -(-len(cells) // columns)
@@ -118,7 +118,7 @@ def _panels(count: int, height: float) -> tuple[Figure, np.ndarray]:
 
 @styled
 def reliability(predictions: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str) -> Figure:
-    """Accuracy against confidence of several methods, a panel each.
+    """Accuracy against confidence of several methods, one panel each.
 
     Args:
         predictions: method -> mean probabilities (B, C) and labels (B,).
@@ -140,7 +140,7 @@ def reliability(predictions: Mapping[str, tuple[np.ndarray, np.ndarray]], title:
 
 @styled
 def entropies(predictions: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str) -> Figure:
-    """Entropy of right and of wrong predictions of several methods, a panel each."""
+    """Entropy of right and of wrong predictions of several methods, one panel each."""
     figure, axes = _panels(len(predictions), 2.4)
     for ax, (method, (probs, labels)) in zip(axes, predictions.items(), strict=False):
         entropy = entropy_of(probs)
@@ -158,10 +158,10 @@ def entropies(predictions: Mapping[str, tuple[np.ndarray, np.ndarray]], title: s
 
 
 def load_predictions(folder: Path, cell: pd.DataFrame) -> Predictions:
-    """Test predictions of the cell's first seed, of the runs that are still there."""
+    """Test predictions of the cell's first seed, by the runs that still exist."""
     found: Predictions = {}
     for _, row in cell.sort_values(["method", "seed"]).drop_duplicates("method").iterrows():
-        path = folder / "runs" / Path(str(row.run)).name / POSTERIOR  # never out of the grid's folder
+        path = folder / "runs" / Path(str(row.run)).name / POSTERIOR  # never outside the grid's folder
         if path.is_file():
             tree = load_datatree(path)
             summary = tree["predictive_summary"]
@@ -171,7 +171,7 @@ def load_predictions(folder: Path, cell: pd.DataFrame) -> Predictions:
 
 
 def write_figures(frame: pd.DataFrame, folder: Path, ours: str) -> list[Path]:
-    """Writes all figures as PNG; reliability and entropies for each cell whose runs are still there.
+    """Writes all figures as PNG; reliability and entropies for each cell whose runs still exist.
 
     Args:
         frame: a row per finished cell.
@@ -179,7 +179,7 @@ def write_figures(frame: pd.DataFrame, folder: Path, ours: str) -> list[Path]:
         ours: the method drawn thickest.
 
     Returns:
-        what was written.
+        the files written.
     """
     made = {"accuracy-nll": curves(frame, ours), "pruned-accuracy": pruning(frame, ours)}
     for (dataset, size), cell in frame.groupby(["dataset", "train_size"]):

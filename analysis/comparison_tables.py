@@ -1,6 +1,6 @@
 """The cells of a grid that inference.compare ran, as tables: means, paired tests, Markdown.
 
-The file may come from anyone: names are made harmless when they are read.
+The file may be untrusted: names are made harmless when they are read.
 """
 
 import json
@@ -17,7 +17,7 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.untrusted import plain
 from pyro_isingvit.methods.registry import METHODS, OURS
 
-SHORT = ("deterministic", "dropout", "ensemble")  # what the README shows besides ours
+SHORT = ("deterministic", "dropout", "ensemble")  # what the README shows in addition to ours
 SEVERAL = tuple(name for name, row in METHODS.items() if row.networks)  # methods that need several networks
 SHOWN = {  # metrics.json -> heading, decimals, +1: more is better, -1: less, 0: neither
     "accuracy": ("accuracy", 4, 1), "nll": ("NLL", 4, -1), "brier": ("Brier", 4, -1), "ece": ("ECE", 4, -1),
@@ -30,10 +30,10 @@ MARKERS = ("<!-- comparison: made by analysis.comparison -->", "<!-- end of comp
 
 
 def load_results(path: Path) -> pd.DataFrame:
-    """The cells that are done, a row each with their metrics as columns.
+    """The finished cells, one row each, with their metrics as columns.
 
     Raises:
-        UserError: no such file, damaged, or without a single finished cell.
+        UserError: the file is missing or damaged, or has no finished cell.
     """
     if not path.is_file():
         raise UserError(f"there is no {path}; `results` takes a folder that inference.compare wrote.")
@@ -69,8 +69,8 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 def against_best(frame: pd.DataFrame, ours: str = OURS) -> pd.DataFrame:
     """Our method against the best other single network, by data set, size and metric.
 
-    The best has the best mean. ``difference`` is ours minus best, its standard error and the p-value are
-    those of a paired t-test over the seeds that both have; ``behind`` is by how much ours is worse, 0 if it leads.
+    The best has the best mean. ``difference`` is ours minus best. Its standard error and the p-value are those of a
+    paired t-test over the seeds that both have. ``behind`` is by how much ours is worse; 0 if it leads.
     """
     rows = []
     for (dataset, size), cell in frame.groupby(["dataset", "train_size"]):
@@ -96,7 +96,7 @@ def against_best(frame: pd.DataFrame, ours: str = OURS) -> pd.DataFrame:
 
 
 def against_ensemble(frame: pd.DataFrame, ours: str = OURS) -> pd.DataFrame:
-    """NLL of our one network over that of the ensemble, by data set and size."""
+    """NLL of our single network divided by that of the ensemble, by data set and size."""
     rows = []
     for (dataset, size), cell in frame.groupby(["dataset", "train_size"]):
         table = cell.pivot_table(index="seed", columns="method", values="nll")
@@ -187,7 +187,7 @@ def _cell_name(dataset: str, size: int) -> str:
 
 
 def _by_cell(frame: pd.DataFrame, metric: str, last: "pd.Series[float] | None" = None) -> str:
-    """One metric, a row per method, a column per data set and size; ``last``: a share to add as a column."""
+    """One metric, one row per method, one column per data set and size; ``last``: a share to add as a column."""
     summary = summarise(frame)[metric]
     cells = dict(list(summary.groupby(level=["dataset", "train_size"])))
     heads = [_cell_name(dataset, size) for dataset, size in cells]
@@ -202,14 +202,14 @@ def _by_cell(frame: pd.DataFrame, metric: str, last: "pd.Series[float] | None" =
 
 
 def _mean(cell: pd.DataFrame, method: str, decimals: int, sign: int) -> str:
-    """Mean and deviation of a method, in bold where no other mean is better."""
+    """Mean and deviation of a method, in bold if no other mean is better."""
     mean, deviation = cell.loc[method, "mean"], cell.loc[method, "std"]
     text = f"{mean:.{decimals}f}" + ("" if pd.isna(deviation) else f" ± {deviation:.{decimals}f}")
     return f"**{text}**" if sign and sign * mean == (sign * cell["mean"]).max() else text
 
 
 def _verdicts(best: pd.DataFrame, ensemble: pd.DataFrame) -> str:
-    """A row per data set and size: difference ± standard error and the other's name; NLL over the ensemble's."""
+    """One row per data set and size: difference ± standard error, the other's name, NLL over the ensemble's."""
     names = [SHOWN[metric][0] for metric in TARGET]
     rows = [["", *names, *(f"NLL / that of {method}" for method in dict.fromkeys(ensemble.get("against", [])))]]
     for (dataset, size), part in best.groupby(["dataset", "train_size"]):

@@ -22,7 +22,7 @@ class Arguments(ShiftArguments):
     samples: int = 30
     """Posterior predictive draws."""
     max_images: int = 1000
-    """Of more test images than this, a random choice is used."""
+    """Largest number of test images; a random choice of a larger test part is used."""
 
 
 def corruptions(arguments: Arguments) -> None:

@@ -25,7 +25,7 @@ class Arguments(ShiftArguments):
     samples: int = 50
     """Posterior predictive draws."""
     max_images: int = 2000
-    """Of more images than this, on either side, a random choice is used."""
+    """Largest number of images on either side; a random choice of a larger set is used."""
 
 
 def ood(arguments: Arguments) -> None:
@@ -49,7 +49,7 @@ def ood(arguments: Arguments) -> None:
     outside = {
         name: strange_images(name, first.info, inside, root, arguments.max_images, arguments.seed)
         for name in arguments.ood
-    }  # all are read before any work: a misspelt name costs nothing
+    }  # all are read before any work, so a misspelt name costs no time
 
     def scores(images: torch.Tensor) -> dict[str, dict[str, Any]]:
         draws = {

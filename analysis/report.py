@@ -1,4 +1,4 @@
-"""One page about a run: its metrics, figures and settings, in a single HTML file that needs nothing else.
+"""Write one page about a run: its metrics, figures and settings, in a single self-contained HTML file.
 
 python -m analysis.report --run runs/digits
 """

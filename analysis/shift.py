@@ -28,10 +28,10 @@ STORED = (("constant_data", "pixels"), ("observed_data", "y"))  # what posterior
 
 
 def load_runs(folders: Sequence[Path], device: str) -> dict[str, Run]:
-    """Loads runs to compare, named by their folders.
+    """Loads the runs to compare, named by their folders.
 
     Args:
-        folders: one at least; where two have the same name, the folder above is named too.
+        folders: at least one; if two have the same name, the folder above is named too.
         device: auto, cpu or cuda.
 
     Raises:
@@ -64,12 +64,12 @@ def _data_of(info: DataInfo) -> tuple[object, ...]:
 
 
 def own_test_part(run: Run, data_root: str | None, max_images: int, seed: int) -> Split:
-    """The run's own test part, or the share of it that posterior.nc keeps where the data are gone.
+    """The run's own test part, or what posterior.nc keeps of it if the data are gone.
 
     Args:
         run: as ``load_run`` gave it.
         data_root: folder of the torchvision data sets; None: the run's own.
-        max_images: of more images, this many are chosen at random.
+        max_images: from a larger test part, this many images are chosen at random.
         seed: of that choice.
 
     Raises:
@@ -107,7 +107,7 @@ def choose(count: int, most: int, seed: int) -> np.ndarray:
 
 
 def fit_images(images: Tensor, info: DataInfo) -> tuple[Tensor, str]:
-    """Images in the channels and size of a run, and what was done to them, in words.
+    """Images in the channels and size of a run, and a description of what was done to them.
 
     Args:
         images: (B, C, H, W) uint8 of any size, 1 or 3 channels.

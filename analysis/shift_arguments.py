@@ -16,6 +16,6 @@ class ShiftArguments:
     data_root: str | None = None
     """Folder of the torchvision data sets; by default the run's own."""
     seed: int = 0
-    """Seed of the draws, the choice of images and whatever is random in them."""
+    """Seed of the draws, of the choice of images, and of any randomness in the images."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""

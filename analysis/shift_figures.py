@@ -28,7 +28,7 @@ def _look(number: int) -> dict[str, Any]:
 
 
 def _head(figure: Figure, title: str, ax: Axes, columns: int) -> None:
-    """The legend of ``ax`` above all, headed by the title: a suptitle and an outer legend would overlap."""
+    """Puts the legend of ``ax`` above everything, under the title: a suptitle and an outer legend would overlap."""
     bold: Any = {"size": 11, "weight": "bold"}
     handles = ax.get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=columns, title=title, title_fontproperties=bold)
@@ -39,7 +39,7 @@ def ood_figure(
     inside: Scores, outside: Scores, found: Mapping[str, Mapping[str, Mapping[str, float | None]]],
     title: str, classes: int,
 ) -> Figure:  # fmt: skip
-    """Histograms of three scores on test and out-of-distribution images, a row for each run; ROC curves below.
+    """Histograms of three scores on test and out-of-distribution images, one row per run; ROC curves below.
 
     Args:
         inside: (B,) scores of the test images, by run and score.
@@ -87,7 +87,7 @@ def ood_figure(
 
 @styled
 def corruption_curves(found: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
-    """A metric in each row, a corruption in each column, against the severity; severity 0 is the clean image.
+    """One metric per row, one corruption per column, against the severity; severity 0 is the clean image.
 
     Args:
         found: of each run: clean[metric], corrupted[corruption][metric] by severity, and mean[metric].
@@ -119,7 +119,7 @@ def corruption_curves(found: Mapping[str, Mapping[str, Any]], title: str) -> Fig
 def corruption_examples(
     clean: Tensor, rows: Mapping[str, Sequence[Tensor]], values: Mapping[str, tuple[str, Sequence[float]]]
 ) -> Figure:
-    """One image clean and under every corruption, a row each, the severities from left to right.
+    """One image, clean and under every corruption: one row each, the severities from left to right.
 
     Args:
         clean: (C, H, W) uint8.
@@ -133,7 +133,7 @@ def corruption_examples(
         row[0].set_ylabel("\n".join([name, *textwrap.wrap(unit, 20)]), fontsize=8.5)
         for ax, image, text in zip(row, [clean, *images], ["clean", *(f"{x:g}" for x in numbers)], strict=True):
             pixels = image.permute(1, 2, 0).numpy()
-            ax.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")  # one scale: contrast shows
+            ax.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")  # one scale for all
             ax.set_title(text, fontsize=8.5, pad=3)
             ax.set(xticks=[], yticks=[])
     return figure

@@ -1,4 +1,4 @@
-"""Corruptions of images in five severities, and how a run copes with them.
+"""Corruptions of images in five severities, and the scores of a run under them.
 
 Shapes: B images, C channels, H height, W width; images are (B, C, H, W) uint8. The side of an image is min(H, W).
 """
@@ -28,7 +28,7 @@ class Corruption:
     """One way to spoil an image.
 
     Attributes:
-        unit: what the values say.
+        unit: what the values measure.
         values: of severity 1 to 5.
         spoil: (images, value) -> images; its random numbers are torch's global ones.
     """
@@ -39,7 +39,7 @@ class Corruption:
 
 
 def background(images: Tensor) -> Tensor:
-    """The median of each channel, (C,) float: what fills the gaps, black for digits, some grey for photographs."""
+    """The median of each channel, (C,) float, which fills the gaps: black for digits, a grey for photographs."""
     return images.transpose(0, 1).flatten(1).float().median(1).values
 
 
@@ -49,15 +49,15 @@ def add_noise(images: Tensor, sigma: float) -> Tensor:
 
 
 def blur(images: Tensor, share: float) -> Tensor:
-    """Blurs by a Gaussian of standard deviation ``share`` times the side, cut at three of them."""
+    """Blurs by a Gaussian with standard deviation ``share`` times the side, cut off at three deviations."""
     side = min(images.shape[-2:])
     sigma = share * side
-    radius = min(math.ceil(3 * sigma), side - 1)  # the mirrored edge has no more
+    radius = min(math.ceil(3 * sigma), side - 1)  # the mirrored edge has no more pixels
     return tv.gaussian_blur(images, [2 * radius + 1] * 2, [sigma, sigma])
 
 
 def lower_contrast(images: Tensor, factor: float) -> Tensor:
-    """Moves every pixel towards the mean grey of its image; ``factor`` of the distance is left."""
+    """Moves every pixel towards the mean grey of its image, to ``factor`` times its distance."""
     return tv.adjust_contrast(images, factor)
 
 
@@ -112,7 +112,7 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
 
 
 def judge(run: Run, split: Split, samples: int, seed: int, bar: Any) -> dict[str, Any]:
-    """Scores of a run on clean images, under every corruption and severity, and their mean over those."""
+    """Scores of a run on clean images and under every corruption and severity, and their mean over the severities."""
 
     def scores(images: Tensor) -> Scores:
         metrics = classification_metrics(draw_predictive(run, images, samples, seed=seed).mean, split.labels)
@@ -130,7 +130,7 @@ def judge(run: Run, split: Split, samples: int, seed: int, bar: Any) -> dict[str
 
 
 def summary_rows(found: dict[str, dict[str, Any]]) -> list[tuple[object, ...]]:
-    """A row for each run and corruption: the mean over the severities."""
+    """One row per run and corruption: the mean over the severities."""
     rows: list[tuple[object, ...]] = []
     for run, scores in found.items():
         rows.append((run, "clean", *(scores["clean"][metric] for metric in METRICS)))

@@ -1,4 +1,4 @@
-"""Out-of-distribution images for analysis.ood: where they come from, and how they are fitted to a run.
+"""Out-of-distribution images for analysis.ood: their sources, and how they are fitted to a run.
 
 Shapes: B images, C channels, H height, W width; images are (B, C, H, W) uint8.
 """
@@ -32,11 +32,11 @@ def strange_images(
         info: what the run expects.
         inside: (B, C, H, W) uint8, the test images; ``noise`` and ``shuffled`` make as many.
         data_root: folder of the torchvision data sets.
-        most: of more images, this many are chosen at random.
+        most: from a larger set, this many images are chosen at random.
         seed: of the choice and of the noise.
 
     Returns:
-        (B', C, H, W) uint8 and what was done to the images, in words.
+        (B', C, H, W) uint8, and a description of what was done to the images.
 
     Raises:
         UserError: unknown, missing or unreadable images.
@@ -90,7 +90,7 @@ def _from_npz(path: Path) -> Tensor:
 
 
 def file_names(specs: list[str]) -> list[str]:
-    """A PNG name for each: ood-mnist.png, ood-imagefolder-cats.png; equal ones are numbered."""
+    """A PNG name for each, such as ood-mnist.png or ood-imagefolder-cats.png; equal names are numbered."""
     names: list[str] = []
     for spec in specs:
         kind, _, path = spec.partition(":")

@@ -60,7 +60,7 @@ def in_flags(message: str, arguments: type | None) -> str:
 
     Args:
         message: names settings and arguments in backticks.
-        arguments: the script's dataclass; its fields, including nested ones, become flags. None: no name becomes a flag.
+        arguments: the script's dataclass; its fields, including nested ones, become flags. None: no name does.
     """
     names = set() if arguments is None else set(_field_names(arguments))
 

@@ -201,7 +201,7 @@ def sibling(cell: Cell) -> Path | None:
 def run_grid(cells: list[Cell], jobs: int) -> Iterator[tuple[Cell, dict[str, Any] | Exception]]:
     """Runs the cells in ``jobs`` processes; yields each with its metrics or its error.
 
-    A process that dies (out of memory, killed) fails the cells that it may have been running. New processes run the rest.
+    A process that dies (out of memory, killed) fails the cells that it may have run. New processes run the rest.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     waves = [[c for c in cells if c.derived_from is None], [c for c in cells if c.derived_from is not None]]

@@ -220,7 +220,7 @@ def _cost(run: "Run", model: "CompactViT", arguments: PruneArguments, data: "Ima
         "macs": macs(model, shape), "dense_macs": macs(original, shape),
     }  # fmt: skip
     costs["macs_ratio"] = costs["dense_macs"] / costs["macs"]
-    for batch in (1, BATCH):  # the library's own dense network, or the same rebuilt with nothing removed: the faster one counts
+    for batch in (1, BATCH):  # the faster of the library's dense network and its rebuilt copy counts
         ours, first, second = latency([model, original, dense], shape, batch, arguments.repeats)
         costs |= {f"latency_{batch}": ours, f"dense_latency_{batch}": min(first, second)}
     costs["throughput_ratio"] = costs[f"dense_latency_{BATCH}"] / costs[f"latency_{BATCH}"]

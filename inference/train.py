@@ -63,7 +63,7 @@ class ResumeArguments:
 
 
 def train(arguments: TrainArguments) -> None:
-    """Train an Ising-ViT by stochastic variational inference, or a baseline. To continue a run, give --resume DIR alone."""
+    """Train an Ising-ViT by stochastic variational inference, or a baseline. To continue a run: --resume DIR alone."""
     from pyro_isingvit.runs.folder import holds_run
 
     config = RunConfig(

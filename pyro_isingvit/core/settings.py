@@ -60,19 +60,19 @@ class IsingConfig:
     granularity: Granularity = "weight"
     """What one selection mask covers: a weight, a unit (output row), an attention head, or a whole branch."""
     mask_posterior: str = "likelihood_guided"
-    """likelihood_guided: the mean-field equation sets the masks; learned: relaxed-Bernoulli gradients do, with the Ising
-    field as prior; hybrid: the equation with learned corrections. The names are in
+    """likelihood_guided: the mean-field equation sets the masks; learned: relaxed-Bernoulli gradients do, with the
+    Ising field as prior; hybrid: the equation with learned corrections. The names are in
     pyro_isingvit.ising.masks.MASK_POSTERIORS."""
     saliency: str = "gnb"
     """Curvature estimator; the names are in pyro_isingvit.ising.curvature.SALIENCY."""
     coupling: str = "all_readers"
     """Coupling graph; the names are in pyro_isingvit.ising.coupling.COUPLINGS."""
     kappa_mask: Tempering | Literal["auto"] = "auto"
-    """Weight of the likelihood in the mask field: a number, exact (1), data_emphasis (P/N), or auto. auto solves for it at
-    each update so that the mean retention equals target_retention times max_keep."""
+    """Weight of the likelihood in the mask field: a number, exact (1), data_emphasis (P/N), or auto. auto solves for it
+    at each update so that the mean retention equals target_retention times max_keep."""
     target_retention: float = 0.5
-    """Mean retention that kappa_mask "auto" aims at, as a share of max_keep. It is about the share of weights that stay.
-    A fixed kappa_mask ignores it."""
+    """Mean retention that kappa_mask "auto" aims at, as a share of max_keep. It is about the share of weights that
+    stay. A fixed kappa_mask ignores it."""
     kappa_weights: Tempering = "data_emphasis"
     """Weight of the likelihood in the objective: a number, exact (1) or data_emphasis (P/N)."""
     delta: float = 0.99
@@ -162,7 +162,7 @@ class TrainConfig:
     mix: Literal["none", "mixup", "cutmix"] = "none"
     """Mix each training image and its label with another: mixup sums both, cutmix pastes a box of the other."""
     mix_alpha: float = 0.2
-    """mixup, cutmix: the share is drawn from Beta(alpha, alpha). Small values mix little; 1 makes every share equally likely."""
+    """mixup, cutmix: the share is drawn from Beta(alpha, alpha). Small values mix little; 1: any share alike."""
     log_barrier: float = 0.0
     """Weight of the attention log-barrier, a heuristic for vision (0.02 to 0.05 for text); 0: none."""
     seed: int = 0
@@ -174,7 +174,7 @@ class TrainConfig:
     engine: Literal["auto", "pyro", "fused"] = "auto"
     """pyro: the ELBO through Pyro's handlers; fused: the same formula without them; auto: fused if possible."""
     draws: int | None = None
-    """Posterior draws of a training step, among which the batch is split; None: 4 with the fused engine, otherwise 1."""
+    """Posterior draws of a training step, which split the batch; None: 4 with the fused engine, otherwise 1."""
     noise: Literal["weights", "activations"] = "weights"
     """Draw weights, or activations by their first two moments (local reparameterisation; masks on single weights)."""
     compile: bool = False
