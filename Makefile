@@ -2,7 +2,7 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 DEMO := runs/demo
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 SOAK_MINUTES ?= 30
 
@@ -37,7 +37,7 @@ test: lint ## lint, then the quick tests
 	$(PYTEST) -m "not slow"
 
 test-all: lint ## lint, then every test and the docstring examples
-	$(PYTEST) --doctest-modules tests pyro_isingvit
+	$(PYTEST)
 
 test-matrix: $(VENV)/.installed ## test every supported Python with the oldest and the newest torch (long)
 	$(PY) tests/matrix.py

@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -43,14 +44,16 @@ def filled(text: str, shell: Callable[[list[str]], str]) -> str:
         text: the page.
         shell: runs one command, given as words, and returns what it prints.
     """
-    names: dict[str, Any] = {"__name__": "tutorial"}
+    names: dict[str, Any] = {}
 
     def run(block: re.Match[str]) -> str:
         language, code = block[1], block[2]
         if language == "python":
             printed = io.StringIO()
-            with contextlib.redirect_stdout(printed):
-                exec(compile(code, f"python block at {block.start()}", "exec"), names)
+            with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(printed):
+                step = Path(place, f"step_at_{block.start()}.py")
+                step.write_text(code)
+                names.update(runpy.run_path(str(step), names))
             output = printed.getvalue()
         else:
             output = "".join(shell(shlex.split(line)) for line in code.replace("\\\n", " ").splitlines())
@@ -65,7 +68,7 @@ def figures(text: str, folder: Path) -> dict[str, Path]:
     return {shown: next(folder.rglob(name)) for shown, name in FIGURE.findall(text)}
 
 
-def _command(words: list[str]) -> str:
+def command(words: list[str]) -> str:
     """Runs ``python -m ...`` with this interpreter in the current folder."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     return subprocess.run(
@@ -80,7 +83,7 @@ def tutorial(arguments: Arguments) -> None:
     matplotlib.use("Agg")
     page = arguments.page.resolve()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        text = filled(page.read_text(), _command)
+        text = filled(page.read_text(), command)
         for shown, drawn in figures(text, Path(folder)).items():
             write_atomically(page.parent / shown, partial(shutil.copyfile, drawn))
     write_text(page, text)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from forks import Started
-from helpers import ROOT, script
+from helpers import ROOT
 
-from analysis.tutorial import BLOCK, FIGURE, figures, filled
+from analysis.tutorial import BLOCK, FIGURE, command, figures, filled
 
 PAGE = (ROOT / "docs" / "tutorial.md").read_text()
 NUMBER = re.compile(r"-?\d[\d,.]*(?:e[+-]?\d+)?")
@@ -18,21 +18,12 @@ SHORT = {"epochs=60": "epochs=8"}
 def run(page: str, folder: Path) -> str:
     """The page with its outputs, run in a process of its own whose current folder is ``folder``."""
 
-    def shell(words: list[str]) -> str:
-        assert words[:2] == ["python", "-m"]
-        os.chdir(ROOT)
-        options = [folder / word if word.startswith(("runs/", "images/")) else word for word in words[3:]]
-        result = script(words[2], *options)
-        os.chdir(folder)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
     def everything() -> None:
         import matplotlib
 
         matplotlib.use("Agg")
         os.chdir(folder)
-        text = filled(page, shell)
+        text = filled(page, command)
         (folder / "page.md").write_text(text)
         assert {path.stat().st_size > 1000 for path in figures(text, folder).values()} == {True}
 
