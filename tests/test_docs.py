@@ -68,5 +68,4 @@ def test_what_counts_as_a_wrong_citation() -> None:
 
 
 def test_the_method_is_cited() -> None:
-    cited = " ".join(path.read_text() for path in SOURCES)
-    assert {"Coupling", "Curvature", "Tempering"} <= set(re.findall(r"docs/method\.md, (\w+)", cited))
+    assert sum("docs/method.md, " in path.read_text() for path in SOURCES) >= 8  # or the tests above look at nothing
