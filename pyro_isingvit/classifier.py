@@ -32,11 +32,11 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
     whatever scikit-learn's classifiers take. Pixels of type uint8 are taken as they are; any others are scaled by the
     least and the largest value of the training images to 256 levels, and later images are clipped to that range.
 
-    It passes scikit-learn's ``check_estimator`` but for one check: probabilities are computed in single precision, so
-    that they change by about 1e-7 with an image's place in the batch, and ``check_methods_sample_order_invariance``
+    It passes all but one check of scikit-learn's ``check_estimator``: probabilities are computed in single precision,
+    so that they change by about 1e-7 with an image's place in the batch, and ``check_methods_sample_order_invariance``
     allows less. The checks skip ``sample_weight``, since ``fit`` does not take it (the likelihood counts every image
-    once). Sparse ``X`` and missing values are refused. The checks are of flat ``X``; tests/test_classifier.py has
-    some for images.
+    once). Sparse ``X`` and missing values are refused. scikit-learn checks flat ``X`` alone; tests/test_classifier.py
+    checks images.
 
     A fitted classifier can be pickled; ``run_.save(folder)`` keeps the network without pickle.
 
@@ -47,8 +47,8 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         epochs: passes over the images; None: the method's own default.
         samples: S, networks drawn for each prediction.
         image_shape: (H, W) or (H, W, C) of flat ``X``; None: a square if F is one, otherwise one row of F pixels.
-        val_fraction: share of the images that is held out to fit mask noise and temperature, 0 to 0.5; none are where
-            a class has fewer than 5 images.
+        val_fraction: share of the images that is held out to fit mask noise and temperature, 0 to 0.5; none where a
+            class has fewer than 5 images.
         settings: further settings by name, as ``fit`` takes them: ``{"lr": 2e-3, "target_retention": 0.3}``.
         random_state: seed of the training and of the draws; None: a new one at each ``fit``.
         progress: show a progress bar.
@@ -117,7 +117,7 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         X, y = self._training_set(X, y)
         seed = self._seed()
         self.classes_, numbers = np.unique(y, return_inverse=True)
-        need(len(self.classes_) > 1, f"`y` has only one class, {self.classes_[0]!r}; two are needed at least.")
+        need(len(self.classes_) > 1, f"`y` has only one class, {self.classes_[0]!r}; at least two are needed.")
         self.image_shape_ = self._shape(X)
         low_high = None if X.dtype == np.uint8 else (float(X.min()), float(X.max()))
         self.pixel_range_ = low_high

@@ -106,7 +106,7 @@ def write_evaluation(run: Run, evaluation: Evaluation, folder: Path, full: bool 
 
     Args:
         run: the run that was judged.
-        evaluation: what came of it.
+        evaluation: its draws and metrics.
         folder: the run's folder.
         full: keep every mask and weight draw in posterior.nc.
 

@@ -56,11 +56,13 @@ def train_run(
     Raises:
         UserError: data, settings or folder that cannot be used; an earlier run is then untouched.
         TrainingDiverged: the loss was not finite.
-        KeyboardInterrupt: Ctrl-C; its message says what is kept and how to go on.
+        KeyboardInterrupt: Ctrl-C; its message says what is kept.
     """
     need_folder(folder)
     if config.data.download and launched() != (1, 1):
-        raise UserError("several processes would fetch the data at once; do that before, by a run without torchrun.")
+        raise UserError(
+            "several processes would download the data at once; download it first, in one process without torchrun."
+        )
     here = config.data.dataset in DATASETS or config.data.dataset.partition(":")[0] in PREFIXES
     need(here or not resume, f"{folder} was trained on images given in memory; it can be loaded, but not resumed.")
     data = load_data(**dataclasses.asdict(config.data), seed=config.train.seed)
@@ -108,6 +110,9 @@ def fit(
         progress: show a progress bar.
         **settings: single fields of ``TrainConfig``, ``IsingConfig`` and ``BaselineConfig``, such as ``epochs=60``,
             ``target_retention=0.3`` or ``drop_rate=0.2``.
+
+    Returns:
+        the trained run, in memory; ``TrainedRun.save`` writes it to a folder.
 
     Raises:
         UserError: an unknown method, preset or setting, one out of its range, or data that do not fit the model.

@@ -1,4 +1,4 @@
-"""What training gives: a run that can be saved, judged, asked, cut down and shown."""
+"""What training gives: a run that can be saved, evaluated, asked for predictions, pruned and shown on a page."""
 
 import shutil
 from functools import partial
@@ -34,7 +34,8 @@ from pyro_isingvit.runs.run import Run, build_run
 class TrainedRun(Run):
     """A trained network: what ``fit`` and ``load_run`` return.
 
-    It has all that ``Run`` has, such as ``model``, ``guide`` and ``history``, and these verbs.
+    It adds ``save``, ``evaluate``, ``predict``, ``prune`` and ``report`` to what ``Run`` has, such as ``model``,
+    ``guide`` and ``history``.
 
     Attributes:
         val: validation images, which ``evaluate`` and ``prune`` use; None where the run does not know them, as after
@@ -49,7 +50,7 @@ class TrainedRun(Run):
 
     @classmethod
     def of(cls, run: Run, training: dict[str, Any] | None = None, val: Split | None = None) -> "TrainedRun":
-        """A run with these verbs; both share network, history and settings.
+        """A run as a ``TrainedRun``; both share network, history and settings.
 
         Args:
             run: trained.
@@ -68,7 +69,7 @@ class TrainedRun(Run):
         return _rebuilt, (self.config, state, self.folder, self.val, self.evaluation, self._kept)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Keeps the run in a folder, which ``load_run`` and every script open.
+        """Saves the run to a folder that ``load_run`` and every script can open.
 
         Writes config.json, checkpoint.pt and the one before it, metrics.jsonl, and, once the run is evaluated,
         metrics.json and posterior.nc; each file atomically. A run that lived in memory alone has this folder from
@@ -108,7 +109,7 @@ class TrainedRun(Run):
             if held and not own:
                 clear_run(folder)
             write_text(folder / CONFIG, self.config.to_json())
-            for _ in range(2):  # the one before it holds the same: either will do
+            for _ in range(2):  # checkpoint.previous.pt holds the same state: either will do
                 save_checkpoint(folder / CHECKPOINT, state)
             write_text(folder / HISTORY, to_lines(self.history))
         self._save_evaluation(folder, own, overwrite)
@@ -317,7 +318,10 @@ def load_run(folder: str | Path, device: str = "cpu") -> TrainedRun:
 
     Args:
         folder: what ``TrainedRun.save`` or a training script wrote.
-        device: where to put it.
+        device: where to put it, such as "cpu" or "cuda".
+
+    Returns:
+        the run with its settings, weights, masks and history.
 
     Raises:
         UserError: the folder is missing, cut short, damaged or of another version.

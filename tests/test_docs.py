@@ -30,3 +30,42 @@ def test_named_modules_and_pages_exist(page: Path) -> None:
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"{page.name} names {module}"
     for name in re.findall(r"`((?:docs|pyro_isingvit|inference|analysis)/\w+\.\w+)`", text):
         assert (ROOT / name).is_file(), f"{page.name} names {name}"
+
+
+SOURCES = sorted(path for room in ("pyro_isingvit", "inference", "analysis") for path in (ROOT / room).rglob("*.py"))
+CITATION = re.compile(r"docs/(\w+\.md), ([A-Z])")
+
+
+def headings(page: str) -> list[str]:
+    path = ROOT / "docs" / page
+    return re.findall(r"^#+ (.+?)\s*$", path.read_text(), re.MULTILINE) if path.is_file() else []
+
+
+def wrong_citations(text: str) -> list[str]:
+    """Citations "docs/page.md, Heading" of headings that the page lacks, and of sections by number."""
+    words = " ".join(line.strip(" #") for line in text.splitlines())  # a citation may go on in the next line
+    wrong = re.findall(r"METHOD(?:\.md)?,? (?:section )?\d+", words)
+    for found in CITATION.finditer(words):
+        cited = words[found.start(2) :]
+        if not any(re.match(rf"{re.escape(heading)}(?!\w)", cited) for heading in headings(found[1])):
+            wrong.append(words[found.start() : found.start() + 60])
+    return wrong
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_sources_cite_headings_that_exist(path: Path) -> None:
+    assert not wrong_citations(path.read_text())
+
+
+def test_what_counts_as_a_wrong_citation() -> None:
+    assert not wrong_citations(
+        "# as in docs/method.md, Noise of\n# the masks, and docs/method.md says (docs/method.md, Model)."
+    )
+    assert wrong_citations("docs/method.md, The two temperings")
+    assert wrong_citations("docs/method.md, Models")
+    assert wrong_citations("docs/nowhere.md, Model")
+    assert wrong_citations("METHOD 4") and wrong_citations("METHOD section 3")
+
+
+def test_the_method_is_cited() -> None:
+    assert sum("docs/method.md, " in path.read_text() for path in SOURCES) >= 8  # or the tests above look at nothing

@@ -34,7 +34,7 @@ class DamagedError(UserError):
 def uninterrupted() -> Iterator[None]:
     """Delays Ctrl-C and SIGTERM until the block is done; does nothing outside the main thread.
 
-    A netCDF library that is interrupted keeps its locks; its next call would then wait for ever.
+    A netCDF library that is interrupted keeps its locks; its next call would then wait forever.
     """
     came: list[int] = []
     held: dict[int, Any] = {}

@@ -7,6 +7,14 @@ class UserError(ValueError):
     Settings and arguments stand in backticks, such as `patch_size`; a script shows them as its flags.
 
     Scripts print the message alone and leave with exit code 2.
+
+    Examples:
+        >>> from pyro_isingvit import UserError, load_data
+        >>> try:
+        ...     load_data("digits", val_fraction=2)
+        ... except UserError as error:
+        ...     print(error)
+        `val_fraction` must be between 0 and 0.5, got 2.
     """
 
 

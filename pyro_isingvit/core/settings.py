@@ -213,8 +213,17 @@ class RunConfig:
             text: the JSON.
             where: the file's name, for messages.
 
+        Returns:
+            the settings, equal to those that were written.
+
         Raises:
             UserError: not JSON, another format, or unknown or missing settings.
+
+        Examples:
+            >>> from pyro_isingvit import RunConfig, TrainConfig
+            >>> config = RunConfig(train=TrainConfig(epochs=5))
+            >>> RunConfig.from_json(config.to_json()) == config
+            True
         """
         try:
             raw = json.loads(text)

@@ -37,7 +37,7 @@ def read_arrays(images: Any, labels: Any, channels: Channels, what: str) -> tupl
     Args:
         images: as ``ImageData.from_arrays`` takes them.
         labels: the same.
-        channels: which axis they are, or None.
+        channels: which axis the channels are, or None.
         what: the part, in messages: "", "val " or "test ".
 
     Raises:
@@ -55,7 +55,7 @@ def read_dataset(dataset: Any, channels: Channels, what: str) -> tuple[Images, n
 
     Args:
         dataset: with ``__len__`` and ``__getitem__``, or iterable.
-        channels: which axis of arrays and tensors they are; None: the first one of tensors.
+        channels: which axis of arrays and tensors the channels are; None: the first one of tensors.
         what: the part, in messages.
 
     Raises:
@@ -123,7 +123,7 @@ def to_pixels(images: Any, channels: Channels = None, what: str = "") -> np.ndar
 
     Args:
         images: (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3.
-        channels: which axis they are; None: the axis of length 1 or 3.
+        channels: which axis the channels are; None: the axis of length 1 or 3.
         what: the part, in messages.
 
     Raises:
@@ -285,7 +285,7 @@ def find_classes(labels: np.ndarray, names: Sequence[str] | None) -> tuple[tuple
         names = names or [str(value) for value in values]
         need(len(set(names)) == len(names), "`labels` that differ look the same as text; make them strings.")
     shown = tuple(printable(name) for name in names)
-    need(len(shown) > 1, f"`labels` have only the class {shown[0]!r}; two are needed at least.")
+    need(len(shown) > 1, f"`labels` have only the class {shown[0]!r}; at least two are needed.")
     return shown, known
 
 

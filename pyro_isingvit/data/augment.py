@@ -1,4 +1,4 @@
-"""Augmentation of training batches where they lie: random crops, flips, RandAugment, mixup and cutmix.
+"""Augmentation of training batches on their device: random crops, flips, RandAugment, mixup and cutmix.
 
 Shapes: B images, C channels (1 or 3), H height, W width, K classes.
 """
@@ -23,10 +23,11 @@ MIXES = {"mixup": "MixUp", "cutmix": "CutMix"}  # torchvision's names
 
 
 def random_crop(images: Tensor) -> Tensor:
-    """Pads with zeros and cuts a window of the old size, uniformly placed, every image's own.
+    """Pads with zeros and cuts from each image a window of the old size at a place of its own, drawn uniformly.
 
-    The margin of each side is H/8 or W/8 pixels, rounded, and at least 1. What ``v2.RandomCrop`` does to one image;
-    it gives a whole batch one window, and called image by image it takes as long as a good part of a training step.
+    The margin of each side is H/8 or W/8 pixels, rounded, and at least 1. ``v2.RandomCrop`` does the
+    same to one image. It would give a whole batch one window, and image by image it takes as long as a good part of a
+    training step.
 
     Args:
         images: (B, C, H, W) of any type.
@@ -35,11 +36,11 @@ def random_crop(images: Tensor) -> Tensor:
         the same shape and type.
     """
     height, width = images.shape[-2:]
-    above, beside = (max(1, round(side / PADDING)) for side in (height, width))
-    padded = F.pad(images, (beside, beside, above, above))
+    vertical, horizontal = (max(1, round(side / PADDING)) for side in (height, width))
+    padded = F.pad(images, (horizontal, horizontal, vertical, vertical))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (B, C, rows, columns, H, W)
     count, device = len(images), images.device
-    top, left = (torch.randint(2 * margin + 1, (count,), device=device) for margin in (above, beside))
+    top, left = (torch.randint(2 * margin + 1, (count,), device=device) for margin in (vertical, horizontal))
     return windows[torch.arange(count, device=device), :, top, left]
 
 
@@ -58,8 +59,9 @@ class Augmentation:
     0 to 30) is torchvision's, which draws once for all images that it is given; it is given ``GROUPS`` parts of a batch
     in turn. Batches are shuffled, so an image still meets other operations in every epoch.
 
-    mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019) draw one l a batch and pair each image with the one before
-    it; cutmix pastes a box of share 1 - l in place of the sum. Labels are mixed like areas.
+    mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019) draw one l per batch and pair each image with the one before
+    it; cutmix pastes a box of share 1 - l in place of the sum. Labels are mixed in the
+    shares that the images have: l, or for cutmix the area that the box really covers.
 
     Random numbers are torch's global ones, which checkpoints keep. Without augmentation none are drawn.
 

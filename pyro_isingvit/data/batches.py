@@ -39,6 +39,6 @@ def batches(split: Split, size: int, seed: int, epoch: int, parts: int = 1) -> I
     for start in range(0, len(order), size):
         index = order[start : start + size]
         rows = index.to(device)
-        # Rows made on demand come from the CPU, and so does what they are asked by.
+        # Rows that are made on demand are made on the CPU, which must then hold their numbers too.
         pixels = images.rows(rows if images.device == device else index.to(images.device))
         yield pixels.to(device), split.labels[rows], rows

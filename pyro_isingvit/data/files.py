@@ -88,7 +88,7 @@ def _decode(path: Path, size: tuple[int, int] | None, channels: int | None) -> t
 
     try:
         with Image.open(path, formats=FORMATS) as image:
-            need(image.width * image.height <= MOST_PIXELS, f"{image.width}x{image.height} pixels, a bomb?")
+            need(image.width * image.height <= MOST_PIXELS, f"{image.width}x{image.height} pixels are too many")
             picture: Image.Image = image
             if image.mode.startswith("I"):  # 16 bits
                 deep = np.asarray(image)

@@ -53,7 +53,7 @@ def load_data(
     download: bool = False,
     image_size: int | None = None,
 ) -> ImageData:
-    """Loads a data set and splits it by the rule at the top of this file.
+    """Loads a data set and splits it by the rule that heads ``pyro_isingvit.data.load``.
 
     Args:
         dataset: a name in ``DATASETS``, ``imagefolder:PATH`` or ``npz:PATH``.
@@ -63,6 +63,9 @@ def load_data(
         seed: of the training subset and the validation part; the test part never depends on it.
         download: fetch a missing torchvision data set into ``data_root``.
         image_size: resize an image folder to this many pixels square.
+
+    Returns:
+        training, validation and test part, images (N, C, H, W) uint8, and what a network must know of them.
 
     Raises:
         UserError: unknown data set, unreadable files, or a split that cannot be made.
@@ -144,7 +147,7 @@ def load_parts(source: DataConfig) -> tuple[Split, Split | None, Split, tuple[st
     sizable = size is None or (loader is imagefolder and size > 0)
     need(sizable, f"`image_size` is a positive number, for imagefolder:PATH alone; got {size} for {spec}.")
     train, val, test, classes = loader(source)
-    need(len(classes) > 1, f"{spec} has only the class {classes[0]!r}; two are needed at least.")
+    need(len(classes) > 1, f"{spec} has only the class {classes[0]!r}; at least two are needed.")
     if test is None:
         train, test = hold_out_test(train, classes, TEST_FRACTION)
     return train, val, test, classes

@@ -141,7 +141,14 @@ Part = tuple[Any, Any] | Any  # (images, labels), or a torch Dataset of such pai
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set, split and described."""
+    """A data set, split and described; ``load_data``, ``from_arrays`` and ``from_dataset`` make one.
+
+    Attributes:
+        train: what the posterior is fitted to, N images.
+        val: what is watched in training and sets mask noise and temperature; may be empty.
+        test: what the trained run is evaluated on.
+        info: classes, image shape and pixel statistics of the training part.
+    """
 
     train: Split
     val: Split
@@ -289,7 +296,7 @@ def divide(
     val_fraction: float,
     seed: int,
 ) -> ImageData:
-    """Cuts training and validation parts by the rule at the top of load.py, and describes the training part.
+    """Cuts training and validation parts by the rule that heads data/load.py, and describes the training part.
 
     Args:
         pool: images for training, and for validation where there is no official part.

@@ -1,4 +1,4 @@
-"""Ising coupling: how much of what a unit writes is still read (docs/method.md, Posterior).
+"""Ising coupling: how much of what a unit writes is still read (docs/method.md, Coupling).
 
     c_j = sum_R rho_R gamma_j^2 sum_k w_{R,kj}^2 pi_{R,kj} / sum_R rho_R gamma_j^2 sum_k w_{R,kj}^2
 

@@ -1,4 +1,4 @@
-"""Curvature of the likelihood: how much each weight matters (docs/method.md, Posterior).
+"""Curvature of the likelihood: how much each weight matters (docs/method.md, Curvature).
 
 An estimator maps (network, weights, images, labels) to the diagonal of the curvature of the per-example mean
 negative log-likelihood, kind -> (layers, out, in), with respect to the effective weights at xi = 1. Weights whose mask
@@ -138,7 +138,7 @@ def exact(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> Weights
     """
     point = {kind: weight.detach() for kind, weight in weights.items()}
     total = {kind: torch.zeros_like(weight) for kind, weight in point.items()}
-    with _kept_activations(vit), sdpa_kernel(SDPBackend.MATH):  # the one that vmap, inside jacrev, knows
+    with _kept_activations(vit), sdpa_kernel(SDPBackend.MATH):  # the only kernel that vmap, inside jacrev, supports
         for image in images:
 
             def logits(at: Weights, image: Tensor = image) -> tuple[Tensor, Tensor]:

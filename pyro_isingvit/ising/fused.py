@@ -48,8 +48,8 @@ class FusedELBO(nn.Module):
     Args:
         model: for which ``fusible`` holds.
         guide: its posterior.
-        draws: parts of a batch, S; where it cannot be, the largest number below that divides the step's batch, and is
-            a multiple of P (a part has several draws) or a divisor of it (several parts share a draw).
+        draws: parts of a batch, S; where that many do not fit, the largest smaller number that divides the step's batch
+            and is a multiple of P (a part has several draws) or a divisor of it (several parts share a draw).
         noise: where the noise of the posterior enters.
         compiled: run the network through torch.compile.
 

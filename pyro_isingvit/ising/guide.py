@@ -2,7 +2,7 @@
 
     q(W, xi) = q(xi) prod_e N(w_e; xi_e m_e, xi_e s_e^2 + (1 - xi_e) tau_0^2)
 
-m and s are parameters, trained through the ELBO. What is known of the masks, q(xi), is in ``masks``. ``update`` sets
+m and s are parameters, trained through the ELBO. q(xi) itself is in ``masks``. ``update`` sets
 them every few steps from the curvature that ``observe`` collects: the paper's alternation of mask and weight updates.
 """
 
@@ -27,7 +27,7 @@ from pyro_isingvit.nets.vit import Weights
 
 
 def tempering(kappa: Tempering | Literal["auto"], num_weights: int, num_data: int) -> float:
-    """The number behind a tempering setting (docs/method.md, The two temperings).
+    """The number behind a tempering setting (docs/method.md, Tempering).
 
     exact = 1, data_emphasis = max(1, P / N), batch_mean = 1 / N (the likelihood counts as one image), no_kl = 1e30
     (the KL does not count), auto = 1 to start with.
@@ -71,6 +71,20 @@ class IsingGuide(nn.Module):
 
     Raises:
         UserError: unknown saliency, coupling or mask posterior, or a setting out of its range.
+
+    Examples:
+        >>> from pyro_isingvit import IsingGuide, IsingViT, ViTConfig, load_data
+        >>> data = load_data("digits", train_size=100)
+        >>> model = IsingViT.for_data(data, ViTConfig(patch_size=4, width=8, heads=2, depth=1))
+        >>> guide = IsingGuide(model, num_data=len(data.train))
+        >>> guide.draw(5)["qkv"].shape  # (S, layers, out, in)
+        torch.Size([5, 1, 24, 8])
+        >>> guide.start_masks()
+        >>> x = data.info.normalise(data.train.images[:16])
+        >>> guide.observe(model, x, data.train.labels[:16])
+        >>> guide.update(model)
+        >>> guide.phase, bool(guide.retention("qkv").mean() < guide.max_keep)
+        ('ising', True)
     """
 
     def __init__(self, model: IsingViT, num_data: int, initial: Weights | None = None) -> None:

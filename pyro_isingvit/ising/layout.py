@@ -88,7 +88,7 @@ def _unit_site(readers: Readers, kind: str) -> MaskSite:
 
 
 def _sites(readers: Readers, larger: list[MaskSite]) -> list[MaskSite]:
-    """Larger sites, and units of the kinds that they leave; in the order in which the network computes."""
+    """Larger sites, and units of the kinds that they leave out; in the order in which the network computes."""
     covering = {kind: site for site in larger for kind in site.spreads}
     sites = [covering.get(kind) or _unit_site(readers, kind) for kind in readers.shapes]
     return list({site.name: site for site in sites}.values())

@@ -149,10 +149,10 @@ class MaskPosterior(nn.Module):
             self.field(name).fill_(self.highest)
 
     def fit_noise(self, temperature: float, share: float) -> None:
-        """With max_keep "auto", moves it by the temperature that held-out predictions want (noise.py).
+        """With max_keep "auto", moves it by the temperature that held-out predictions want (ising/noise.py).
 
         Args:
-            temperature: T that fits their labels best (calibration.fit_temperature).
+            temperature: T that fits their labels best (predictive/calibration.py).
             share: of the Ising phase that has passed since the last call, in [0, 1]; any in the pilot phase.
 
         Raises:

@@ -10,7 +10,7 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
     """Bytes that a training step of the fused ELBO takes, without images and activations; all numbers have 4 bytes.
 
     With P masked weights, G masks, R other parameters (biases, norms, embeddings; learned mask logits too), l = 1
-    where the scale of every weight is learned and 0 else, and s the draws of a micro-batch:
+    where the scale of every weight is learned and otherwise 0, and s the draws of a micro-batch:
 
         weight_means         4 P        posterior_scale  4 P, one number a weight even where they are all the same
         curvature            4 P        mask_logits      4 G        prior_logits  4 G        other_parameters  4 R
@@ -33,6 +33,14 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
 
     Returns:
         bytes by name, as above, and their sum, ``total``; and ``per_masked_weight``, total / P rounded.
+
+    Examples:
+        >>> from pyro_isingvit import IsingGuide, IsingViT, TrainConfig, ViTConfig, load_data, training_memory
+        >>> data = load_data("digits", train_size=100)
+        >>> model = IsingViT.for_data(data, ViTConfig(patch_size=4, width=8, heads=2, depth=1))
+        >>> taken = training_memory(model, IsingGuide(model, num_data=100), TrainConfig())
+        >>> taken["weight_means"], taken["total"]
+        (3904, 88608)
     """
     p = model.num_masked_weights
     g = sum(guide.field(name).numel() for name in guide.layout.sites)

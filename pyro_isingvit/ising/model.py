@@ -44,9 +44,26 @@ class IsingViT(nn.Module):
 
     Attributes:
         num_data: N, the size of the training set, by which the data plate scales; set by ``fit``.
-        temperature: T of the predictions, fitted on the validation part after training (calibration.py).
+        temperature: T of the predictions, fitted on the validation part after training
+            (predictive/calibration.py).
         kappa_weights: the KL is weighted by 1/kappa_weights in the objective; set by ``fit``.
         penalties: further loss terms (nets/penalties.py); none unless training asks for some.
+
+    Raises:
+        UserError: a shape that does not fit the images, or an unknown granularity.
+
+    Examples:
+        >>> from pyro.infer import Predictive
+        >>> from pyro_isingvit import IsingGuide, IsingViT, ViTConfig, load_data
+        >>> data = load_data("digits", train_size=100)
+        >>> model = IsingViT.for_data(data, ViTConfig(patch_size=4, width=8, heads=2, depth=1))
+        >>> model.num_masked_weights
+        976
+        >>> guide = IsingGuide(model, num_data=len(data.train))
+        >>> x = data.info.normalise(data.test.images[:3])
+        >>> draws = Predictive(model, guide=guide, num_samples=4)(x)
+        >>> draws["y"].shape, draws["probs"].shape
+        (torch.Size([4, 3]), torch.Size([4, 3, 10]))
     """
 
     def __init__(self, vit: ViTConfig, info: DataInfo, ising: IsingConfig | None = None) -> None:
@@ -66,7 +83,16 @@ class IsingViT(nn.Module):
 
     @classmethod
     def for_data(cls, data: ImageData, vit: ViTConfig | str = "small", ising: IsingConfig | None = None) -> "IsingViT":
-        """The model for a data set; ``vit`` is a shape or the name of a preset."""
+        """The model for a data set.
+
+        Args:
+            data: its ``info`` says what the images look like.
+            vit: a shape, or the name of a preset.
+            ising: prior settings.
+
+        Raises:
+            UserError: an unknown preset, or a shape that does not fit the images.
+        """
         return cls(preset(vit) if isinstance(vit, str) else vit, data.info, ising)
 
     @property

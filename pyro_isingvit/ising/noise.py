@@ -7,7 +7,8 @@ noise from its masks, one that is not sure enough gets less:
     logit max_keep <-  logit max_keep - 8 share log T       after an epoch that is ``share`` of the Ising phase
 
 between 0.6 and 0.995. Few images, which the network soon memorises, get much noise; many images and few epochs get
-little. docs/method.md, Noise of the masks, has the validation runs that the numbers come from.
+little. The rule is that of docs/method.md, Noise of the masks; the validation runs behind its numbers are in
+docs/tuning.md, Noise of the masks.
 """
 
 import math
@@ -26,7 +27,7 @@ def fitted_keep(keep: float | None, temperature: float, share: float) -> float:
 
     Args:
         keep: what it was; None in the pilot phase.
-        temperature: T that fits their labels best (calibration.fit_temperature).
+        temperature: T that fits their labels best (predictive/calibration.py).
         share: of the Ising phase that has passed since the last look, in [0, 1].
 
     Raises:

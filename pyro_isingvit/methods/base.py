@@ -101,7 +101,7 @@ class Method(nn.Module):
         """Called once, before the first epoch of a phase."""
 
     def before_step(self, x: Tensor, y: Tensor, phase: str, step: int, progress: float) -> None:
-        """Called before each optimiser step with the whole batch; ``progress``: share of the phase behind, 0 to 1."""
+        """Called before each optimiser step with the whole batch; ``progress``: share of the phase that is over."""
 
     def validated(self, probs: Tensor, labels: Tensor, epochs: int, left: int) -> dict[str, float]:
         """Called after each epoch with probabilities (S, B, C) of the validation images and their labels (B,).

@@ -39,7 +39,7 @@ class DropConnect(Plain):
     max_draws = None
 
     def weights(self) -> Weights:
-        """One mask a step."""
+        """One mask per step."""
         return {kind: F.dropout(weight, self.settings.drop_rate) for kind, weight in self.loc.items()}
 
     draw_weights = weights
@@ -82,7 +82,7 @@ class ConcreteDropout(Plain):
         return total
 
     def draw_networks(self, count: int, first: int = 0) -> Networks:
-        """Hard masks with the learned rates, an image's own."""
+        """Hard masks at the learned rates, drawn for each image."""
         rates = {kind: logit.sigmoid().tolist() for kind, logit in self.drop_logit.items()}
 
         def rule(kind: str, layer: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -48,11 +48,11 @@ class Ensemble(Method):
         return list(self.members)
 
     def draw_networks(self, count: int, first: int = 0) -> Networks:
-        """The members, in order, over and over."""
+        """The members, in a cycle."""
         chosen = [self.networks[i % len(self.networks)] for i in range(first, first + count)]
         return lambda x: torch.cat([member.draw_networks(1)(x) for member in chosen])
 
     def kept(self) -> Weights:
-        """Nothing is selected: 1, of all members."""
+        """1 for every weight of every member: nothing is selected."""
         parts = [member.kept() for member in self.networks]
         return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}

@@ -1,4 +1,6 @@
-"""The likelihood-guided Ising posterior as a method: pilot, Ising and fine-tuning phases (docs/method.md, Objective).
+"""The likelihood-guided Ising posterior as a method: pilot, Ising and fine-tuning (docs/method.md, Phases).
+
+The loss is that of docs/method.md, Objective:
 
 loss = -(1/N) E_q log p(y | x, W) + (KL of weights + KL of masks) / (kappa_weights N) + penalties
 """
@@ -55,7 +57,7 @@ class IsingMethod(Method):
         self.model.penalties = self.penalties
         self.image_noise = settings.noise == "activations"
         self.fused = settings.engine != "pyro" and fusible(self.model)
-        self._elbo: list[FusedELBO] = []  # in a list: not a submodule, its parameters are ours already
+        self._elbo: list[FusedELBO] = []  # a list, not a submodule: its parameters are this module's already
         # Without an Ising phase nobody reads the curvature.
         self.watches = dict(self.phases(settings))["ising"] > 0
 
@@ -73,7 +75,7 @@ class IsingMethod(Method):
         return config.ising.mask_posterior != "likelihood_guided"
 
     def check(self, settings: TrainConfig) -> None:
-        """Refuses what only the fused engine does where the Pyro path is taken."""
+        """Refuses settings that only the fused engine can honour where the Pyro path is taken."""
         why = (
             "`engine` is pyro"
             if settings.engine == "pyro"

@@ -58,7 +58,7 @@ class LastLayerLaplace(Plain):
         self.heads.copy_(posterior.sample(len(self.heads)))
 
     def draw_networks(self, count: int, first: int = 0) -> Networks:
-        """``count`` of the last layers that were drawn, in order, over and over, on features they share."""
+        """``count`` of the kept last layers, in a cycle; all read the same features."""
         chosen = self.heads[torch.arange(first, first + count, device=self.heads.device) % len(self.heads)]
         classes, width = self.loc["head"].shape[1:]
         weight, bias = chosen[:, : classes * width].view(-1, classes, width), chosen[:, classes * width :]

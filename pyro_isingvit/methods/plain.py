@@ -80,7 +80,7 @@ class Plain(Method):
         return lambda x: self.vit(weights, x).float().view(count, len(x), -1)
 
     def noisy_networks(self, count: int, rule: Layer) -> Networks:
-        """``count`` passes whose noise is drawn in the layers, every image's own."""
+        """``count`` passes whose noise is drawn in the layers, separately for every image."""
         weights = dict(self.loc.items())
         return lambda x: torch.stack([self.vit(weights, x, layer_rule=rule).float() for _ in range(count)])
 
@@ -96,11 +96,11 @@ class Plain(Method):
 def check_baseline(config: BaselineConfig) -> None:
     """Raises UserError where a setting is out of its range."""
     if not 0 < config.drop_rate < 1:
-        raise UserError(f"drop_rate must lie strictly between 0 and 1, not {config.drop_rate}.")
+        raise UserError(f"`drop_rate` must lie strictly between 0 and 1, not {config.drop_rate}.")
     if not 0 <= config.sparsity < 1:
-        raise UserError(f"sparsity must lie in [0, 1), not {config.sparsity}.")
+        raise UserError(f"`sparsity` must lie in [0, 1), not {config.sparsity}.")
     if config.members < 1:
-        raise UserError(f"an ensemble needs at least 1 of members, not {config.members}.")
+        raise UserError(f"`members` of an ensemble must be at least 1, not {config.members}.")
     for name in ("l0_penalty", "kl_weight", "length_scale"):
         if not getattr(config, name) >= 0:
-            raise UserError(f"{name} must not be negative, but is {getattr(config, name)}.")
+            raise UserError(f"`{name}` must not be negative, but is {getattr(config, name)}.")

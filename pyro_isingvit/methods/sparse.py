@@ -51,12 +51,12 @@ class SparseVD(Plain):
         self.risen = min(1.0, 2 * progress)
 
     def layer_rule(self, kind: str, layer: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Noise on the outputs, a token's own: N(x m, x^2 s^2)."""
+        """Noise on the outputs, drawn for each token: N(x m, x^2 s^2)."""
         variance = linear(x.pow(2), self.log_variance[kind][layer].exp(), torch.zeros_like(bias))
         return linear(x, weight, bias) + (variance + 1e-8).sqrt() * torch.randn_like(variance)
 
     def penalty(self) -> Tensor:
-        """The KL, as far as it has risen."""
+        """The KL at its present weight, nats over all images."""
         total = torch.stack([sparse_vd_kl(self.log_alpha(kind)).sum() for kind in self.loc]).sum()
         return self.risen * self.settings.kl_weight * total
 
@@ -98,7 +98,7 @@ class L0(Plain):
         return (s * (self.ZETA - self.GAMMA) + self.GAMMA).clamp(0, 1)
 
     def sample_gate(self, log_a: Tensor, batch: int) -> Tensor:
-        """One gate an input and image, (B, in)."""
+        """One gate per input and image, (B, in)."""
         u = torch.rand(batch, *log_a.shape, device=log_a.device).clamp(1e-6, 1 - 1e-6)
         return self._gate(((u.logit() + log_a) / self.BETA).sigmoid())
 

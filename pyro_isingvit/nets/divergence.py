@@ -1,4 +1,4 @@
-"""Where numbers stopped being finite: asked when training has diverged.
+"""Finds where numbers stopped being finite, once training has diverged.
 
 Shapes: B images, L layers.
 """
@@ -51,7 +51,8 @@ def first_not_finite(network: nn.Module, images: Tensor) -> str | None:
         images: (B, channels, height, width), normalised.
 
     Returns:
-        words for the place; None where nothing is found: the noise of a draw, or a term other than the NLL.
+        words for the place; None where nothing is found: the cause is then the noise of a draw, or a term other than
+        the NLL.
     """
     place = not_finite(network)
     if place is not None:

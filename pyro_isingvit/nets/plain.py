@@ -1,4 +1,4 @@
-"""The ViT as an ordinary module of nn.Linear layers: what other libraries turn Bayesian, prune, or race against.
+"""The ViT as an ordinary module of nn.Linear layers: what other libraries turn Bayesian, prune, or are timed against.
 
 Shapes: B batch, T tokens, D width, H heads, C classes, P pixels of a patch.
 """
@@ -24,7 +24,7 @@ class PlainBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.attn_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        # One module a place: libraries switch dropout on by module, and one used twice would count once.
+        # One module per place: libraries switch dropout on by module, and one used twice would count once.
         self.drop_attention, self.drop_hidden, self.drop_mlp = (nn.Dropout(dropout) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:

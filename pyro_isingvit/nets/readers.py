@@ -136,7 +136,7 @@ class Readers:
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """The branches of the residual blocks, alike ones of all blocks together."""
+        """The branches of the residual blocks; those of one name are one ``Branch`` for all blocks."""
         inner: dict[str, list[Space]] = {}
         for matrix in self.matrices:
             space = matrix.writes
@@ -159,7 +159,7 @@ def vit_readers(
     """Readers and writers of a pre-norm vision transformer with fused queries, keys and values.
 
     Args:
-        patch: numbers that a patch has, channels * side * side.
+        patch: numbers per patch, channels * side * side.
         width: D, channels of the residual stream.
         heads: H.
         depth: L; block b reads the stream through rows 2b (attention) and 2b + 1 (MLP) of the gains, the head through

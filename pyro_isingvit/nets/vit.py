@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
     samples, batch, tokens, width = x.shape
-    flat = x.reshape(samples, batch * tokens, width)  # one large product a sample beats B small ones
+    flat = x.reshape(samples, batch * tokens, width)  # one large product per sample beats B small ones
     return torch.baddbmm(bias, flat, weight.transpose(1, 2)).view(samples, batch, tokens, -1)
 
 

@@ -38,8 +38,23 @@ def make_tree(groups: dict[str, xr.Dataset], attrs: Mapping[str, Any]) -> xr.Dat
 def save_datatree(tree: xr.DataTree, path: str | Path) -> None:
     """Writes a tree as compressed netCDF, whole or not at all.
 
+    Args:
+        tree: such as ``run_to_datatree`` or ``from_pyro_svi`` gives; it is not changed.
+        path: the file, which is replaced if it exists.
+
     Raises:
         UserError: the folder cannot be written to, or the disk is full.
+
+    Examples:
+        >>> import tempfile
+        >>> import numpy as np, xarray as xr
+        >>> from pyro_isingvit import load_datatree, save_datatree
+        >>> draws = xr.Dataset({"mu": ("sample", np.array([0.4, 0.5]))})
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     save_datatree(xr.DataTree.from_dict({"posterior": draws}), f"{place}/posterior.nc")
+        ...     tree = load_datatree(f"{place}/posterior.nc")
+        >>> tree["posterior"]["mu"].values
+        array([0.4, 0.5])
     """
     tree = tree.copy()
     tree.attrs = {"library": LIBRARY, **tree.attrs}  # the mark that load_datatree looks for
@@ -72,7 +87,13 @@ def _expanded(path: Path) -> int:
 
 
 def load_datatree(path: str | Path) -> xr.DataTree:
-    """Reads what ``save_datatree`` wrote, into memory; the file is closed.
+    """Reads what ``save_datatree`` wrote, into memory; the file is closed. ``save_datatree`` shows an example.
+
+    Args:
+        path: the file, such as posterior.nc of a run's folder.
+
+    Returns:
+        the tree.
 
     Raises:
         UserError: missing, cut short, damaged, or no file of this library.

@@ -82,8 +82,8 @@ def classification_metrics(probs: Tensor, labels: Tensor) -> dict[str, Any]:
     Returns:
         accuracy, precision_macro, recall_macro, f1_macro, fpr_macro (false positive rate), nll (nats per image),
         brier (sum over classes, 0 to 2), ece (15 bins of equal width), ece_adaptive (15 of equal mass), aurc,
-        auroc_right_wrong (of the top probability: the chance that a right image has the higher one of a right and a
-        wrong; None where all are right or all wrong). All but the last are floats.
+        auroc_right_wrong (the chance that a right image has a higher top probability than a wrong one; None where all
+        are right or all are wrong). All but the last are floats.
 
     Raises:
         UserError: no images, counts that differ, or labels outside 0..C-1.

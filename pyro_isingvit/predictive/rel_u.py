@@ -41,8 +41,8 @@ def fit_relative_uncertainty(
     """Learns D on held-out images: uncertain where the network errs, certain where it does not.
 
     D minimises (1 - weight) E_right[p^T D p] - weight E_wrong[p^T D p] under the constraints of
-    ``RelativeUncertainty``, norm at most 1. Being linear in D, it has the closed form (the paper's, at temperature 1
-    and weight 1/2 by default as there)
+    ``RelativeUncertainty``, norm at most 1. The objective is linear in D, so there is a closed form (the paper's, whose
+    temperature 1 and weight 1/2 are the defaults)
 
         D_ij = max(0, weight E_wrong[p_i p_j] - (1 - weight) E_right[p_i p_j]) / Z   (i != j),   D_ii = 0.
 

@@ -271,7 +271,7 @@ class _Assembly:
     # What is constant ---------------------------------------------------------------------------------------------
 
     def _constants(self, kind: str, layer: int) -> Tensor | None:
-        """What the inputs of a matrix are where they are dropped, constants: (in,), 0 where they are not."""
+        """The constants that the dropped inputs of a matrix have become, (in,); 0 for all other inputs."""
         matrix = self.readers.matrix(kind, layer)
         space, writers = matrix.reads, self.readers.writers(matrix.reads)
         if matrix.norm is not None or not writers:  # the residual stream, or the image
@@ -360,7 +360,7 @@ class _Assembly:
         kept.index.copy_(torch.where(taken < 0, never, taken))
 
     def _carry_constants(self) -> None:
-        """A branch of which nothing is left is its constant: whatever wrote to the stream before adds it."""
+        """An empty branch is a constant; whatever wrote to the stream before it adds that constant."""
         target: Tensor = self.model.position
         for layer, plan in enumerate(self.plans):
             here = f"blocks.{layer}"

@@ -128,13 +128,26 @@ def compact(
         keep: keep this share of the masked weights instead.
         weighting: of the form ``mean``: slab means m ("slab"), posterior means pi m ("mean"), or whichever has the
             lower NLL on ``val`` ("auto"; m without ``val``).
-        val: validation images, on which the temperature is fitted anew; None takes the run's.
+        val: validation images, on which the temperature is fitted anew; None: the run's temperature is kept.
 
     Returns:
         the network in evaluation mode, on the CPU.
 
     Raises:
         UserError: no masks, a threshold outside (0, 1), contradictory arguments, or nothing left.
+
+    Examples:
+        >>> from pyro_isingvit import ViTConfig, compact, fit, load_data
+        >>> data = load_data("digits", train_size=100)
+        >>> vit = ViTConfig(patch_size=4, width=16, heads=4, depth=1)
+        >>> run = fit(vit, data, epochs=3, granularity="unit", progress=False)
+        >>> small = compact(run, keep=0.5, val=data.val)
+        >>> sum(p.numel() for p in small.parameters()) < run.model.num_masked_weights
+        True
+        >>> small.predict(data.test.images[:2]).shape  # one network: S = 1
+        torch.Size([1, 2, 10])
+        >>> compact(run, "bayes", keep=0.5).predict(data.test.images[:2], samples=4).shape
+        torch.Size([4, 2, 10])
     """
     need(form in ("mean", "bayes"), f"`form` must be mean or bayes, not {form!r}.")
     kept = choose_masks(run, threshold, keep)

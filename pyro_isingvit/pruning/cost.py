@@ -1,7 +1,7 @@
 """What a network costs: parameters, multiply-accumulates, time, bytes.
 
-Times are medians over repeats that take turns, so that a machine that slows down slows all of them. Compare ratios of
-such medians: the milliseconds hold for one machine and its load.
+Times are medians over repeats that take turns, so that a machine that slows down slows all networks alike. Compare
+ratios of such medians: the milliseconds hold for one machine and its load.
 """
 
 import statistics
@@ -20,7 +20,7 @@ from pyro_isingvit.core.errors import need
 BATCH = 256
 REPEATS = 15
 LIMIT_S = 30.0  # of a measurement, beyond which repeats are left out
-LEAST = 3  # but not below so many
+LEAST = 3  # repeats that are always made
 SINGLE = 8  # times as many repeats of single images, which are quick and noisy
 
 
@@ -50,8 +50,8 @@ def latency(
         networks: (batch, channels, height, width) to logits.
         image_shape: channels, height, width.
         batch: images at a time.
-        repeats: of each network, after two to warm up; 8 times as many where the batch is 1. Fewer, but 3 at least,
-            where they would take longer than half a minute in all.
+        repeats: of each network, after two to warm up; 8 times as many where the batch is 1. Fewer, but at least
+            3, where they would take longer than half a minute in all.
 
     Raises:
         UserError: repeats below 1.
@@ -70,7 +70,7 @@ def interleaved[K](
 
     Args:
         cases: each is called twice to warm up.
-        repeats: of each case; fewer, but 3 at least, where all together would take longer than ``limit_s``.
+        repeats: of each case; fewer, but at least 3, where all together would take longer than ``limit_s``.
         limit_s: seconds for all repeats of all cases.
         label: of the progress bar; "": none is shown.
 

@@ -1,4 +1,4 @@
-"""Smaller and smaller networks of one run, measured on the validation part: what each threshold costs and gives."""
+"""Ever smaller networks of one run, measured on the validation part: what each threshold costs and gives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,8 +62,8 @@ def kept_share(run: Run, kept: Kept) -> float:
 def frontier(run: Run, val: Split, repeats: int = REPEATS, chosen: Kept | None = None) -> list[Candidate]:
     """Networks from large to small: retention thresholds, then shares of what the threshold 0.5 keeps.
 
-    Shares go where no threshold does: retention is clipped at max_keep, where many masks are equal; their
-    second-order gains decide.
+    Shares reach networks that no threshold gives: retention is clipped at max_keep, many masks are equal there, and
+    their second-order gains decide.
 
     Args:
         run: a run with masks.
@@ -129,7 +129,7 @@ def smallest_within(
         reference: validation accuracy of the full posterior, 0 to 1.
         max_accuracy_drop: how far it may lie below the reference, in percentage points.
         improve: fine-tunes a candidate's network and gives its new accuracy; None takes the point's. Candidates that
-            are more than 30 points short before it are passed over.
+            are more than 30 points short before fine-tuning are skipped.
 
     Raises:
         UserError: a drop outside [0, 100], or none is good enough.

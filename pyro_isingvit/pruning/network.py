@@ -170,7 +170,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm block. A branch of which nothing is left is not there; its constant went to the branch before it."""
+    """A pre-norm block. An empty branch is left out; its constant was added to the branch before it."""
 
     def __init__(self, width: int, shape: LayerShape, head_dim: int) -> None:
         super().__init__()
@@ -224,13 +224,28 @@ class Posterior(nn.Module):
 
 
 class CompactViT(nn.Module):
-    """A pruned vision transformer.
+    """A pruned vision transformer, as ``compact`` makes it and ``from_pretrained`` loads it.
 
     Args:
         config: shapes and what the images look like.
 
     Attributes:
         temperature: T of the predictions; the logits are divided by it.
+
+    Examples:
+        >>> import tempfile
+        >>> from pyro_isingvit import CompactViT, ViTConfig, compact, fit, load_data
+        >>> data = load_data("digits", train_size=100)
+        >>> vit = ViTConfig(patch_size=4, width=16, heads=4, depth=1)
+        >>> small = compact(fit(vit, data, epochs=3, granularity="unit", progress=False))
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     small.save_pretrained(place)
+        ...     again = CompactViT.from_pretrained(place)
+        >>> images = data.test.images[:3]
+        >>> again(again.normalise(images)).shape
+        torch.Size([3, 10])
+        >>> bool((again.predict(images) == small.predict(images)).all())
+        True
     """
 
     def __init__(self, config: CompactConfig) -> None:
@@ -394,7 +409,7 @@ class CompactViT(nn.Module):
         config = CompactConfig.from_json((folder / CONFIG).read_text(errors="replace"), folder / CONFIG)
         try:
             state = load((folder / WEIGHTS).read_bytes())
-            with torch.device("meta"):  # shapes alone: a few words of JSON must not fill the memory
+            with torch.device("meta"):  # shapes alone: a small JSON file must not fill the memory
                 model = cls(config)
             for name, wanted in model.state_dict().items():
                 same = name in state and (state[name].dtype, state[name].shape) == (wanted.dtype, wanted.shape)

@@ -39,7 +39,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
 
 
 def _numbers(config: RunConfig, info: DataInfo) -> int:
-    """Numbers that the network needs at least: a few words of JSON must not fill the memory."""
+    """Numbers that the network needs at least: a small JSON file must not fill the memory."""
     vit, patch = config.vit, config.vit.patch_size
     tokens = -(-info.height // patch) * -(-info.width // patch)
     blocks = vit.depth * (4 + 2 * vit.mlp_ratio) * vit.width

@@ -13,7 +13,7 @@ def make_optimizer(groups: list[dict[str, Any]], settings: TrainConfig) -> torch
     """AdamW at the peak learning rate, in its fast form on every device; the numbers are those of the slow one.
 
     Args:
-        groups: of parameters, as ``Objective.parameter_groups`` gives them.
+        groups: of parameters, as ``Method.parameter_groups`` gives them.
         settings: ``lr`` is the rate of groups that name none.
     """
     return torch.optim.AdamW(groups, lr=settings.lr, foreach=True)

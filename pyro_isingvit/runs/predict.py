@@ -46,13 +46,24 @@ def draw_predictive(
         seed: of the draws; the global random state is left as it was.
         progress: show a progress bar.
 
+    Returns:
+        p(y | x, W_s) = softmax(f_{W_s}(x) / T) of every draw W_s ~ q, (S, B, C) (docs/method.md, Prediction).
+
     Raises:
         UserError: images that do not fit the run, or S or chunk below 1.
+
+    Examples:
+        >>> from pyro_isingvit import ViTConfig, draw_predictive, fit, load_data
+        >>> data = load_data("digits", train_size=100)
+        >>> run = fit(ViTConfig(patch_size=4, width=8, heads=2, depth=1), data, epochs=2, progress=False)
+        >>> draws = draw_predictive(run, data.test.images[:3], num_samples=5)
+        >>> draws.probs.shape
+        torch.Size([5, 3, 10])
     """
     if num_samples < 1 or chunk < 1:
         raise UserError(f"`samples` ({num_samples}) and `chunk` ({chunk}) must be at least 1.")
     images = as_images(images)
-    run.info.normalise(images[:1])  # complains of a misfit before any work
+    run.info.normalise(images[:1])  # refuses images that do not fit before any work
     batch, classes = len(images), run.info.num_classes
     num_samples = min(num_samples, run.max_draws or num_samples)
     images = images.take(own_rows(batch))
@@ -85,15 +96,23 @@ def attention_margins(run: Run, images: Images | Tensor | np.ndarray, batch: int
         batch: at most this many images pass through the network at a time.
 
     Returns:
-        (B, L, H, T) on the CPU; L layers, H heads, T tokens (the CLS token, if any, comes first).
+        (B, L, H, T) on the CPU, without unit; L layers, H heads, T tokens (the CLS token, if any, comes first).
 
     Raises:
-        UserError: images that do not fit the run, or batch below 1.
+        UserError: images that do not fit the run, a run without masks, or batch below 1.
+
+    Examples:
+        >>> from pyro_isingvit import ViTConfig, attention_margins, fit, load_data
+        >>> data = load_data("digits", train_size=100)
+        >>> run = fit(ViTConfig(patch_size=4, width=8, heads=2, depth=1), data, epochs=2, progress=False)
+        >>> margins = attention_margins(run, data.test.images[:3])
+        >>> margins.shape, bool((margins > 0).all())
+        (torch.Size([3, 1, 2, 4]), True)
     """
     if batch < 1:
         raise UserError(f"`batch` must be at least 1, not {batch}.")
     images = as_images(images)
-    run.info.normalise(images[:1])  # complains of a misfit before any work
+    run.info.normalise(images[:1])  # refuses images that do not fit before any work
     weights = {kind: run.guide.weight_retention(kind) * loc for kind, loc in run.guide.loc.items()}
     config = run.model.vit.config
     margins = torch.empty(len(images), config.depth, config.heads, len(run.model.vit.position))

@@ -21,13 +21,20 @@ from pyro_isingvit.nets.vit import Weights
 
 
 class Run:
-    """A fitted network.
+    """A fitted network; ``fit`` and ``load_run`` return the subclass ``TrainedRun``.
 
     Args:
         config: the settings.
         method: what was trained.
         folder: where the run is kept; None for one that lives in memory alone.
         history: a dictionary per epoch, as in metrics.jsonl.
+
+    Examples:
+        >>> from pyro_isingvit import Run, ViTConfig, fit, load_data
+        >>> data = load_data("digits", train_size=100)
+        >>> run = fit(ViTConfig(patch_size=4, width=8, heads=2, depth=1), data, epochs=2, progress=False)
+        >>> isinstance(run, Run), run.has_masks, len(run.history), run.mask_summary()["masked_weights"]
+        (True, True, 2, 976)
     """
 
     def __init__(

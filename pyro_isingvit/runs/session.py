@@ -1,4 +1,4 @@
-"""What is kept of a training on disk, and what a resumed training starts from.
+"""What a training keeps on disk, and what a resumed one starts from.
 
 After every epoch the checkpoint is written, the one before it is kept, and metrics.jsonl follows.
 """
@@ -95,9 +95,9 @@ class Session:
             UserError: the runs differ in what training depends on, or the other has not finished its ``epochs``.
         """
         if not trained_alike(self.run.config, read_config(folder)):
-            raise UserError(f"{folder} was trained with other settings; its weights cannot stand for ours.")
+            raise UserError(f"{folder} was trained with other settings; its weights cannot be taken over.")
         self.restore(folder, strict=False)
-        self.finished = False  # what ours does after the last epoch is another thing
+        self.finished = False  # this run's own work after the last epoch is still to be done
         if self.epoch != epochs:
             raise UserError(f"{folder} is not finished; resume it first.")
 

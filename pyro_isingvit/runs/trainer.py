@@ -204,7 +204,7 @@ class Trainer:
             self._calibrate()
         session.finished = True
         session.keep()
-        session.keep()  # the one before it holds the same: either will do
+        session.keep()  # checkpoint.previous.pt holds the same state: either will do
 
     def _calibrate(self) -> None:
         """Fits T on the validation part, which took no part in training (predictive/calibration.py)."""
@@ -235,7 +235,7 @@ class Trainer:
             sums, count = sums + total(terms), count + 1
             session.step += 1
             self.bar.update()
-        # The last step of an epoch has no loss after it that would tell.
+        # No later loss of the epoch would show that its last step spoiled the weights.
         mean_loss = math.nan if not_finite(self.method) else float(averaged(sums)) / count
         self._check_finite(mean_loss, {}, epoch)
         self.epoch_seconds.append(time.monotonic() - start)
@@ -248,7 +248,7 @@ class Trainer:
         }  # fmt: skip
 
     def _look(self, terms: Terms, epoch: int) -> dict[str, float]:
-        """The terms as numbers, averaged over the processes, in the units of metrics.jsonl; complains of any NaN."""
+        """The terms as numbers, averaged over the processes, in the units of metrics.jsonl; all must be finite."""
         values = averaged(torch.stack([*terms.values()])).tolist()
         numbers = dict(zip(terms, values, strict=True))
         self._check_finite(sum(values), numbers, epoch)

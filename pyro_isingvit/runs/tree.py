@@ -68,7 +68,7 @@ def run_to_datatree(
 
     A baseline has no masks: its tree lacks ``posterior``, ``variational`` and the margins.
 
-    With the seed that made ``draws``, draw s of ``posterior`` is the very network behind ``probs`` s.
+    With the seed that made ``draws``, draw s of ``posterior`` is the network that gave draw s of ``probs``.
 
     Args:
         run: the run.
@@ -80,8 +80,21 @@ def run_to_datatree(
         part: name of the part.
         seed: of the draws and the choice of images; the global random state is left as it was.
 
+    Returns:
+        the tree, which ``save_datatree`` writes.
+
     Raises:
         UserError: draws that do not belong to the images, no images, or a count below 1.
+
+    Examples:
+        >>> from pyro_isingvit import ViTConfig, draw_predictive, fit, load_data, run_to_datatree
+        >>> data = load_data("digits", train_size=100)
+        >>> run = fit(ViTConfig(patch_size=4, width=8, heads=2, depth=1), data, epochs=2, progress=False)
+        >>> tree = run_to_datatree(run, data.val, draw_predictive(run, data.val.images, 5))
+        >>> dict(tree["posterior_predictive"].sizes)
+        {'sample': 5, 'image': 10, 'class': 10}
+        >>> tree["posterior"]["xi_qkv"].sizes["sample"]
+        5
     """
     samples = len(draws.probs) if num_samples is None else num_samples
     if samples < 1 or max_images < 1 or len(split) == 0 or draws.probs.shape[1] != len(split):

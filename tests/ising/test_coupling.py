@@ -1,4 +1,4 @@
-"""Coupling against loops written from the formula, and the properties that docs/method.md, Posterior, asks for."""
+"""Coupling against loops written from the formula, and the properties that docs/method.md, Coupling, asks for."""
 
 import pytest
 import torch
