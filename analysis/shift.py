@@ -20,7 +20,7 @@ from pyro_isingvit.data.load import load_data
 from pyro_isingvit.data.split import DataInfo, Split
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.runs.folder import POSTERIOR
-from pyro_isingvit.runs.load import load_run
+from pyro_isingvit.runs.load import open_run
 from pyro_isingvit.runs.run import Run
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def load_runs(folders: Sequence[Path], device: str) -> dict[str, Run]:
         for path, name in zip(paths, short, strict=True)
     ]
     need(len(set(names)) == len(names), f"runs need different folder names, got {', '.join(names)}.")
-    runs = {name: load_run(folder, place) for name, folder in zip(names, folders, strict=True)}
+    runs = {name: open_run(folder, place) for name, folder in zip(names, folders, strict=True)}
     first, *others = runs.items()
     for name, run in others:
         same = _data_of(run.info) == _data_of(first[1].info)
@@ -67,7 +67,7 @@ def own_test_part(run: Run, data_root: str | None, max_images: int, seed: int) -
     """The run's own test part, or what posterior.nc keeps of it if the data are gone.
 
     Args:
-        run: as ``load_run`` gave it.
+        run: as ``open_run`` gave it.
         data_root: folder of the torchvision data sets; None: the run's own.
         max_images: from a larger test part, this many images are chosen at random.
         seed: of that choice.

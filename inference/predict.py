@@ -51,7 +51,7 @@ def predict(arguments: PredictArguments) -> None:
     from pyro_isingvit.predictive.datatree import save_datatree
     from pyro_isingvit.predictive.metrics import classification_metrics
     from pyro_isingvit.predictive.tree import predictions_to_datatree
-    from pyro_isingvit.runs.load import load_run
+    from pyro_isingvit.runs.load import open_run
     from pyro_isingvit.runs.predict import draw_predictive
 
     table = arguments.out.with_suffix(".csv")
@@ -63,7 +63,7 @@ def predict(arguments: PredictArguments) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is available here; use --device cpu or auto.")
     cuda = arguments.device != "cpu" and torch.cuda.is_available()
-    run = load_run(arguments.run, "cuda" if cuda else "cpu")
+    run = open_run(arguments.run, "cuda" if cuda else "cpu")
     inputs = load_inputs(arguments.input, run.info, data_root=arguments.data_root, download=False)
     draws = draw_predictive(run, inputs.images, arguments.samples, arguments.chunk, arguments.seed, progress=True)
     labels = inputs.labels if int(inputs.labels.min()) >= 0 else None

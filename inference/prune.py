@@ -63,7 +63,7 @@ def prune(arguments: PruneArguments) -> None:
     from pyro_isingvit.pruning.export import need_extras
     from pyro_isingvit.pruning.frontier import frontier, kept_share
     from pyro_isingvit.runs.folder import METRICS
-    from pyro_isingvit.runs.load import load_run
+    from pyro_isingvit.runs.load import open_run
     from pyro_isingvit.runs.predict import draw_predictive
 
     _check(arguments)
@@ -73,7 +73,7 @@ def prune(arguments: PruneArguments) -> None:
         from inference.prune_peers import need_peers
 
         need_peers()
-    run = load_run(arguments.run)
+    run = open_run(arguments.run)
     guide_of(run)
     masks = None if arguments.max_accuracy_drop is not None else choose_masks(run, arguments.threshold, arguments.keep)
     data = _load(run, arguments.data_root)

@@ -14,7 +14,6 @@ from pyro_isingvit.evaluation import Evaluation, evaluate, write_evaluation
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.pruning.choose import Form, Weighting, compact
 from pyro_isingvit.pruning.network import CompactViT
-from pyro_isingvit.runs import load
 from pyro_isingvit.runs.folder import (
     CHECKPOINT,
     CONFIG,
@@ -27,6 +26,7 @@ from pyro_isingvit.runs.folder import (
     need_folder,
     to_lines,
 )
+from pyro_isingvit.runs.load import open_run
 from pyro_isingvit.runs.predict import CHUNK, draw_predictive
 from pyro_isingvit.runs.run import Run, build_run
 
@@ -336,4 +336,4 @@ def load_run(folder: str | Path, device: str = "cpu") -> TrainedRun:
         >>> again.config == run.config, again.history == run.history
         (True, True)
     """
-    return TrainedRun.of(load.load_run(folder, device))
+    return TrainedRun.of(open_run(folder, device))

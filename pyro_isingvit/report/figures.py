@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pyro_isingvit.predictive.metrics import ECE_BINS
+from pyro_isingvit.predictive.metrics import ECE_BINS, entropy
 from pyro_isingvit.report.style import (
     BLUE,
     GREEN,
@@ -267,7 +268,7 @@ def credible_intervals(
 
 def entropy_of(probs: np.ndarray) -> np.ndarray:
     """Nats, over the last axis."""
-    return -(probs * np.log(np.maximum(probs, 1e-12))).sum(-1)
+    return entropy(torch.from_numpy(np.asarray(probs))).numpy()
 
 
 def show_image(ax: Axes, pixels: np.ndarray) -> None:

@@ -10,7 +10,7 @@ import jinja2
 
 from pyro_isingvit.core.checkpoint import write_text
 from pyro_isingvit.core.errors import UserError, why
-from pyro_isingvit.pruning.network import CONFIG
+from pyro_isingvit.pruning.shapes import CONFIG
 from pyro_isingvit.report import pruning_figures, style
 from pyro_isingvit.runs.folder import METRICS
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pyro_isingvit.predictive.detection import detection_metrics
-from pyro_isingvit.predictive.metrics import calibration_error
+from pyro_isingvit.predictive.metrics import calibration_error, entropy
 
 Grade = Literal["good", "fair", "weak", "unclear"]
 SIMULATIONS = 200  # sets of labels drawn from the predictions
@@ -121,8 +121,7 @@ def _doubt(probs: np.ndarray, right: np.ndarray) -> Verdict:
     if wrong < FEW:
         text = f"Only {wrong} answers are wrong: too few to say whether the network doubts them."
         return Verdict("Doubt of errors", "unclear", text)
-    scores = -(probs.clip(1e-12) * np.log(probs.clip(1e-12))).sum(-1)
-    auroc = detection_metrics(scores, ~right)["auroc"]
+    auroc = detection_metrics(entropy(torch.from_numpy(probs)).numpy(), ~right)["auroc"]
     if auroc is None:
         return Verdict("Doubt of errors", "unclear", "Every answer is wrong.")
     why = (

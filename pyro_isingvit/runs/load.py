@@ -14,7 +14,7 @@ from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, read_config
 from pyro_isingvit.runs.run import Run, build_run
 
 
-def load_run(folder: str | Path, device: str = "cpu") -> Run:
+def open_run(folder: str | Path, device: str = "cpu") -> Run:
     """Loads a run folder.
 
     Args:

@@ -61,7 +61,7 @@ def draw_predictive(
         torch.Size([5, 3, 10])
     """
     if num_samples < 1 or chunk < 1:
-        raise UserError(f"`samples` ({num_samples}) and `chunk` ({chunk}) must be at least 1.")
+        raise UserError(f"`num_samples` ({num_samples}) and `chunk` ({chunk}) must be at least 1.")
     images = as_images(images)
     run.info.normalise(images[:1])  # refuses images that do not fit before any work
     batch, classes = len(images), run.info.num_classes

@@ -19,7 +19,7 @@ from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint
 from pyro_isingvit.core.untrusted import csv_text, file_stem, plain, printable
 from pyro_isingvit.data.load import load_data
 from pyro_isingvit.data.split import DataInfo
-from pyro_isingvit.pruning.network import CONFIG
+from pyro_isingvit.pruning.shapes import CONFIG
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a\0b", "..", ".", "", "a" * 999, "b\\c", EVIL, "\x1b[2J"])

@@ -25,8 +25,9 @@ from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.load import load_data, load_image_files
 from pyro_isingvit.predictive.datatree import load_datatree, make_tree, save_datatree
 from pyro_isingvit.pruning.assembly import assemble
-from pyro_isingvit.pruning.network import CONFIG, WEIGHTS, CompactViT
-from pyro_isingvit.runs.load import load_run
+from pyro_isingvit.pruning.network import WEIGHTS, CompactViT
+from pyro_isingvit.pruning.shapes import CONFIG
+from pyro_isingvit.runs.load import open_run
 
 
 class Evil:
@@ -166,7 +167,7 @@ def test_a_run_that_says_it_is_huge(setting: str, folder: Path) -> None:
         raw["vit"][setting] = 10**9
     (folder / "config.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match="larger than what the file holds"):
-        load_run(folder)
+        open_run(folder)
 
 
 def test_a_tensor_repeated_by_its_strides_counts_once(folder: Path) -> None:
@@ -177,7 +178,7 @@ def test_a_tensor_repeated_by_its_strides_counts_once(folder: Path) -> None:
     state["guide"]["loc.qkv"] = torch.zeros(1).expand(2, 120_000, 40_000)
     save_checkpoint(folder / "checkpoint.pt", state)
     with pytest.raises(UserError, match="larger than what the file holds"):
-        load_run(folder)
+        open_run(folder)
 
 
 @pytest.mark.parametrize("change", [
@@ -189,7 +190,7 @@ def test_checkpoints_of_the_wrong_content(change: dict, folder: Path) -> None:
     state = load_checkpoint(folder / "checkpoint.pt")
     save_checkpoint(folder / "checkpoint.pt", state | change)
     with pytest.raises(UserError):
-        load_run(folder)
+        open_run(folder)
 
 
 @pytest.mark.parametrize(("part", "name", "value"), [
@@ -204,7 +205,7 @@ def test_settings_of_the_wrong_kind(part: str | None, name: str, value: object, 
     (raw if part is None else raw[part])[name] = value
     (folder / "config.json").write_text(json.dumps(raw))
     with pytest.raises(UserError):
-        load_run(folder)
+        open_run(folder)
 
 
 @pytest.mark.parametrize("depth", [10, 100_000])
@@ -212,7 +213,7 @@ def test_deeply_nested_json(depth: int, folder: Path) -> None:
     for name in ("config.json", CONFIG):
         (folder / name).write_text("[" * depth + "]" * depth)
     (folder / WEIGHTS).write_bytes(b"")
-    for read in (load_run, CompactViT.from_pretrained):
+    for read in (open_run, CompactViT.from_pretrained):
         with pytest.raises(UserError):
             read(folder)
 

@@ -15,7 +15,7 @@ from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.pruning.choose import compact, finetune
 from pyro_isingvit.pruning.frontier import frontier
-from pyro_isingvit.runs.load import load_run
+from pyro_isingvit.runs.load import open_run
 from pyro_isingvit.runs.predict import attention_margins, draw_predictive
 
 TRAIN, TEST = 5500, 120  # more training images than any pass may hold at a time
@@ -62,13 +62,13 @@ def test_from_registry_to_pruned_network(tmp_path, monkeypatch, caplog) -> None:
 
     loaded = load_data("quadrants", val_fraction=0.02)
     assert isinstance(loaded.train.images, Subset) and isinstance(loaded.val.images, Subset)
-    assert loaded.info == load_run(folder).info
+    assert loaded.info == open_run(folder).info
     tree = load_datatree(folder / "posterior.nc")
     stored = tree.constant_data["pixels"].values
     tree.close()
     assert torch.equal(torch.from_numpy(stored), loaded.test.images[:])  # what the report shows
 
-    run = load_run(folder)
+    run = open_run(folder)
     inputs = load_inputs("quadrants", run.info)
     draws = draw_predictive(run, inputs.images, 5, seed=0)
     assert classification_metrics(draws.mean, inputs.labels)["accuracy"] == metrics["accuracy"]

@@ -23,7 +23,7 @@ from pyro_isingvit.methods.plain import Plain, check_baseline
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.methods.sparse import L0, SparseVD, sparse_vd_kl
 from pyro_isingvit.nets.vit import linear
-from pyro_isingvit.runs.load import load_run
+from pyro_isingvit.runs.load import open_run
 from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.steps import total
 from pyro_isingvit.runs.trainer import Trainer
@@ -71,7 +71,7 @@ def test_trains_draws_and_reloads(method: str, data: ImageData, tmp_path: Path) 
     draws = draw_predictive(run, data.test.images, 4, seed=1)
     assert len(draws.probs) == min(4, run.max_draws or 4)
     torch.testing.assert_close(draws.probs.sum(-1), torch.ones(draws.probs.shape[:2]))
-    again = draw_predictive(load_run(tmp_path), data.test.images, 4, seed=1)
+    again = draw_predictive(open_run(tmp_path), data.test.images, 4, seed=1)
     assert torch.equal(draws.probs, again.probs)
     summary = run.mask_summary()
     assert 0 <= summary["pruned_fraction"] <= 1 and 0 <= summary["retention_mean"] <= 1

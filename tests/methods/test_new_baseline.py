@@ -18,7 +18,7 @@ from pyro_isingvit.methods.base import Networks
 from pyro_isingvit.methods.plain import Plain
 from pyro_isingvit.methods.registry import METHODS, Row
 from pyro_isingvit.nets.vit import Weights
-from pyro_isingvit.runs.load import load_run
+from pyro_isingvit.runs.load import open_run
 from pyro_isingvit.runs.predict import draw_predictive
 
 
@@ -58,7 +58,7 @@ def test_it_trains_resumes_and_predicts(data: ImageData, tmp_path: Path) -> None
     assert {"nll", "penalty"} <= set(run.history[-1]) and run.history[-1]["nll"] < run.history[0]["nll"]
     draws = draw_predictive(run, data.test.images, 5)
     assert draws.probs.shape == (5, 30, 3) and draws.probs.std(0).max() > 1e-3
-    again = load_run(tmp_path)
+    again = open_run(tmp_path)
     assert torch.equal(draw_predictive(again, data.test.images, 5).probs, draws.probs)
 
 

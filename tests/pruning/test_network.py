@@ -18,7 +18,8 @@ from pyro_isingvit.data.split import DataInfo
 from pyro_isingvit.ising.layout import GRANULARITIES
 from pyro_isingvit.nets.vit import ViT, Weights
 from pyro_isingvit.pruning.assembly import assemble
-from pyro_isingvit.pruning.network import CONFIG, WEIGHTS, CompactConfig, CompactViT
+from pyro_isingvit.pruning.network import WEIGHTS, CompactViT
+from pyro_isingvit.pruning.shapes import CONFIG, CompactConfig
 
 SHAPES = {
     "tiny": TINY,
