@@ -20,6 +20,7 @@ from .predictive.datatree import save_datatree as save_datatree
 from .predictive.draws import PredictiveDraws as PredictiveDraws
 from .predictive.from_pyro import from_pyro_svi as from_pyro_svi
 from .pruning.choose import compact as compact
+from .pruning.export import export_onnx as export_onnx
 from .pruning.network import CompactViT as CompactViT
 from .runs.predict import attention_margins as attention_margins
 from .runs.predict import draw_predictive as draw_predictive

@@ -76,6 +76,7 @@ def evaluate(
     at_one, calibrated = (
         classification_metrics(probs.mean(0), split.labels) for probs in (plain, temper(plain, fitted))
     )
+    own = sum(p.numel() for p in run.network.parameters())
     metrics: dict[str, Any] = {
         **classification_metrics(draws.mean, split.labels),
         **uncertainty_metrics(draws, split.labels),
@@ -94,7 +95,7 @@ def evaluate(
         "dataset": run.info.dataset,
         "method": run.config.method,
         "preset": run.config.preset,
-        "parameters": sum(p.numel() for p in run.network.parameters()),
+        "parameters": own + run.model.num_masked_weights if run.has_masks else own,  # the guide holds the matrices
     }
     if run.has_masks:
         metrics |= {"kappa_mask": run.guide.kappa_mask, "kappa_weights": run.guide.kappa_weights}

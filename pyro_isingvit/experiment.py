@@ -149,10 +149,19 @@ def fit(
     known = "settings are the fields of TrainConfig, IsingConfig and BaselineConfig"
     need(not settings, f"unknown setting {_named(settings)}; {known}, and the shape is that of `model`.")
     config = RunConfig(
-        data=DataConfig(dataset=data.info.dataset), vit=_shape(model), **parts, version=__version__, method=method,
+        data=_source(data, parts["train"]), vit=_shape(model), **parts, version=__version__, method=method,
         preset=model if isinstance(model, str) else "custom",
     )  # fmt: skip
     return _trained(Trainer(config, data, None, progress, given), data)
+
+
+def _source(data: ImageData, train: TrainConfig) -> DataConfig:
+    """Where a script finds the same parts; a name that none can load where it would divide the images otherwise."""
+    if data.source is None:
+        return DataConfig(dataset=data.info.dataset)
+    source, seed = data.source
+    same = seed == train.seed  # the seed of a run divides its images too
+    return source if same else DataConfig(dataset=f"{data.info.dataset} (divided with seed {seed})")
 
 
 def _shape(model: IsingViT | ViTConfig | str) -> ViTConfig:

@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +117,19 @@ def test_what_fit_refuses_is_named(images, model, settings: dict, words: str) ->
     model = IsingViT(TINY, INFO) if model == "ising model" else model
     with pytest.raises(UserError, match=words):
         fit(model, images, **QUICK | settings)
+
+
+def test_a_saved_run_finds_the_very_parts_again(tmp_path: Path) -> None:
+    data = load_data("digits", train_size=60, val_fraction=0.2, seed=3)
+    run = fit(TINY, data, epochs=1, seed=3, progress=False)
+    source = load_run(run.save(tmp_path / "same")).config.data
+    again = load_data(**asdict(source), seed=3)
+    assert torch.equal(again.val.images[:], data.val.images[:]) and len(again.train) == 60
+    other = fit(TINY, data, epochs=1, seed=4, progress=False)  # a script would divide the images with seed 4
+    name = load_run(other.save(tmp_path / "other")).config.data.dataset
+    with pytest.raises(UserError, match=r"unknown data set 'digits .divided with seed 3.'"):
+        load_data(name)
+    assert run.config.data.train_size == 60 and other.info.dataset == "digits"
 
 
 # save, load_run, resume -----------------------------------------------------------------------------------------

@@ -79,9 +79,10 @@ def load_data(
         (torch.Size([2, 1, 8, 8]), ('0', '1', '2'))
     """
     check_division(val_fraction, TEST_FRACTION, seed)
-    source = DataConfig(dataset=dataset, data_root=str(data_root), download=download, image_size=image_size)
+    source = DataConfig(dataset, str(data_root), download, train_size, val_fraction, image_size)
     pool, val, test, classes = load_parts(source)
-    return divide(pool, val, test, classes, name=dataset, train_size=train_size, val_fraction=val_fraction, seed=seed)
+    data = divide(pool, val, test, classes, name=dataset, train_size=train_size, val_fraction=val_fraction, seed=seed)
+    return replace(data, source=(replace(source, download=False), seed))
 
 
 def load_inputs(spec: str, info: DataInfo, *, data_root: str | Path = "data", download: bool = False) -> Split:

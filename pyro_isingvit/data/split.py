@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.data.arrays import class_numbers, find_classes, is_dataset, read_arrays, read_dataset
 from pyro_isingvit.data.images import Images, Normalise, as_images, copies, statistics
 from pyro_isingvit.data.stratify import hold_out, stratified
@@ -148,12 +149,14 @@ class ImageData:
         val: what is watched in training and sets mask noise and temperature; may be empty.
         test: what the trained run is evaluated on.
         info: classes, image shape and pixel statistics of the training part.
+        source: settings and seed that ``load_data`` divides it by again; None for images that were given in memory.
     """
 
     train: Split
     val: Split
     test: Split
     info: DataInfo
+    source: tuple[DataConfig, int] | None = None
 
     @classmethod
     def from_arrays(
