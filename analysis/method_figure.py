@@ -29,7 +29,7 @@ CLASSES = {"cat": (0.62, 0.90), "dog": (0.06, 0.31), "owl": (0.01, 0.08)}  # of 
 class Arguments:
     """Where to draw."""
 
-    out: Path = Path("docs/method.png")
+    out: Path
     """PNG file."""
 
 

@@ -1,6 +1,6 @@
 """Run docs/tutorial.md from top to bottom, and put what it prints and draws into the page.
 
-python -m analysis.tutorial
+python -m analysis.tutorial --page docs/tutorial.md
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from typing import Any
 
 from inference.cli import run_script
 from pyro_isingvit.core.checkpoint import write_atomically, write_text
+from pyro_isingvit.core.errors import need
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"```(python|sh)\n(.*?)```(\n\n```text\n.*?```)?", re.S)
@@ -31,7 +32,7 @@ FIGURE = re.compile(r"!\[[^\]]*\]\((tutorial/(\w+\.png))\)")
 class Arguments:
     """Which page to run."""
 
-    page: Path = Path("docs/tutorial.md")
+    page: Path
     """The page; its figures go to the folder that it names."""
 
 
@@ -82,6 +83,7 @@ def tutorial(arguments: Arguments) -> None:
 
     matplotlib.use("Agg")
     page = arguments.page.resolve()
+    need(page.is_file(), f"there is no page {arguments.page}.")
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         text = filled(page.read_text(), command)
         for shown, drawn in figures(text, Path(folder)).items():
