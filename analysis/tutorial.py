@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from inference.cli import run_script
-from pyro_isingvit.core.checkpoint import write_atomically, write_text
 from pyro_isingvit.core.errors import need
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +79,8 @@ def command(words: list[str]) -> str:
 def tutorial(arguments: Arguments) -> None:
     """Run the tutorial in a temporary folder and renew its outputs and figures."""
     import matplotlib
+
+    from pyro_isingvit.core.checkpoint import write_atomically, write_text
 
     matplotlib.use("Agg")
     page = arguments.page.resolve()
