@@ -1,6 +1,7 @@
 """The door: settings and images in, a trained and evaluated run out."""
 
 import dataclasses
+import difflib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +134,10 @@ def fit(
         >>> run.config.baseline.drop_rate, run.config.train.lr
         (0.2, 0.004)
     """
+    need(
+        isinstance(data, ImageData),
+        f"`data` must be an ImageData, not {type(data).__name__}: use `load_data` or `ImageData.from_arrays`.",
+    )
     usual, given = row(method), model if isinstance(model, IsingViT) else None
     clash = "`model` is an IsingViT with mask settings of its own"
     need(given is None or ising is None, f"{clash}; leave out `ising`.")
@@ -146,8 +151,7 @@ def fit(
         fixed = given is not None and name == "ising" and own
         need(not fixed, f"{clash}; set {_named(own)} there.")
         parts[name] = replace(part, **own)
-    known = "settings are the fields of TrainConfig, IsingConfig and BaselineConfig"
-    need(not settings, f"unknown setting {_named(settings)}; {known}, and the shape is that of `model`.")
+    need(not settings, f"unknown setting {_named(settings)}; {_hint(settings, parts)}.")
     config = RunConfig(
         data=_source(data, parts["train"]), vit=_shape(model), **parts, version=__version__, method=method,
         preset=model if isinstance(model, str) else "custom",
@@ -171,6 +175,19 @@ def _shape(model: IsingViT | ViTConfig | str) -> ViTConfig:
         return model
     need(isinstance(model, str), f"`model` must be a preset's name, a ViTConfig or an IsingViT, not {model!r:.60}.")
     return preset(model)
+
+
+def _hint(unknown: Iterable[str], parts: dict[str, Any]) -> str:
+    """What may have been meant by settings that there are not."""
+    if shapes := [name for name in unknown if name in {each.name for each in dataclasses.fields(ViTConfig)}]:
+        return f"the shape is that of `model`: pass a ViTConfig with {_named(shapes)}"
+    names = [each.name for part in parts.values() for each in dataclasses.fields(part)]
+    close = [found for name in unknown for found in difflib.get_close_matches(name, names, 1)]
+    return (
+        f"did you mean {_named(close)}?"
+        if close
+        else "settings are the fields of TrainConfig, IsingConfig and BaselineConfig"
+    )
 
 
 def _named(settings: Iterable[str]) -> str:

@@ -63,6 +63,11 @@ class TrainedRun(Run):
         trained.evaluation = trained._kept = None
         return trained
 
+    def __repr__(self) -> str:
+        """Method, data and folder."""
+        kept = f"in {self.folder}" if self.folder else "in memory"
+        return f"<TrainedRun of {self.config.method} on {self.info.dataset}, {len(self.info.classes)} classes, {kept}>"
+
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is built from the settings and takes the state: modules hold functions that cannot be pickled."""
         state = {**self._rest(), **self.state()}
@@ -102,6 +107,7 @@ class TrainedRun(Run):
         """
         folder = Path(folder)
         need_folder(folder)
+        self.config.check_kept()
         own, held = self._has_folder(folder), holds_run(folder)
         need(own or overwrite or not held, f"{folder} holds a run; name another `folder` or pass `overwrite=True`.")
         if not own or overwrite:

@@ -119,6 +119,11 @@ def test_what_fit_refuses_is_named(images, model, settings: dict, words: str) ->
         fit(model, images, **QUICK | settings)
 
 
+def test_fit_wants_image_data() -> None:
+    with pytest.raises(UserError, match="`data` must be an ImageData, not tuple: use `load_data`"):
+        fit(TINY, (torch.zeros(9, 1, 4, 4), torch.zeros(9)))  # type: ignore[arg-type]
+
+
 def test_a_saved_run_finds_the_very_parts_again(tmp_path: Path) -> None:
     data = load_data("digits", train_size=60, val_fraction=0.2, seed=3)
     run = fit(TINY, data, epochs=1, seed=3, progress=False)

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -162,6 +163,17 @@ def test_files_that_the_readme_names_exist() -> None:
     for page in sorted((ROOT / "docs").glob("*.md")):
         for name in re.findall(r"\]\(([\w./-]+\.(?:md|png))\)", page.read_text()):
             assert (page.parent / name).is_file(), f"{page.name} names {name}"
+
+
+def test_the_examples_of_the_page_on_extending_run(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "extending.md").read_text()
+    (tmp_path / "mine.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", page, re.S)))
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "import mine"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n")[:2] == ["True", "torch.Size([5, 1, 10])"]
 
 
 def test_the_readme_is_short() -> None:

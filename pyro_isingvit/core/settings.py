@@ -205,6 +205,23 @@ class RunConfig:
         """The settings as indented JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
+    def check_kept(self) -> None:
+        """Refuses settings that a folder could not give back: fields of a subclass, made for a trial in memory.
+
+        Raises:
+            UserError: there are some.
+        """
+        for name, kind in PARTS.items():
+            strange = {each.name for each in dataclasses.fields(getattr(self, name))} - {
+                each.name for each in dataclasses.fields(kind)
+            }
+            if strange:
+                names = ", ".join(sorted(strange))
+                raise UserError(
+                    f"settings that {kind.__name__} does not have cannot be kept in a folder: {names}; keep the run in "
+                    "memory, or add the field in core/settings.py."
+                )
+
     @classmethod
     def from_json(cls, text: str, where: str | Path = "config.json") -> "RunConfig":
         """Reads what ``to_json`` wrote.

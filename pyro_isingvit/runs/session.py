@@ -51,6 +51,8 @@ class Session:
     def keep_config(self) -> None:
         """Writes config.json, unless it is there."""
         folder = self.run.folder
+        if folder is not None:
+            self.run.config.check_kept()
         if folder is not None and not (folder / CONFIG).exists():
             write_text(folder / CONFIG, self.run.config.to_json())
 

@@ -138,8 +138,8 @@ def test_memory_of_draws_is_bounded_by_the_chunk(start: str, monkeypatch) -> Non
     context = multiprocessing.get_context(start)  # a fork is not fresh, but its growth is its own
     monkeypatch.setattr("multiprocessing.get_context", lambda _: context)
     shape = replace(SHAPE, vit=replace(TINY, width=64, heads=4), side=16)
-    small, large = (in_fresh_process(peak_of_draws, shape, chunk, 8, 1000) for chunk in (100, 8000))
-    assert small["result_mb"] == large["result_mb"] == pytest.approx(8 * 1000 * 3 * 4e-6)
+    small, large = (in_fresh_process(peak_of_draws, shape, chunk, 8, 3000) for chunk in (100, 24_000))
+    assert small["result_mb"] == large["result_mb"] == pytest.approx(8 * 3000 * 3 * 4e-6)
     assert small["growth_mb"] < 0.25 * large["growth_mb"]
 
 

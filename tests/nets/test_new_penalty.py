@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONFIG, trainer
+from helpers import CONFIG, TINY, trainer
 from torch import Tensor
 
+from pyro_isingvit import fit
 from pyro_isingvit.core.settings import TrainConfig
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.registry import METHODS
@@ -88,6 +89,15 @@ def test_its_gradient_is_that_of_the_formula(data: ImageData) -> None:
     (grad,) = torch.autograd.grad(loss, z)
     expected = (z.softmax(-1) - torch.nn.functional.one_hot(y, 3)) / 4 + weight * z / 12
     torch.testing.assert_close(grad, expected.detach())
+
+
+def test_a_folder_would_not_give_the_field_back(data: ImageData, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="kept in a folder: feature_penalty, logit_penalty; keep the run"):
+        trainer(data, tmp_path / "run", replace(CONFIG, train=settings(logit_penalty=1.0))).fit()
+    assert not (tmp_path / "run").exists()
+    run = fit(TINY, data, train=settings(logit_penalty=1.0), epochs=1, progress=False)
+    with pytest.raises(ValueError, match="cannot be kept in a folder"):
+        run.save(tmp_path / "run")
 
 
 def test_a_negative_weight_is_refused(data: ImageData, tmp_path: Path) -> None:
