@@ -117,7 +117,7 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         X, y = self._training_set(X, y)
         seed = self._seed()
         self.classes_, numbers = np.unique(y, return_inverse=True)
-        need(len(self.classes_) > 1, f"`y` has only one class, {self.classes_[0]!r}; at least two are needed.")
+        need(len(self.classes_) > 1, f"`y` has only one class, '{self.classes_[0]}'; at least two are needed.")
         self.image_shape_ = self._shape(X)
         low_high = None if X.dtype == np.uint8 else (float(X.min()), float(X.max()))
         self.pixel_range_ = low_high

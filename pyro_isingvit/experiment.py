@@ -151,7 +151,7 @@ def fit(
         fixed = given is not None and name == "ising" and own
         need(not fixed, f"{clash}; set {_named(own)} there.")
         parts[name] = replace(part, **own)
-    need(not settings, f"unknown setting {_named(settings)}; {_hint(settings, parts)}.")
+    need(not settings, f"unknown setting {_named(settings)}; {_hint(settings, parts)}")
     config = RunConfig(
         data=_source(data, parts["train"]), vit=_shape(model), **parts, version=__version__, method=method,
         preset=model if isinstance(model, str) else "custom",
@@ -180,14 +180,11 @@ def _shape(model: IsingViT | ViTConfig | str) -> ViTConfig:
 def _hint(unknown: Iterable[str], parts: dict[str, Any]) -> str:
     """What may have been meant by settings that there are not."""
     if shapes := [name for name in unknown if name in {each.name for each in dataclasses.fields(ViTConfig)}]:
-        return f"the shape is that of `model`: pass a ViTConfig with {_named(shapes)}"
+        return f"the shape is that of `model`: pass a ViTConfig with {_named(shapes)}."
     names = [each.name for part in parts.values() for each in dataclasses.fields(part)]
     close = [found for name in unknown for found in difflib.get_close_matches(name, names, 1)]
-    return (
-        f"did you mean {_named(close)}?"
-        if close
-        else "settings are the fields of TrainConfig, IsingConfig and BaselineConfig"
-    )
+    known = "settings are the fields of TrainConfig, IsingConfig and BaselineConfig."
+    return f"did you mean {_named(close)}?" if close else known
 
 
 def _named(settings: Iterable[str]) -> str:

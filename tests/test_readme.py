@@ -169,7 +169,8 @@ def test_the_examples_of_the_page_on_extending_run(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "extending.md").read_text()
     (tmp_path / "mine.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", page, re.S)))
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "import mine"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        [sys.executable, "-W", "ignore", "-c", "import mine"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
