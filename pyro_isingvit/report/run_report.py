@@ -22,7 +22,7 @@ from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.pruning.assembly import structure
 from pyro_isingvit.report import attention_figures, figures, mask_figures, pruning_figures, style
 from pyro_isingvit.report.verdicts import verdicts
-from pyro_isingvit.runs.folder import CONFIG, HISTORY, METRICS, POSTERIOR, read_config, read_history
+from pyro_isingvit.runs.folder import CONFIG, HISTORY, METRICS, POSTERIOR, is_evaluated, read_config, read_history
 
 PAGE = "index.html"
 THRESHOLD = 0.5  # retention below it: pruned
@@ -177,8 +177,7 @@ def _draw(section: Section, target: Path) -> dict[str, Any]:
 
 def is_cut_short(folder: Path) -> bool:
     """Whether a run was trained, but its evaluation is not finished."""
-    evaluated = (folder / METRICS).is_file() and (folder / POSTERIOR).is_file()
-    return (folder / CONFIG).is_file() and (folder / HISTORY).is_file() and not evaluated
+    return (folder / CONFIG).is_file() and (folder / HISTORY).is_file() and not is_evaluated(folder)
 
 
 def _cut_short(folder: Path, name: str) -> str:

@@ -1,12 +1,14 @@
 """The optimiser of a run and its learning rate, for training and for whatever is timed or compared with it."""
 
+import math
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from pyro_isingvit.core.settings import TrainConfig
-from pyro_isingvit.runs.steps import halving_factor, learning_rate_factor
+
+FINETUNE_LR = 0.1  # peak learning rate of fine-tuning, as a share of lr
 
 
 def make_optimizer(groups: list[dict[str, Any]], settings: TrainConfig) -> torch.optim.AdamW:
@@ -36,3 +38,18 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainConfig, steps
         return learning_rate_factor(step, main, total, warmup)
 
     return LambdaLR(optimizer, factor)
+
+
+def halving_factor(epoch: int) -> float:
+    """The paper's schedule: the learning rate is halved every 20 epochs."""
+    return 0.5 ** (epoch // 20)
+
+
+def learning_rate_factor(step: int, main_steps: int, total_steps: int, warmup: int) -> float:
+    """Share of the peak learning rate: linear warm-up, cosine to 0 over the main phases, and again to fine-tune."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if step < main_steps:
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, main_steps - warmup)))
+    done = (step - main_steps) / max(1, total_steps - main_steps)
+    return FINETUNE_LR * 0.5 * (1 + math.cos(math.pi * done))

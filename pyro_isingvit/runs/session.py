@@ -42,6 +42,8 @@ class Session:
         steps_per_epoch: int,
         device: torch.device,
     ) -> None:
+        if run.folder is not None:
+            run.config.check_kept()  # here, before an earlier run in the folder is removed
         self.run, self.optimizer, self.scheduler = run, optimizer, scheduler
         self.num_data, self.steps_per_epoch, self.device = num_data, steps_per_epoch, device
         self.epoch = self.step = 0
@@ -51,8 +53,6 @@ class Session:
     def keep_config(self) -> None:
         """Writes config.json, unless it is there."""
         folder = self.run.folder
-        if folder is not None:
-            self.run.config.check_kept()
         if folder is not None and not (folder / CONFIG).exists():
             write_text(folder / CONFIG, self.run.config.to_json())
 

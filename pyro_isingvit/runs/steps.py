@@ -1,8 +1,7 @@
-"""What a training step is made of: device and processes, learning rate, gradients of a batch's parts."""
+"""What a training step is made of: device and processes, gradients of a batch's parts."""
 
 import inspect
 import logging
-import math
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:  # slow to import; a process that only loads and predicts need
     from lightning_fabric.wrappers import _FabricModule
 
 PRECISION = {"32": "32-true", "bf16": "bf16-mixed"}
-FINETUNE_LR = 0.1  # peak learning rate of fine-tuning, as a share of lr
 
 
 def set_up_fabric(config: RunConfig) -> "lf.Fabric":
@@ -50,21 +48,6 @@ def set_up_fabric(config: RunConfig) -> "lf.Fabric":
     if here * machines > 1:
         fabric.launch()
     return fabric
-
-
-def halving_factor(epoch: int) -> float:
-    """The paper's schedule: the learning rate is halved every 20 epochs."""
-    return 0.5 ** (epoch // 20)
-
-
-def learning_rate_factor(step: int, main_steps: int, total_steps: int, warmup: int) -> float:
-    """Share of the peak learning rate: linear warm-up, cosine to 0 over the main phases, and again to fine-tune."""
-    if step < warmup:
-        return (step + 1) / warmup
-    if step < main_steps:
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, main_steps - warmup)))
-    done = (step - main_steps) / max(1, total_steps - main_steps)
-    return FINETUNE_LR * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def total(terms: Terms) -> Tensor:

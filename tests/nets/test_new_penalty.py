@@ -95,6 +95,8 @@ def test_a_folder_would_not_give_the_field_back(data: ImageData, tmp_path: Path)
     with pytest.raises(ValueError, match="kept in a folder: feature_penalty, logit_penalty; keep the run"):
         trainer(data, tmp_path / "run", replace(CONFIG, train=settings(logit_penalty=1.0))).fit()
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="cannot be kept in a folder"):  # at once, before anything is removed
+        trainer(data, tmp_path / "run", replace(CONFIG, train=settings(logit_penalty=1.0)))
     run = fit(TINY, data, train=settings(logit_penalty=1.0), epochs=1, progress=False)
     with pytest.raises(ValueError, match="cannot be kept in a folder"):
         run.save(tmp_path / "run")

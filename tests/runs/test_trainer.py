@@ -19,7 +19,7 @@ from pyro_isingvit.ising.coupling import COUPLINGS
 from pyro_isingvit.ising.curvature import SALIENCY
 from pyro_isingvit.ising.layout import GRANULARITIES
 from pyro_isingvit.methods.registry import PAPER_ISING, PAPER_TRAIN
-from pyro_isingvit.runs.steps import halving_factor, learning_rate_factor
+from pyro_isingvit.runs.optimiser import halving_factor, learning_rate_factor
 from pyro_isingvit.runs.trainer import Trainer, TrainingDiverged
 
 MODES = ("likelihood_guided", "learned", "hybrid")
