@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 import tyro
 
 from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.launcher import by_torchrun
-from pyro_isingvit.core.settings import check_fields
 from pyro_isingvit.core.untrusted import printable
 
 # torchrun starts a script several times; the first process on each machine prints errors, the first of all reports.

@@ -21,7 +21,9 @@ from typing import Any, Literal
 from inference.cli import in_flags, run_script
 from inference.workers import workers
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.core.settings import DataConfig, RunConfig, check_fields, default_preset, preset
+from pyro_isingvit.core.fields import check_fields
+from pyro_isingvit.core.presets import default_preset, preset
+from pyro_isingvit.core.settings import DataConfig, RunConfig
 from pyro_isingvit.methods.registry import OURS, row, train_defaults
 from pyro_isingvit.version import __version__
 

@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 from inference.cli import results_file, run_script
 from pyro_isingvit.core.errors import need, why
-from pyro_isingvit.core.settings import DataConfig, RunConfig, default_preset, fitting_rate, preset
+from pyro_isingvit.core.presets import default_preset, fitting_rate, preset
+from pyro_isingvit.core.settings import DataConfig, RunConfig
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.version import __version__
 

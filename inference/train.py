@@ -16,17 +16,8 @@ import tyro
 from inference.cli import REPORTS, print_table, run_script, with_clear_errors
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.launcher import by_torchrun
-from pyro_isingvit.core.settings import (
-    PRESETS,
-    BaselineConfig,
-    DataConfig,
-    IsingConfig,
-    RunConfig,
-    TrainConfig,
-    ViTConfig,
-    default_preset,
-    preset,
-)
+from pyro_isingvit.core.presets import PRESETS, default_preset, preset
+from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
 from pyro_isingvit.methods.registry import METHODS, OURS, row, train_defaults
 from pyro_isingvit.version import __version__
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from inference.cli import results_file, run_script
 from pyro_isingvit.core.errors import need
-from pyro_isingvit.core.settings import DataConfig, RunConfig, default_preset, preset
+from pyro_isingvit.core.presets import default_preset, preset
+from pyro_isingvit.core.settings import DataConfig, RunConfig
 from pyro_isingvit.methods.registry import METHODS, OURS, train_defaults
 from pyro_isingvit.version import __version__
 

@@ -19,37 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_isingvit.core.checkpoint import load_checkpoint
-from pyro_isingvit.core.settings import BaselineConfig, DataConfig, RunConfig, ViTConfig
+from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.experiment import train_run
-from pyro_isingvit.methods.registry import METHODS
 
 FILE = Path(__file__).with_name("golden.json")
 SIZES = {"train": 40, "val": 12, "test": 12}
-SHAPE = ViTConfig(4, 8, 2, 1, 2)
-DEEP = ViTConfig(4, 8, 2, 2, 2, pool="cls", head="mlp")
-Changes = dict[str, dict[str, Any]]
-# Besides every method with its own settings: what else moves weights or masks.
-VARIANTS: dict[str, tuple[str, ViTConfig, Changes]] = {
-    "unit": ("ising", DEEP, {"ising": {"granularity": "unit"}}),
-    "head": ("ising", DEEP, {"ising": {"granularity": "head"}}),
-    "block": ("ising", DEEP, {"ising": {"granularity": "block", "kappa_mask": 100.0}}),
-    "deep-cls-mlp": ("ising", DEEP, {}),
-    "nearest": ("ising", DEEP, {"ising": {"coupling": "nearest"}}),
-    "forward": ("ising", DEEP, {"ising": {"coupling": "forward"}}),
-    "uncoupled": ("ising", DEEP, {"ising": {"coupling": "none"}}),
-    "learned": ("ising", SHAPE, {"ising": {"mask_posterior": "learned"}}),
-    "hybrid": ("ising", SHAPE, {"ising": {"mask_posterior": "hybrid"}}),
-    "learned-scale": ("ising", SHAPE, {"ising": {"posterior_scale": "learned", "empirical_tau_1": True}}),
-    "lm": ("ising", SHAPE, {"ising": {"saliency": "lm"}}),
-    "hutchinson": ("ising", SHAPE, {"ising": {"saliency": "hutchinson"}}),
-    "pyro": ("ising", SHAPE, {"train": {"engine": "pyro", "draws": 1}}),
-    "pyro-log-barrier": ("ising", SHAPE, {"train": {"engine": "pyro", "draws": 1, "log_barrier": 0.05}}),
-    "activations": ("ising", SHAPE, {"train": {"noise": "activations"}}),
-    "mixup": ("ising", SHAPE, {"train": {"mix": "mixup", "augment": "crop-flip"}}),
-    "accumulate": ("ising", SHAPE, {"train": {"accumulate": 2, "finetune_epochs": 1}}),
-    "dropout-cutmix": ("dropout", DEEP, {"train": {"mix": "cutmix", "accumulate": 2}}),
-}  # fmt: skip
-NAMES = [*METHODS, *VARIANTS]
+# Whole settings of 0.4.0, for every method as it then was and for variants: fields added later are at what they were.
+SETTINGS = json.loads(Path(__file__).with_name("golden_settings.json").read_text())
+NAMES = [*SETTINGS]
 
 
 def probe() -> str:
@@ -84,15 +61,8 @@ def write_images(folder: Path) -> str:
 
 def settings(name: str, images: str) -> RunConfig:
     """The settings of a run in ``NAMES``."""
-    method, vit, changes = VARIANTS.get(name, (name, SHAPE, {}))
-    ising, train = METHODS[method].ising, METHODS[method].train
-    ising = replace(ising, update_every=2, **changes.get("ising", {}))
-    train = replace(
-        train, epochs=3, finetune_epochs=int(train.finetune_epochs > 0), batch_size=16, samples=3, val_samples=2,
-        device="cpu", seed=7,
-    )  # fmt: skip
-    train = replace(train, **changes.get("train", {}))
-    return RunConfig("small", method, DataConfig(images), vit, ising, train, baseline=BaselineConfig(members=2))
+    config = RunConfig.from_json(json.dumps(SETTINGS[name]))
+    return replace(config, data=replace(config.data, dataset=images), version="")
 
 
 def outcome(name: str, images: str, folder: Path) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
 from pyro_isingvit.core.errors import UserError, why
+from pyro_isingvit.core.fields import check_fields
 
 FORMAT = 1  # raised when older run folders can no longer be read
 Granularity = Literal["weight", "unit", "head", "block"]
@@ -255,6 +254,8 @@ class RunConfig:
         try:
             if written_before(raw.get("version", ""), (0, 4)) and raw["train"].get("draws") == 4:
                 raw["train"]["draws"] = None  # the default was 4, and 1 where 4 could not be
+            for part, values in EARLIER.items():
+                raw[part] = values | raw[part]
             parts: dict[str, Any] = {name: kind(**raw.pop(name)) for name, kind in PARTS.items()}
             parts["baseline"] = BaselineConfig(**raw.pop("baseline", {}))  # runs of version 0.1 have none
             config = cls(**parts, **raw)
@@ -270,104 +271,6 @@ def written_before(version: str, release: tuple[int, int]) -> bool:
     return not all(map(str.isdecimal, numbers)) or len(numbers) < 2 or (int(numbers[0]), int(numbers[1])) < release
 
 
-def check_fields(settings: Any) -> None:
-    """Checks that every field of a dataclass, including nested ones, has its declared kind.
-
-    Raises:
-        UserError: a field has another kind, a number is not finite, or a whole number is 2^31 or more.
-    """
-    for each in dataclasses.fields(settings):
-        value = getattr(settings, each.name)
-        if dataclasses.is_dataclass(each.type):
-            if not isinstance(value, each.type):  # type: ignore[arg-type]
-                raise UserError(f"`{each.name}` holds no settings.")
-            check_fields(value)
-        elif not _fits(value, each.type):
-            raise UserError(f"`{each.name}` cannot be {value!r:.60}; it takes {_takes(each.type)}.")
-
-
-def _fits(value: object, kind: Any) -> bool:
-    origin, choices = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return _fits(value, choices[0])
-    if origin in (Union, UnionType):
-        return any(_fits(value, choice) for choice in choices)
-    if origin is Literal:
-        return isinstance(value, str) and value in choices
-    if origin is tuple:  # tuple[kind, ...]
-        return isinstance(value, tuple) and all(_fits(item, choices[0]) for item in value)
-    if kind in (int, float):
-        whole = type(value) is int and abs(value) < 2**31
-        return whole or (kind is float and isinstance(value, float) and math.isfinite(value))
-    return value is None if kind is type(None) else isinstance(value, kind)
-
-
-WORDS = {int: "a whole number below 2^31", float: "a finite number", bool: "True or False", str: "a text"}
-
-
-def _takes(kind: Any) -> str:
-    """What ``_fits`` accepts, in words."""
-    origin, choices = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return _takes(choices[0])
-    if origin in (Union, UnionType):
-        return " or ".join(_takes(choice) for choice in choices)
-    if origin is Literal:
-        return ", ".join(map(str, choices))
-    if origin is tuple:
-        return f"a tuple, each {_takes(choices[0])}"
-    return WORDS.get(kind, "None" if kind is type(None) else f"a {kind.__name__}")
-
-
+# What runs did before a setting was there: the value of a config.json that lacks it, where the default is another.
+EARLIER: dict[str, dict[str, Any]] = {"vit": {}, "ising": {}, "train": {}}
 PARTS: dict[str, type] = {"data": DataConfig, "vit": ViTConfig, "ising": IsingConfig, "train": TrainConfig}
-
-
-@dataclass(frozen=True)
-class Preset:
-    """The shape of a network, and the highest learning rate for its width.
-
-    Attributes:
-        vit: the shape; each field can be overridden.
-        lr: the highest rate for networks of this width; methods with a higher rate take this one. None: no limit.
-    """
-
-    vit: ViTConfig
-    lr: float | None = None
-
-
-PRESETS: dict[str, Preset] = {
-    "digits": Preset(ViTConfig(patch_size=2, width=64, heads=4, depth=2, mlp_ratio=2)),
-    "small": Preset(ViTConfig(patch_size=7, width=64, heads=4, depth=4, mlp_ratio=2)),
-    "cifar": Preset(ViTConfig(patch_size=4, width=192, heads=6, depth=6, mlp_ratio=2), lr=1e-3),
-    "paper-28": Preset(ViTConfig(patch_size=7, width=64, heads=8, depth=2, mlp_ratio=16, head="mlp")),
-    "paper-32": Preset(ViTConfig(patch_size=4, width=128, heads=16, depth=2, mlp_ratio=16, head="mlp"), lr=1e-3),
-}
-
-
-def default_preset(dataset: str) -> str:
-    """The preset for a data set, by its name; ``small`` for folders and npz files."""
-    return {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar"}.get(dataset, "small")
-
-
-def preset(name: str, **changes: int | None) -> ViTConfig:
-    """The network shape called ``name``, with every field replaced that is not None in ``changes``.
-
-    Raises:
-        UserError: unknown name.
-    """
-    if name not in PRESETS:
-        raise UserError(f"unknown `preset` {name!r}; known: {', '.join(PRESETS)}.")
-    given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
-    return replace(PRESETS[name].vit, **given)
-
-
-def fitting_rate(lr: float, vit: ViTConfig) -> float:
-    """A learning rate for the width of a network: at most the rate of the widest preset that is no wider.
-
-    Args:
-        lr: the method's rate for a narrow network.
-        vit: the network.
-    """
-    narrower = [row for row in PRESETS.values() if row.vit.width <= vit.width]
-    widest = max(narrower, key=lambda row: row.vit.width, default=Preset(vit))
-    return lr if widest.lr is None else min(lr, widest.lr)

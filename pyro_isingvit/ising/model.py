@@ -15,7 +15,8 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_isingvit.core.settings import IsingConfig, ViTConfig, preset
+from pyro_isingvit.core.presets import preset
+from pyro_isingvit.core.settings import IsingConfig, ViTConfig
 from pyro_isingvit.data.split import DataInfo, ImageData
 from pyro_isingvit.ising.distributions import SpikeAndSlab
 from pyro_isingvit.ising.layout import MaskLayout

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.core.settings import BaselineConfig, IsingConfig, TrainConfig, ViTConfig, fitting_rate
+from pyro_isingvit.core.presets import fitting_rate
+from pyro_isingvit.core.settings import BaselineConfig, IsingConfig, TrainConfig, ViTConfig
 
 
 @dataclass(frozen=True)

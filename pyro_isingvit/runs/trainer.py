@@ -16,8 +16,9 @@ import torch
 from tqdm.auto import tqdm
 
 from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.processes import averaged, is_first, on_first, world
-from pyro_isingvit.core.settings import RunConfig, TrainConfig, check_fields
+from pyro_isingvit.core.settings import RunConfig, TrainConfig
 from pyro_isingvit.data.augment import Augmentation
 from pyro_isingvit.data.batches import batches, count_steps
 from pyro_isingvit.data.split import ImageData

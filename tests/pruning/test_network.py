@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import PRESETS, preset
+from pyro_isingvit.core.presets import PRESETS, preset
 from pyro_isingvit.data.split import DataInfo
 from pyro_isingvit.ising.layout import GRANULARITIES
 from pyro_isingvit.nets.vit import ViT, Weights
