@@ -81,7 +81,7 @@ class IsingConfig:
     omega: float = 1.0
     """Share of the description cost KL_e in the mask field (1: the ELBO, 0: the paper)."""
     tau_0: float = 1e-3
-    """Standard deviation of the spike."""
+    """Standard deviation of the spike; 0: a dropped weight is exactly 0."""
     tau_1: float = 0.3
     """Standard deviation of the slab."""
     empirical_tau_1: bool = False
@@ -172,8 +172,9 @@ class TrainConfig:
     """Arithmetic of the forward pass."""
     engine: Literal["auto", "pyro", "fused"] = "auto"
     """pyro: the ELBO through Pyro's handlers; fused: the same formula without them; auto: fused if possible."""
-    draws: int | None = None
-    """Posterior draws of a training step, which split the batch; None: 4 with the fused engine, otherwise 1."""
+    draws: int | Literal["image"] | None = None
+    """Posterior draws of the masks in a training step: a number, which split the batch, or image: every image has its
+    own (masks on units, heads or blocks). None: image where that can be, else 4 with the fused engine, otherwise 1."""
     noise: Literal["weights", "activations"] = "weights"
     """Draw weights, or activations by their first two moments (local reparameterisation; masks on single weights)."""
     compile: bool = False
@@ -254,6 +255,8 @@ class RunConfig:
         try:
             if written_before(raw.get("version", ""), (0, 4)) and raw["train"].get("draws") == 4:
                 raw["train"]["draws"] = None  # the default was 4, and 1 where 4 could not be
+            if written_before(raw.get("version", ""), (0, 5)) and shared_draws(raw):
+                raw["train"]["draws"] = 4
             for part, values in EARLIER.items():
                 raw[part] = values | raw[part]
             parts: dict[str, Any] = {name: kind(**raw.pop(name)) for name, kind in PARTS.items()}
@@ -263,6 +266,13 @@ class RunConfig:
             return config
         except (KeyError, TypeError, AttributeError, UserError) as error:
             raise UserError(f"{where} lacks or misnames a setting ({why(error)}); train the run again.") from error
+
+
+def shared_draws(raw: dict[str, Any]) -> bool:
+    """Whether version 0.4 shared a batch of masked units, heads or blocks out among 4 draws where none were asked."""
+    ising, train = raw["ising"], raw["train"]
+    fused = ising.get("mask_posterior") == "likelihood_guided" and train.get("engine") != "pyro"
+    return fused and train.get("draws") is None and ising.get("granularity") != "weight"
 
 
 def written_before(version: str, release: tuple[int, int]) -> bool:

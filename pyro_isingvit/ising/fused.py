@@ -6,12 +6,14 @@ are learned take the Pyro path.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyro_isingvit.ising.channel_masks import masked_network
 from pyro_isingvit.ising.distributions import bernoulli_kl, slab_kl
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.masks import MASK_POSTERIORS
@@ -31,7 +33,9 @@ class FusedELBO(nn.Module):
     """loss = -(N / B) sum_b log p(y_b | W_g(b)) + (weight KL + mask KL) / kappa_weights + N penalties, nats.
 
     The batch is cut into ``draws`` parts, each with its own draw W_g of the guide: the same expectation as with one
-    draw for all, at the cost of one forward pass, and with less noise from the draw in its gradient.
+    draw for all, at the cost of one forward pass, and with less noise from the draw in its gradient. With "image" every
+    image has a draw of the masks of its own (``channel_masks``): each term of the likelihood is an expectation
+    over q by itself. Masks on single weights cannot be drawn so.
 
     With noise "activations" (local reparameterisation, Kingma et al. 2015) every token of every image has noise of its
     own, Gaussian with the two first moments that the weights' posterior gives a layer's outputs:
@@ -48,8 +52,8 @@ class FusedELBO(nn.Module):
     Args:
         model: for which ``fusible`` holds.
         guide: its posterior.
-        draws: parts of a batch, S; where that many do not fit, the largest smaller number that divides the step's batch
-            and is a multiple of P (a part has several draws) or a divisor of it (several parts share a draw).
+        draws: "image", or parts of a batch, S; where that many do not fit, the largest smaller number that divides the
+            step's batch and is a multiple of P (a part has several draws) or a divisor of it (several parts share one).
         noise: where the noise of the posterior enters.
         compiled: run the network through torch.compile.
 
@@ -61,13 +65,14 @@ class FusedELBO(nn.Module):
         self,
         model: IsingViT,
         guide: IsingGuide,
-        draws: int = 1,
+        draws: int | Literal["image"] = 1,
         noise: Literal["weights", "activations"] = "weights",
         compiled: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.guide, self.draws, self.noise = model, guide, draws, noise
-        self._network: Callable[..., Tensor] = torch.compile(model.vit.forward) if compiled else model.vit.forward
+        network = partial(masked_network, model.vit, model.layout) if draws == "image" else model.vit.forward
+        self._network: Callable[..., Tensor] = torch.compile(network) if compiled else network
         self.part = (0, 1)
         self._seen: tuple[tuple[int, int], ...] = ()
         self._constant, self._retention = (torch.zeros(()), torch.zeros(())), dict[str, Tensor]()
@@ -99,7 +104,8 @@ class FusedELBO(nn.Module):
                 product = torch.dot(pull.flatten(), loc.flatten())
                 kl = kl + product - 0.5 * product.detach()
         watch = model.penalties.watch()
-        logits = (self._by_activations if self.noise == "activations" else self._by_weights)(x, watch).float()
+        path = self._by_activations if self.noise == "activations" else self._by_weights
+        logits = (self._by_images if self.draws == "image" else path)(x, watch).float()
         size = len(x) if model.num_data is None else model.num_data
         return {
             "nll": size * F.cross_entropy(logits, y),
@@ -128,6 +134,19 @@ class FusedELBO(nn.Module):
                 watch[place] = [_flat(value) for value in values]
         return logits
 
+    def _by_images(self, x: Tensor, watch: Watch | None) -> Tensor:
+        """Logits (B, C), each image under masks of its own; the images share the Gaussian noise, which is small."""
+        guide, weights, spikes = self.guide, dict[str, Tensor](), dict[str, Tensor]()
+        part, parts = self.part
+        masks = draw_all(self._retention, parts * len(x), slice(part * len(x), (part + 1) * len(x)))
+        for kind in guide.kinds:
+            noise, tau_0 = torch.randn_like(guide.loc[kind]), guide.config.tau_0
+            # xi (m + s e) + (1 - xi) tau_0 e: what a mask multiplies, and what is there without it
+            weights[kind] = torch.addcmul(guide.loc[kind], guide.scale(kind) - tau_0, noise)
+            if tau_0:
+                spikes[kind] = tau_0 * noise
+        return self._network(weights, spikes, masks, x, watch)
+
     def _by_activations(self, x: Tensor, watch: Watch | None) -> Tensor:
         """Logits (B, C) with noise of its own for every token."""
         guide, layout, means, variances = self.guide, self.guide.layout, {}, {}
@@ -146,12 +165,13 @@ class FusedELBO(nn.Module):
 
     def own_draws(self, batch: int) -> tuple[int, slice]:
         """How many draws the step's batch is shared out among, and which of them this part of ``batch`` images has."""
-        part, parts = self.part
+        (part, parts), most = self.part, self.draws
+        assert most != "image"
 
         def fits(count: int) -> bool:
             return parts * batch % count == 0 and (count % parts == 0 or parts % count == 0)
 
-        draws = max(count for count in range(1, self.draws + 1) if fits(count))
+        draws = max(count for count in range(1, most + 1) if fits(count))
         start = part * draws // parts
         return draws, slice(start, start + max(1, draws // parts))
 
@@ -177,6 +197,13 @@ class FusedELBO(nn.Module):
                 total = total + cost.expand(log_scale.shape).sum()
             self._constant, self._seen = (masks, total), () if torch.is_inference_mode_enabled() else state
         return self._constant
+
+
+def draw_all(pi: dict[str, Tensor], draws: int, own: slice = slice(None)) -> dict[str, Tensor]:
+    """``draw_masks`` for all sites at once, which is faster: site -> (draws of ``own``, *site shape)."""
+    sizes = [site.numel() for site in pi.values()]
+    drawn = draw_masks(torch.cat([site.flatten() for site in pi.values()]), draws, own).view(-1, sum(sizes))
+    return {name: flat.unflatten(-1, pi[name].shape) for name, flat in zip(pi, drawn.split(sizes, -1), strict=True)}
 
 
 def _flat(value: Any) -> Any:

@@ -25,6 +25,8 @@ from pyro_isingvit.ising.masks import MASK_POSTERIORS, Masks, Move, Phase
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.nets.vit import Weights
 
+LEAST_SPIKE = 1e-3  # what empirical Bayes takes for the spike where that has no width
+
 
 def tempering(kappa: Tempering | Literal["auto"], num_weights: int, num_data: int) -> float:
     """The number behind a tempering setting (docs/method.md, Tempering).
@@ -301,7 +303,9 @@ class IsingGuide(nn.Module):
         for kind, second in squared.items():
             keep = self.weight_retention(kind)
             total = (keep * (second + (2 * self.log_scale[kind]).exp())).sum((1, 2), keepdim=True)
-            floor = 10 * self.config.tau_0  # a layer whose masks all drop would send tau_1 to 0, and the KL to inf
+            floor = 10 * max(
+                self.config.tau_0, LEAST_SPIKE
+            )  # a layer whose masks all drop would send tau_1 to 0, and the KL to inf
             model.tau_1(kind).copy_((total / keep.sum((1, 2), keepdim=True)).sqrt().clamp(min=floor))
 
 
@@ -347,9 +351,10 @@ def check_ising(config: IsingConfig) -> None:
         value = getattr(config, name)
         if value != "auto" and not 0 < value <= 1:
             raise UserError(f"`{name}` must lie in (0, 1], not {value}.")
-    for name in ("temperature", "final_temperature", "tau_0", "tau_1", "init_scale"):
+    for name in ("temperature", "final_temperature", "tau_1", "init_scale"):
         if not getattr(config, name) > 0:
             raise UserError(f"`{name}` must be positive, not {getattr(config, name)}.")
+    need(config.tau_0 >= 0, f"`tau_0` must not be negative, but is {config.tau_0}.")
     if config.tau_0 >= config.tau_1:
         raise UserError(f"the spike `tau_0` ({config.tau_0}) must be narrower than the slab `tau_1` ({config.tau_1}).")
     need(0 <= config.decay <= 1, f"`decay` must lie in [0, 1], not {config.decay}.")

@@ -7,6 +7,7 @@ mask covers.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -21,6 +22,11 @@ class Spread:
 
     expand: Callable[[Tensor], Tensor]  # (..., *site shape) -> (..., layers, out, in) up to broadcasting
     reduce: Callable[[Tensor], Tensor]  # (layers, out, in) -> site shape
+    side: Literal["out", "in", "both"] = "out"  # masks multiply what the matrix writes, what it reads, or its weights
+
+    def channels(self, xi: Tensor) -> Tensor:
+        """The factors of the channels that a matrix writes or reads (``side``): (..., layers, out or in, or 1)."""
+        return self.expand(xi).squeeze(-1 if self.side == "out" else -2)
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,9 @@ class MaskSite:
     coupled_kind: str
 
 
-WEIGHT = Spread(lambda xi: xi, lambda field: field)
+WEIGHT = Spread(lambda xi: xi, lambda field: field, "both")
 ROW = Spread(lambda xi: xi.unsqueeze(-1), lambda field: field.sum(-1))
-COLUMN = Spread(lambda xi: xi.unsqueeze(-2), lambda field: field.sum(-2))
-
+COLUMN = Spread(lambda xi: xi.unsqueeze(-2), lambda field: field.sum(-2), "in")
 
 BLOCK = Spread(lambda xi: xi[..., None, None], lambda field: field.sum((-1, -2)))
 
@@ -69,7 +74,7 @@ def _head_columns(matrix: Matrix) -> Spread:
     def expand(xi: Tensor) -> Tensor:
         return xi.repeat_interleave(d, dim=-1).unsqueeze(-2)
 
-    return Spread(expand, lambda field: field.reshape(-1, out, heads, d).sum((1, 3)))
+    return Spread(expand, lambda field: field.reshape(-1, out, heads, d).sum((1, 3)), "in")
 
 
 def weight_sites(readers: Readers) -> list[MaskSite]:

@@ -47,12 +47,14 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
     learned_logits = sum(logit.numel() for logit in guide.masks.parameters())
     r = sum(value.numel() for value in model.parameters()) + learned_logits
     learned = guide.config.posterior_scale == "learned"
-    s = max(1, (settings.draws or DRAWS) // (processes * settings.accumulate))
+    draws = settings.draws or (DRAWS if guide.config.granularity == "weight" else "image")
+    s = 1 if draws == "image" else max(1, draws // (processes * settings.accumulate))
+    masks = g * (settings.batch_size if draws == "image" else s)
     trained = p + learned * p + r
     numbers = {
         "weight_means": p, "posterior_scale": p, "curvature": p, "mask_logits": g, "prior_logits": g,
         "other_parameters": r, "gradients": trained, "adamw": 2 * trained,
-        "draws": s * (p + g) + p + g + 4 * learned * p, "draw_gradients": s * p,
+        "draws": s * p + masks + p + g + 4 * learned * p, "draw_gradients": s * p,
     }  # fmt: skip
     taken = {name: 4 * number for name, number in numbers.items()}
     total = sum(taken.values())

@@ -65,9 +65,15 @@ class IsingMethod(Method):
     def elbo(self) -> FusedELBO:
         """The ELBO without effect handlers, made when first used."""
         if not self._elbo:
-            train = self.config.train
-            self._elbo.append(FusedELBO(self.model, self.guide, train.draws or DRAWS, train.noise, train.compile))
+            train, usual = self.config.train, DRAWS if self.by_weight else "image"
+            draws: Any = train.draws or usual
+            self._elbo.append(FusedELBO(self.model, self.guide, draws, train.noise, train.compile))
         return self._elbo[0]
+
+    @property
+    def by_weight(self) -> bool:
+        """Whether masks are on single weights, which no two images of a step can have their own of."""
+        return self.model.ising.granularity == "weight"
 
     @classmethod
     def leaves_unused(cls, config: RunConfig) -> bool:
@@ -84,14 +90,16 @@ class IsingMethod(Method):
         need(self.fused or settings.engine != "fused", f"`engine` fused cannot be used: {why}; set `engine` to auto.")
         for name, asked in (("compile", settings.compile), ("noise", settings.noise == "activations")):
             need(self.fused or not asked, f"`{name}` needs the fused engine, but {why}.")
-        several = settings.draws is not None and settings.draws > 1
         need(
-            self.fused or not several,
+            self.fused or settings.draws in (None, 1),
             f"`draws` {settings.draws} needs the fused engine, but {why}; the Pyro path takes 1.",
         )
-        by_weight = self.model.ising.granularity == "weight"
         need(
-            settings.noise != "activations" or by_weight,
+            settings.draws != "image" or not self.by_weight,
+            "`draws` image is for masks on units, heads or blocks; set `granularity` to unit, or `draws` to a number.",
+        )
+        need(
+            settings.noise != "activations" or self.by_weight,
             "`noise` activations is for masks on single weights; set `granularity` to weight.",
         )
 

@@ -53,7 +53,7 @@ def check_training(config: TrainConfig) -> None:
     for name in ("epochs", "batch_size", "samples", "val_samples", "accumulate"):
         if getattr(config, name) < 1:
             raise UserError(f"`{name}` must be at least 1, not {getattr(config, name)}.")
-    if config.draws is not None and config.draws < 1:
+    if isinstance(config.draws, int) and config.draws < 1:
         raise UserError(f"`draws` must be at least 1, not {config.draws}.")
     for name in ("lr", "clip_norm", "scale_lr_factor"):
         if not 0 < getattr(config, name) <= LARGEST:
