@@ -156,12 +156,20 @@ class TrainConfig:
     clip_norm: float = 1.0
     """Upper limit of the global gradient norm."""
     augment: Literal["none", "crop", "crop-flip", "randaugment"] = "none"
-    """New views of the training images in every epoch: random crops (zero-padded by an eighth of the side), crops and
-    horizontal flips, or both with RandAugment. Use crop for digits, letters and other images that a mirror changes."""
-    mix: Literal["none", "mixup", "cutmix"] = "none"
-    """Mix each training image and its label with another: mixup sums both, cutmix pastes a box of the other."""
-    mix_alpha: float = 0.2
-    """mixup, cutmix: the share is drawn from Beta(alpha, alpha). Small values mix little; 1: any share alike."""
+    """New views of the training images in every epoch: random crops of the zero-padded image, crops and horizontal
+    flips, or both with RandAugment. Use crop for digits, letters and other images that a mirror changes."""
+    margin: int | None = None
+    """Zero-padding of a random crop in pixels, the farthest that it shifts an image. None: an eighth of the side."""
+    mix: Literal["none", "mixup", "cutmix", "regmixup"] = "none"
+    """Mix each training image and its label with another: mixup sums both, cutmix pastes a box of the other, regmixup
+    sums both for every second image and leaves the others clean."""
+    mix_alpha: float | None = None
+    """With mix, the share is drawn from Beta(alpha, alpha). Small values mix little; 1: any share alike; large ones:
+    halves. None: 10 for regmixup, 0.2 otherwise."""
+    label_smoothing: float = 0.0
+    """Share of each training label that goes to all classes alike."""
+    token_masking: float = 0.0
+    """Share of the patch tokens that are dropped from each training image, at random, in training steps alone."""
     log_barrier: float = 0.0
     """Weight of the attention log-barrier, a heuristic for vision (0.02 to 0.05 for text); 0: none."""
     seed: int = 0

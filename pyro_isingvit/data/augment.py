@@ -1,4 +1,4 @@
-"""Augmentation of training batches on their device: random crops, flips, RandAugment, mixup and cutmix.
+"""Augmentation of training batches on their device: random crops, flips, RandAugment, mixed images, smoothed labels.
 
 Shapes: B images, C channels (1 or 3), H height, W width, K classes.
 """
@@ -8,11 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import Beta
 
+from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.settings import TrainConfig
 from pyro_isingvit.data.split import DataInfo
 
-PADDING = 8  # a crop's margin is the side over this, as 4 pixels of CIFAR's 32
+PADDING = 8  # a crop's margin is the side over this where the settings leave it open, as 4 pixels of CIFAR's 32
 GROUPS = 8  # of a batch, each with its own draw of RandAugment
 RAND_AUGMENT = {
     "num_ops": 2,
@@ -20,23 +22,27 @@ RAND_AUGMENT = {
     "num_magnitude_bins": 31,
 }  # torchvision's defaults; ImageNet's in the paper
 MIXES = {"mixup": "MixUp", "cutmix": "CutMix"}  # torchvision's names
+ALPHAS = {"mixup": 0.2, "cutmix": 0.2, "regmixup": 10.0}  # where the settings leave mix_alpha open
 
 
-def random_crop(images: Tensor) -> Tensor:
+def random_crop(images: Tensor, margin: int | None = None) -> Tensor:
     """Pads with zeros and cuts from each image a window of the old size at a place of its own, drawn uniformly.
 
-    The margin of each side is H/8 or W/8 pixels, rounded, and at least 1. ``v2.RandomCrop`` does the
-    same to one image. It would give a whole batch one window, and image by image it takes as long as a good part of a
-    training step.
+    ``v2.RandomCrop`` does the same to one image. It would give a whole batch one window, and image by image it takes as
+    long as a good part of a training step.
 
     Args:
         images: (B, C, H, W) of any type.
+        margin: pixels of each margin, the farthest that an image moves; 0 gives the images back. None: H/8 above and
+            below, W/8 left and right, rounded, and at least 1.
 
     Returns:
         the same shape and type.
     """
+    if margin == 0:
+        return images
     height, width = images.shape[-2:]
-    vertical, horizontal = (max(1, round(side / PADDING)) for side in (height, width))
+    vertical, horizontal = (max(1, round(side / PADDING)) if margin is None else margin for side in (height, width))
     padded = F.pad(images, (horizontal, horizontal, vertical, vertical))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (B, C, rows, columns, H, W)
     count, device = len(images), images.device
@@ -50,10 +56,53 @@ def random_flip(images: Tensor) -> Tensor:
     return torch.where(flipped, images.flip(-1), images)
 
 
+def draw_share(alpha: float) -> float:
+    """l ~ Beta(alpha, alpha), with mean 1/2 and variance 1 / (4 (2 alpha + 1))."""
+    return float(Beta(alpha, alpha).sample())
+
+
+def probabilities(labels: Tensor, classes: int) -> Tensor:
+    """Class numbers (B,) as (B, K) with a single one; probabilities (B, K) as they are."""
+    return labels if labels.dim() == 2 else F.one_hot(labels, classes).float()
+
+
+class RegMixup:
+    """RegMixup (Pinto et al. 2022) at the cost of a plain step: half the batch is clean, half is mixed.
+
+        loss = 1/2 mean CE(x, y) + 1/2 mean CE(l x + (1 - l) x', l y + (1 - l) y'),   l ~ Beta(alpha, alpha) per batch
+
+    The source adds both terms over the whole batch. The mean of two halves keeps the loss in nats per image. The second
+    image of each pair of neighbours is mixed with the first, so that each contiguous part of a batch (posterior draw,
+    micro-batch, process) has clean and mixed images alike; x' is clean in the same batch.
+
+    Args:
+        alpha: of the share.
+        num_classes: K.
+    """
+
+    def __init__(self, alpha: float, num_classes: int) -> None:
+        self.alpha, self.num_classes = alpha, num_classes
+
+    def __call__(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) and (B,) -> (B, C, H, W) and (B, K); rows 0, 2, 4, ... stay clean."""
+        share = draw_share(self.alpha)
+        x, y = x.clone(), probabilities(labels, self.num_classes)
+        for values in (x, y):
+            mixed = values[1::2]
+            mixed.mul_(share).add_(values[::2][: len(mixed)], alpha=1 - share)
+        return x, y
+
+
+def group_size(settings: TrainConfig) -> int:
+    """Neighbouring images that must not be parted: a clean one and a mixed one of RegMixup, otherwise one."""
+    return 2 if settings.mix == "regmixup" else 1
+
+
 class Augmentation:
     """Training images (uint8) and class numbers to what the network is trained on.
 
         crop, flip, RandAugment on uint8   ->   normalise   ->   x' = l x + (1 - l) x_other,  l ~ Beta(alpha, alpha)
+        y' = (1 - e) y + e / K,   e = label_smoothing, y mixed as the images are
 
     Crops and flips are drawn for every image. RandAugment (Cubuk et al. 2020: 2 of 14 operations at magnitude 9 of
     0 to 30) is torchvision's, which draws once for all images that it is given; it is given ``GROUPS`` parts of a batch
@@ -66,14 +115,31 @@ class Augmentation:
     Random numbers are torch's global ones, which checkpoints keep. Without augmentation none are drawn.
 
     Args:
-        settings: ``augment``, ``mix`` and ``mix_alpha``, checked by ``check_training``.
+        settings: ``augment``, ``margin``, ``mix``, ``mix_alpha`` and ``label_smoothing``, checked by
+            ``check_training``.
         info: what the images look like.
+
+    Attributes:
+        clean: rows of a batch that are no mixtures, where some always are; otherwise all rows.
+
+    Raises:
+        UserError: crops with a margin that is no smaller than the images.
     """
 
     def __init__(self, settings: TrainConfig, info: DataInfo) -> None:
-        self.kind, self.info = settings.augment, info
+        self.kind, self.info, self.margin = settings.augment, info, settings.margin
+        self.smoothing, self.clean = settings.label_smoothing, slice(None, None, group_size(settings))
+        side = min(info.height, info.width)
+        need(
+            self.kind == "none" or self.margin is None or self.margin < side,
+            f"`margin` {self.margin} could move images of {info.height}x{info.width} pixels out of sight; choose at "
+            f"most {side - 1}, or 1 for small shifts.",
+        )
         self.rand_augment: Any = None
         self.mix: Any = None
+        alpha = ALPHAS.get(settings.mix, 0.0) if settings.mix_alpha is None else settings.mix_alpha
+        if settings.mix == "regmixup":
+            self.mix = RegMixup(alpha, info.num_classes)
         if self.kind != "randaugment" and settings.mix not in MIXES:
             return
         from torchvision.transforms import v2  # a second of imports, for these two alone
@@ -81,14 +147,13 @@ class Augmentation:
         if self.kind == "randaugment":
             self.rand_augment = v2.RandAugment(**RAND_AUGMENT)
         if settings.mix in MIXES:
-            mix = getattr(v2, MIXES[settings.mix])
-            self.mix = mix(alpha=settings.mix_alpha, num_classes=info.num_classes)
+            self.mix = getattr(v2, MIXES[settings.mix])(alpha=alpha, num_classes=info.num_classes)
 
     def images(self, images: Tensor) -> Tensor:
         """Crops, flips and RandAugment, (B, C, H, W) uint8 -> the same shape and type."""
         if self.kind == "none":
             return images
-        images = random_crop(images)
+        images = random_crop(images, self.margin)
         if self.kind != "crop":
             images = random_flip(images)
         if self.kind == "randaugment":
@@ -104,10 +169,16 @@ class Augmentation:
             labels: (B,) class numbers.
 
         Returns:
-            x (B, C, H, W) float32, normalised; y: the labels as they are, or (B, K) probabilities where images mix.
+            x (B, C, H, W) float32, normalised; y: the labels as they are, or (B, K) probabilities where images mix or
+            labels are smoothed.
 
         Raises:
             UserError: images of another shape or type than in ``info``.
         """
         x = self.info.normalise(self.images(images))
-        return (x, labels) if self.mix is None else self.mix(x, labels)
+        if self.mix is not None:
+            x, labels = self.mix(x, labels)
+        if self.smoothing:
+            classes = self.info.num_classes
+            labels = (1 - self.smoothing) * probabilities(labels, classes) + self.smoothing / classes
+        return x, labels

@@ -4,7 +4,7 @@
     w_e | xi_g  ~ N(0, tau_1^2) if xi_g = 1 (kept) else N(0, tau_0^2)
     y_n | x_n, W ~ Categorical(softmax f_W(x_n))
 
-Labels that mixup or cutmix made, probabilities y_nc, enter as the factor prod_c softmax(f_W(x_n))_c^y_nc.
+Labels that are probabilities y_nc (mixed images, label smoothing) enter as the factor prod_c softmax(f_W(x_n))_c^y_nc.
 
 One mask site and one weight site per kind of matrix, stacked over depth; both lie outside the data plate.
 """

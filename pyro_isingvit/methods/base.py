@@ -101,7 +101,15 @@ class Method(nn.Module):
         """Called once, before the first epoch of a phase."""
 
     def before_step(self, x: Tensor, y: Tensor, phase: str, step: int, progress: float) -> None:
-        """Called before each optimiser step with the whole batch; ``progress``: share of the phase that is over."""
+        """Called before each optimiser step.
+
+        Args:
+            x: (B, channels, height, width), the whole batch; with ``mix`` regmixup its clean half.
+            y: (B,) class numbers, or (B, C) probabilities.
+            phase: its name.
+            step: of the training, counted from 0.
+            progress: share of the phase that is over.
+        """
 
     def validated(self, probs: Tensor, labels: Tensor, epochs: int, left: int) -> dict[str, float]:
         """Called after each epoch with probabilities (S, B, C) of the validation images and their labels (B,).

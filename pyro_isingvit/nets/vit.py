@@ -70,6 +70,8 @@ class ViT(nn.Module):
         readers: who writes and reads which channels.
         checkpoint_activations: where gradients are wanted, keep each block's input alone and compute the block again in
             the backward pass: the same numbers from less memory, for about a third more time.
+        visible: (images, tokens) numbers of the patch tokens that each image of a batch shows, as many for all; the
+            others are dropped once the position is added. None: all of them (nets/tokens.py sets it in training).
 
     Raises:
         UserError: a width that the heads do not divide, a patch larger than the image, non-positive sizes.
@@ -80,6 +82,7 @@ class ViT(nn.Module):
         check_shape(config, height, width, classes)
         self.config, self.image_shape, self.classes = config, (channels, height, width), classes
         self.checkpoint_activations = False
+        self.visible: Tensor | None = None
         patch, dim, depth = config.patch_size, config.width, config.depth
         self.grid = (-(-height // patch), -(-width // patch))
         self.padding = (0, self.grid[1] * patch - width, 0, self.grid[0] * patch - height)
@@ -110,6 +113,16 @@ class ViT(nn.Module):
         patches = images.unfold(2, size, size).unfold(3, size, size)  # (B, ch, rows, cols, size, size)
         return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
+    def _shown(self, x: Tensor, visible: Tensor) -> Tensor:
+        """The tokens of (..., B, T, D) that each image shows, (..., B, shown, D); a CLS token always is."""
+        if self.config.pool == "cls":
+            visible = torch.cat([visible.new_zeros(len(visible), 1), visible + 1], dim=-1)
+        (*lead, tokens, width), shown = x.shape, visible.shape[-1]
+        passes = x.shape[:-2].numel()  # images, or draws times images
+        rows = visible.repeat(passes // len(visible), 1) + tokens * torch.arange(passes, device=x.device).unsqueeze(-1)
+        # Whole rows of a matrix: two thirds of the time of a gather.
+        return x.flatten(0, -2).index_select(0, rows.flatten()).view(*lead, shown, width)
+
     def _attention(self, x: Tensor, apply: Callable[..., Tensor], layer: int, watch: Watch) -> Tensor:
         heads = self.config.heads
         qkv = apply("qkv", layer, x)  # (..., B, T, 3D)
@@ -133,7 +146,7 @@ class ViT(nn.Module):
             watch: receives what passes at the places that it has as keys, appended to their lists:
                 ``tokens``, what the first block reads, (..., B, T, D); ``attention``, queries and keys of each layer,
                 (..., B, H, T, D/H) each; ``blocks``, the output of each block, (..., B, T, D); ``features``, what the
-                last matrix reads, (..., B, its inputs).
+                last matrix reads, (..., B, its inputs). T counts the tokens that are visible.
             layer_rule: what is computed in place of each linear layer; baselines put their noise there.
 
         Returns:
@@ -176,6 +189,9 @@ class ViT(nn.Module):
         if self.config.pool == "cls":
             x = torch.cat([self.cls.expand(*x.shape[:-2], 1, -1), x], dim=-2)
         x = x + self.position
+        if self.visible is not None:
+            assert len(self.visible) == images.shape[:-3].numel(), "visible tokens of another batch"
+            x = self._shown(x, self.visible)
         if "tokens" in watch:
             watch["tokens"].append(x)
         again = self.checkpoint_activations and not watch and torch.is_grad_enabled()

@@ -13,6 +13,7 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.processes import launched, own_rows, rank, world
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.methods.base import Method, Terms, method_class
+from pyro_isingvit.nets.tokens import showing
 
 if TYPE_CHECKING:  # slow to import; a process that only loads and predicts needs none of it
     import lightning_fabric as lf
@@ -56,7 +57,14 @@ def total(terms: Terms) -> Tensor:
 
 
 def backward(
-    fabric: "lf.Fabric", wrapped: "_FabricModule", method: Method, x: Tensor, y: Tensor, rows: Tensor, pieces: int
+    fabric: "lf.Fabric",
+    wrapped: "_FabricModule",
+    method: Method,
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    pieces: int,
+    visible: Tensor | None = None,
 ) -> Terms:
     """Adds the gradient of a batch's loss to the parameters' gradients.
 
@@ -72,13 +80,15 @@ def backward(
         y: (B,) or (B, C).
         rows: (B,) numbers of the images.
         pieces: micro-batches of each process.
+        visible: (B, shown) numbers of the patch tokens that each image shows; None: all.
 
     Returns:
         the mean terms of this process's parts, detached.
     """
     parts = world() * pieces
     if parts == 1:
-        terms = wrapped(x, y, rows)
+        with showing(method, visible):
+            terms = wrapped(x, y, rows)
         fabric.backward(total(terms))
         return {name: term.detach() for name, term in terms.items()}
     cuda = fabric.device.type == "cuda"
@@ -91,15 +101,17 @@ def backward(
             torch.cuda.set_rng_state(cuda_state)
 
     mine, sums = own_rows(len(x)), dict[str, Tensor]()
-    shares = zip(x[mine].chunk(pieces), y[mine].chunk(pieces), rows[mine].chunk(pieces), strict=True)
-    for piece, (images, labels, numbers) in enumerate(shares):
+    shown = [None] * pieces if visible is None else visible[mine].chunk(pieces)
+    shares = zip(x[mine].chunk(pieces), y[mine].chunk(pieces), rows[mine].chunk(pieces), shown, strict=True)
+    for piece, (images, labels, numbers, tokens) in enumerate(shares):
         part = rank() * pieces + piece
         rewind()
         if seed is not None:
             torch.manual_seed(seed + part)
         method.take_part(part, parts)
         with nullcontext() if piece == pieces - 1 else fabric.no_backward_sync(wrapped):
-            terms = wrapped(images, labels, numbers)
+            with showing(method, tokens):
+                terms = wrapped(images, labels, numbers)
             fabric.backward(total(terms) / pieces)
         for name, term in terms.items():
             sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach() / pieces

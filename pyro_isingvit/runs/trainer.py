@@ -19,13 +19,14 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.processes import averaged, is_first, on_first, world
 from pyro_isingvit.core.settings import RunConfig, TrainConfig
-from pyro_isingvit.data.augment import Augmentation
+from pyro_isingvit.data.augment import Augmentation, group_size
 from pyro_isingvit.data.batches import batches, count_steps
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.base import Terms
 from pyro_isingvit.nets.divergence import first_not_finite, not_finite
 from pyro_isingvit.nets.penalties import PENALTIES
+from pyro_isingvit.nets.tokens import TokenMasking
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature
 from pyro_isingvit.predictive.metrics import classification_metrics
@@ -50,23 +51,26 @@ class TrainingDiverged(UserError):
 def check_training(config: TrainConfig) -> None:
     """Raises UserError where a setting is out of its range."""
     check_fields(config)
-    for name in ("epochs", "batch_size", "samples", "val_samples", "accumulate"):
-        if getattr(config, name) < 1:
+    for name in ("epochs", "batch_size", "samples", "val_samples", "accumulate", "draws"):
+        if isinstance(getattr(config, name), int) and getattr(config, name) < 1:
             raise UserError(f"`{name}` must be at least 1, not {getattr(config, name)}.")
-    if isinstance(config.draws, int) and config.draws < 1:
-        raise UserError(f"`draws` must be at least 1, not {config.draws}.")
     for name in ("lr", "clip_norm", "scale_lr_factor"):
         if not 0 < getattr(config, name) <= LARGEST:
             raise UserError(f"`{name}` must be positive and at most {LARGEST:g}, not {getattr(config, name)}.")
     for name in ("pilot_fraction", "warmup_fraction"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"`{name}` must lie in [0, 1], not {getattr(config, name)}.")
-    for name in ("finetune_epochs", "weight_decay", *PENALTIES):
-        if not getattr(config, name, 0.0) >= 0:
+    for name in ("finetune_epochs", "weight_decay", "margin", *PENALTIES):
+        if not (getattr(config, name, None) or 0.0) >= 0:
             raise UserError(f"`{name}` must not be negative, but is {getattr(config, name)}.")
+    for name in ("token_masking", "label_smoothing"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"`{name}` must lie in [0, 1), not {getattr(config, name)}.")
     # Below, gamma variates underflow, and a share comes out as 1/2 where it should be 0 or 1.
-    if not 1e-3 <= config.mix_alpha <= 1e3:
-        raise UserError(f"`mix_alpha` must lie in [0.001, 1000], not {config.mix_alpha}; 0.2 to 1 are usual.")
+    if config.mix_alpha is not None and not 1e-3 <= config.mix_alpha <= 1e3:
+        raise UserError(
+            f"`mix_alpha` must lie in [0.001, 1000], not {config.mix_alpha}; 0.2 to 1 are usual, 10 to 20 for regmixup."
+        )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is available here; set `device` to cpu or auto.")
 
@@ -110,21 +114,24 @@ class Trainer:
         self.fabric = set_up_fabric(config)
         self.progress = progress and is_first()
         self.parts = world() * self.settings.accumulate  # of every batch
-        if self.settings.batch_size % self.parts or len(data.train) < self.parts:
+        self.multiple = self.parts * group_size(self.settings)  # of which a batch has as many images
+        if self.settings.batch_size % self.multiple or len(data.train) < self.multiple:
+            pairs = "" if self.multiple == self.parts else f", each with pairs of images for `mix` {self.settings.mix}"
             raise UserError(
                 f"{world()} process(es) with `accumulate` {self.settings.accumulate} share a batch out in {self.parts} "
-                f"parts; `batch_size` {self.settings.batch_size} must be a multiple of that, and {len(data.train)} "
-                "training images at least as many."
+                f"part(s){pairs}; `batch_size` {self.settings.batch_size} must be a multiple of {self.multiple}, and "
+                f"{len(data.train)} training images at least as many."
             )
         torch.manual_seed(self.settings.seed)
         self.run = build_run(config, data.info, len(data.train), folder, model)
         self.method = self.run.method
         self.method.check(self.settings)
         self.augmentation = Augmentation(self.settings, self.run.info)
+        self.masking = TokenMasking(self.settings.token_masking, self.method)
         for module in self.method.modules():
             if isinstance(module, ViT):
                 module.checkpoint_activations = self.settings.checkpoint_activations
-        steps = self.steps_per_epoch = count_steps(len(data.train), self.settings.batch_size, self.parts)
+        steps = self.steps_per_epoch = count_steps(len(data.train), self.settings.batch_size, self.multiple)
         self.total_epochs = self.settings.epochs + self.settings.finetune_epochs
         optimizer = make_optimizer(self.method.parameter_groups(self.settings), self.settings)
         self.scheduler = make_schedule(optimizer, self.settings, steps)
@@ -219,13 +226,15 @@ class Trainer:
         self.loss.train()
         sums, count = torch.zeros((), device=self.fabric.device), 0
         looks: list[dict[str, float]] = []  # at the terms, of every tenth step
-        order = batches(self.data.train, self.settings.batch_size, self.settings.seed, epoch, self.parts)
+        order = batches(self.data.train, self.settings.batch_size, self.settings.seed, epoch, self.multiple)
         for images, classes, rows in order:
             x, labels = self.augmentation(images, classes)
+            visible = self.masking.draw(len(x), x.device)
             self.optimizer.zero_grad(set_to_none=True)
             progress = (session.step - first * steps) / ((last - first) * steps)
-            self.method.before_step(x, labels, phase, session.step, progress)
-            terms = backward(self.fabric, self.loss, self.method, x, labels, rows, self.settings.accumulate)
+            clean = self.augmentation.clean
+            self.method.before_step(x[clean], labels[clean], phase, session.step, progress)
+            terms = backward(self.fabric, self.loss, self.method, x, labels, rows, self.settings.accumulate, visible)
             if session.step % LOOK_EVERY == 0 or count == 0:
                 looks.append(self._look(terms, epoch))
                 self._show(epoch, phase, looks[-1])

@@ -18,7 +18,7 @@ from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.runs.trainer import Trainer
 
 KINDS = ("crop", "crop-flip", "randaugment")
-MIXES = ("mixup", "cutmix")
+MIXES = ("mixup", "cutmix", "regmixup")
 SHAPES = ((1, 8, 8), (3, 8, 8), (1, 28, 28), (3, 32, 32), (1, 13, 30), (3, 1, 2))
 
 
@@ -94,7 +94,7 @@ def test_images_of_a_batch_get_different_draws(kind) -> None:
 
 
 def test_rand_augment_differs_from_group_to_group(monkeypatch) -> None:
-    monkeypatch.setattr("pyro_isingvit.data.augment.random_crop", lambda x: x)
+    monkeypatch.setattr("pyro_isingvit.data.augment.random_crop", lambda x, margin: x)
     monkeypatch.setattr("pyro_isingvit.data.augment.random_flip", lambda x: x)
     batch = images(1, 3, 32, 32).expand(64, -1, -1, -1)
     after = augmentation((3, 32, 32), augment="randaugment").images(batch)
@@ -156,8 +156,9 @@ def test_every_method_trains_on_augmented_and_mixed_images(data, method) -> None
     if method == "laplace":
         pytest.importorskip("laplace")
     ising = METHODS[method].ising if method in ("ising-paper", "mean-field") else None
-    run = train(data, method, ising, augment="crop-flip", mix="mixup")  # 60 images: the last batch has 12
-    assert all(math.isfinite(record[key]) for record in run.history for key in ("loss", "nll", "val_nll"))
+    for mix in ("mixup", "regmixup"):  # 60 images: the last batch has 12
+        run = train(data, method, ising, augment="crop-flip", mix=mix, margin=1, label_smoothing=0.1)
+        assert all(math.isfinite(record[key]) for record in run.history for key in ("loss", "nll", "val_nll"))
 
 
 @pytest.mark.parametrize("mode", ["likelihood_guided", "learned", "hybrid"])
@@ -197,7 +198,9 @@ def test_digits_are_cropped_at_any_patch_size() -> None:
 
 @pytest.mark.parametrize("words", [
     ["--augment", "flip"], ["--mix", "both"], ["--mix-alpha", "0"], ["--mix-alpha", "nan"], ["--augment"],
-    ["--mix", "mixup", "--mix-alpha", "1e9"],
+    ["--mix", "mixup", "--mix-alpha", "1e9"], ["--augment", "crop", "--margin", "-1"],
+    ["--augment", "crop", "--margin", "8"], ["--margin", "0.5"], ["--label-smoothing", "1"], ["--token-masking", "1.0"],
+    ["--token-masking", "0.99"], ["--mix", "regmixup", "--batch-size", "33"],
 ])  # fmt: skip
 def test_bad_values_on_the_command_line(words, tmp_path, capsys) -> None:
     with pytest.raises(SystemExit) as stop:

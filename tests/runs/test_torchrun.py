@@ -79,6 +79,18 @@ def test_two_processes_train_the_run_of_one(single: Path, tmp_path: Path, start)
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == sorted(path.name for path in single.iterdir())
 
 
+def test_two_processes_share_out_mixed_images_and_their_tokens(tmp_path: Path) -> None:
+    """Crops, mixtures and visible tokens are drawn for the whole batch: the run of one process."""
+    words = [
+        *SMALL, "--patch-size", 2, "--augment", "crop", "--margin", 1, "--mix", "regmixup", "--label-smoothing", 0.1,
+        "--token-masking", 0.5, "--log-barrier", 0.02,
+    ]  # fmt: skip
+    assert script("inference.train", *words, "--out", tmp_path / "one").returncode == 0
+    code, _, err = two_forks(*words, "--out", tmp_path / "two")
+    assert code == 0, err
+    assert_alike(tmp_path / "two", tmp_path / "one")
+
+
 def interrupted(folder: Path, start) -> str:
     """Begins a run by two processes and sends SIGTERM once an epoch is kept; returns what they say."""
     words = [*SMALL, "--epochs", 400, "--out", folder]
@@ -121,7 +133,7 @@ def test_begun_by_two_processes_and_finished_by_one(tmp_path: Path, start) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "word"),
-    [(["--lr", -1], "lr must be"), (["--batch-size", 33], "multiple of that"), (["--epochs", "x"], "Error parsing")],
+    [(["--lr", -1], "lr must be"), (["--batch-size", 33], "multiple of 2"), (["--epochs", "x"], "Error parsing")],
 )
 def test_bad_input_is_one_message(wrong: list, word: str, tmp_path: Path) -> None:
     code, out, err = torchrun(*SMALL, *wrong, "--out", tmp_path / "r")

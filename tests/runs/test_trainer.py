@@ -77,6 +77,7 @@ def test_same_seed_same_run_and_another_seed_another(data) -> None:
     [
         (1, {}), (2, {}), (5, {}), (3, {"augment": "randaugment", "mix": "cutmix"}),
         (1, {"augment": "crop-flip", "mix": "mixup", "engine": "pyro"}),
+        (3, {"augment": "crop", "margin": 1, "mix": "regmixup", "label_smoothing": 0.1, "token_masking": 0.5}),
     ],
 )  # fmt: skip
 def test_resumed_equals_uninterrupted_bit_for_bit(data, tmp_path, stop: int, changes: dict) -> None:
@@ -147,7 +148,8 @@ def test_resume_with_other_data_is_refused(data, tmp_path) -> None:
     [
         {"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"clip_norm": -1.0}, {"pilot_fraction": 2.0},
         {"finetune_epochs": -1}, {"samples": 0}, {"augment": "flip"}, {"mix": "both"}, {"mix_alpha": 0.0},
-        {"mix_alpha": 2e3},
+        {"mix_alpha": 2e3}, {"margin": -1}, {"label_smoothing": 1.0}, {"label_smoothing": -0.1}, {"token_masking": 1.0},
+        {"token_masking": float("nan")},
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(data, setting: dict) -> None:
