@@ -80,9 +80,12 @@ def test_two_processes_train_the_run_of_one(single: Path, tmp_path: Path, start)
 
 
 def test_two_processes_share_out_mixed_images_and_their_tokens(tmp_path: Path) -> None:
-    """Crops, mixtures and visible tokens are drawn for the whole batch: the run of one process."""
+    """Crops, mixtures and visible tokens are drawn for the whole batch: the run of one process.
+
+    88 images: the last batch of 24 is shared out in pairs whether there are one or two processes.
+    """
     words = [
-        *SMALL, "--patch-size", 2, "--augment", "crop", "--margin", 1, "--mix", "regmixup", "--label-smoothing", 0.1,
+        *SMALL, "--train-size", 88, "--augment", "crop", "--margin", 1, "--mix", "regmixup", "--label-smoothing", 0.1,
         "--token-masking", 0.5, "--log-barrier", 0.02,
     ]  # fmt: skip
     assert script("inference.train", *words, "--out", tmp_path / "one").returncode == 0
