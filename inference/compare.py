@@ -24,7 +24,7 @@ from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.presets import default_preset, preset
 from pyro_isingvit.core.settings import DataConfig, RunConfig
-from pyro_isingvit.methods.registry import OURS, row, train_defaults
+from pyro_isingvit.methods.registry import OURS, row, with_defaults
 from pyro_isingvit.version import __version__
 
 RESULTS = "results.json"
@@ -94,20 +94,11 @@ def method_config(spec: str, epochs: int, base: RunConfig) -> RunConfig:
     Raises:
         UserError: unknown method, an invalid number, or a number for a method without a knob.
     """
-    name, _, number = spec.partition(":")
-    chosen = row(name)
-    try:
-        ising, baseline = chosen.with_number(number)
-    except UserError as error:
-        raise UserError(f"{spec!r}: {error}") from error
-    train = train_defaults(name, base.vit)
-    last = round(0.2 * epochs) if train.finetune_epochs else 0
-    own = base.train
+    config, own = with_defaults(spec, base, epochs), base.train
     train = replace(
-        train, epochs=epochs - last, finetune_epochs=last, batch_size=own.batch_size, samples=own.samples,
-        device=own.device, seed=own.seed,
+        config.train, batch_size=own.batch_size, samples=own.samples, device=own.device, seed=own.seed
     )  # fmt: skip
-    return replace(base, method=name, ising=ising, train=train, baseline=baseline)
+    return replace(config, train=train)
 
 
 def make_cells(arguments: CompareArguments) -> list[Cell]:

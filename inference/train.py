@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     width = int(known.width) if known.width.isdecimal() else None
     default = TrainArguments(
         out=tyro.MISSING, preset=name, method=known.method, vit=preset(name), ising=row(known.method).ising,
-        train=train_defaults(known.method, preset(name, width=width)),
+        train=train_defaults(known.method, preset(name, width=width)), baseline=row(known.method).baseline,
     )  # fmt: skip
     run_script(train, TrainArguments, argv, default)
 

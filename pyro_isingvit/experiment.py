@@ -100,7 +100,7 @@ def fit(
         method: a name in ``pyro_isingvit.methods.registry.METHODS``: "ising", "dropout", "ensemble", "laplace", ...
         train: how to train; None: the method's own defaults for a network of this width.
         ising: prior and posterior of the masks; None: the method's own defaults. An ``IsingViT`` has its own.
-        baseline: settings of the methods without Ising masks; None: the defaults.
+        baseline: settings of the methods without Ising masks; None: the method's own defaults.
         progress: show a progress bar.
         **settings: single fields of ``TrainConfig``, ``IsingConfig`` and ``BaselineConfig``, such as ``epochs=60``,
             ``target_retention=0.3`` or ``drop_rate=0.2``.
@@ -137,7 +137,7 @@ def fit(
     parts: dict[str, Any] = {
         "train": train or train_defaults(method, _shape(model)),
         "ising": given.ising if given else ising or usual.ising,
-        "baseline": baseline or BaselineConfig(),
+        "baseline": baseline or usual.baseline,
     }
     for name, part in parts.items():
         own = {each.name: settings.pop(each.name) for each in dataclasses.fields(part) if each.name in settings}

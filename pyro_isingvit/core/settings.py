@@ -118,7 +118,7 @@ class BaselineConfig:
     members: int = 5
     """ensemble: K, networks trained side by side."""
     sparsity: float = 0.6
-    """magnitude: share of the weights that are pruned."""
+    """magnitude, gradual-magnitude: share of the weights that are pruned."""
     l0_penalty: float = 0.03
     """l0: nats per weight that is on."""
     kl_weight: float = 1.0

@@ -41,6 +41,7 @@ from pyro_isingvit.data.split import (
 
 log = logging.getLogger(__name__)
 TEST_FRACTION = 0.2  # of the images, where there is no official test part
+DEV_SIZE = 5000
 
 
 def load_data(
@@ -83,6 +84,40 @@ def load_data(
     pool, val, test, classes = load_parts(source)
     data = divide(pool, val, test, classes, name=dataset, train_size=train_size, val_fraction=val_fraction, seed=seed)
     return replace(data, source=(replace(source, download=False), seed))
+
+
+def development_data(source: DataConfig, dev_size: int = DEV_SIZE, seed: int = 0) -> ImageData:
+    """Images to choose settings by, all from the training files: training, validation and development part.
+
+    The development part stands where the test part would be, as ``test``. It is stratified and, for one data set and
+    size, the same with every seed. The test part itself is left out altogether, and so is the fifth that stands for it
+    in a data set without an official one. An official validation part is left out too: validation images are drawn
+    from the training files, ``val_fraction`` times ``train_size``.
+
+    Args:
+        source: data set, ``train_size`` and ``val_fraction``.
+        dev_size: development images; fewer where training and validation part leave fewer, at most half of the files'.
+        seed: of the training and validation part.
+
+    Raises:
+        UserError: as ``load_data``, or no image is left for development.
+    """
+    check_division(source.val_fraction, TEST_FRACTION, seed)
+    need(dev_size >= 1, f"`dev_size` must be at least 1, not {dev_size}.")
+    pool, _, _, classes = load_parts(source)
+    size, most = source.train_size, len(pool) // 2
+    if size is not None:
+        count = max(round(source.val_fraction * size), len(classes)) if source.val_fraction else 0
+        most = min(most, len(pool) - size - count)
+    need(
+        most >= len(classes),
+        f"{source.dataset} has {len(pool)} images in its training files; `train_size` {size} and its validation part "
+        "leave too few to choose settings by; choose a smaller one.",
+    )
+    rest, dev = hold_out_test(pool, classes, min(dev_size, most) / len(pool))
+    return divide(
+        rest, None, dev, classes, name=source.dataset, train_size=size, val_fraction=source.val_fraction, seed=seed
+    )
 
 
 def load_inputs(spec: str, info: DataInfo, *, data_root: str | Path = "data", download: bool = False) -> Split:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.presets import fitting_rate
-from pyro_isingvit.core.settings import BaselineConfig, IsingConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import BaselineConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,17 @@ class Row:
     """Default settings of the masks."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Default settings of the training."""
-    knob: tuple[Literal["ising", "baseline"], str] | None = None
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    """Default settings of the methods without Ising masks."""
+    knob: tuple[Literal["ising", "train", "baseline"], str] | None = None
     """Part and field that the number after the colon sets, as in dropout:0.1."""
     derived_from: str | None = None
     """A method whose training this one shares: it adds something afterwards, and can take over a finished run."""
     networks: str | None = None
     """Field of BaselineConfig that says how many networks are trained and stored; None: one."""
 
-    def with_number(self, text: str) -> tuple[IsingConfig, BaselineConfig]:
-        """The settings with the knob at a number.
+    def with_number(self, text: str) -> "Row":
+        """The row with the knob at a number.
 
         Args:
             text: the number; "" leaves the defaults.
@@ -39,7 +41,7 @@ class Row:
             UserError: the method has no knob, or the text is no number.
         """
         if not text:
-            return self.ising, BaselineConfig()
+            return self
         takers = ", ".join(name for name, row in METHODS.items() if row.knob)
         need(self.knob is not None, f"the method takes no number; those that do: {takers}.")
         assert self.knob is not None
@@ -48,9 +50,7 @@ class Row:
             value = (int if knob == "members" else float)(text)
         except ValueError as error:
             raise UserError(f"{text!r} is no number for `{knob}`.") from error
-        if part == "ising":
-            return replace(self.ising, **{knob: value}), BaselineConfig()  # type: ignore[arg-type]
-        return self.ising, replace(BaselineConfig(), **{knob: value})  # type: ignore[arg-type]
+        return replace(self, **{part: replace(getattr(self, part), **{knob: value})})
 
 
 # The paper's equation (3) as its authors' code has it; docs/paper.md says what differs and why.
@@ -63,7 +63,7 @@ PAPER_TRAIN = TrainConfig(
     epochs=71, pilot_fraction=1 / 71, batch_size=20, lr=1e-3, schedule="halving", warmup_fraction=0.0, samples=100,
     calibrate=False, draws=1,
 )  # fmt: skip
-PLAIN = TrainConfig(weight_decay=0.05, calibrate=False)
+PLAIN = TrainConfig(weight_decay=0.05)
 HERE = "pyro_isingvit.methods"
 # Learning rates: of 2e-3, 4e-3 and 6e-3 the one with the lowest NLL on validation images (docs/tuning.md).
 METHODS: dict[str, Row] = {
@@ -73,11 +73,12 @@ METHODS: dict[str, Row] = {
     "mean-field": Row(
         f"{HERE}.ising:IsingMethod",
         IsingConfig(posterior_scale="learned", kappa_weights=5.0),
-        TrainConfig(pilot_fraction=1.0, calibrate=False, lr=2e-3),
+        TrainConfig(pilot_fraction=1.0, lr=2e-3),
         knob=("ising", "kappa_weights"),
     ),
-    "deterministic": Row(f"{HERE}.plain:Plain", train=PLAIN),
-    "temperature": Row(f"{HERE}.plain:Plain", train=replace(PLAIN, calibrate=True), derived_from="deterministic"),
+    # Without the temperature of its predictions, which every other method has; temperature is the same with it.
+    "deterministic": Row(f"{HERE}.plain:Plain", train=replace(PLAIN, calibrate=False)),
+    "temperature": Row(f"{HERE}.plain:Plain", train=PLAIN, derived_from="deterministic"),
     "dropout": Row(f"{HERE}.dropout:Dropout", train=replace(PLAIN, lr=4e-3), knob=("baseline", "drop_rate")),
     "dropconnect": Row(f"{HERE}.dropout:DropConnect", train=PLAIN, knob=("baseline", "drop_rate")),
     "concrete-dropout": Row(
@@ -94,6 +95,9 @@ METHODS: dict[str, Row] = {
         train=replace(PLAIN, epochs=24, finetune_epochs=6, lr=4e-3),
         knob=("baseline", "sparsity"),
     ),
+    "gradual-magnitude": Row(
+        f"{HERE}.sparse:GradualMagnitude", train=replace(PLAIN, lr=4e-3), knob=("baseline", "sparsity")
+    ),
     "ensemble": Row(f"{HERE}.ensemble:Ensemble", train=PLAIN, knob=("baseline", "members"), networks="members"),
     "laplace": Row(f"{HERE}.laplace:LastLayerLaplace", train=PLAIN, derived_from="deterministic"),
 }  # fmt: skip
@@ -108,6 +112,30 @@ def row(name: str) -> Row:
     """
     need(name in METHODS, f"unknown `method` {name!r}; known: {', '.join(METHODS)}.")
     return METHODS[name]
+
+
+def with_defaults(spec: str, base: RunConfig, epochs: int | None = None) -> RunConfig:
+    """A run's settings with everything that a method has defaults for.
+
+    Args:
+        spec: ``name`` or ``name:number``; the number sets the method's knob.
+        base: data, preset and shape of the network, which stay.
+        epochs: of the training in all; a method that fine-tunes does so in the last fifth. None: the method's own.
+
+    Raises:
+        UserError: an unknown method, no number, or a number for a method without a knob.
+    """
+    name, _, number = spec.partition(":")
+    chosen = row(name)
+    try:
+        chosen = chosen.with_number(number)
+    except UserError as error:
+        raise UserError(f"{spec!r}: {error}") from error
+    train = replace(chosen.train, lr=train_defaults(name, base.vit).lr)
+    if epochs is not None:
+        last = round(0.2 * epochs) if train.finetune_epochs else 0
+        train = replace(train, epochs=epochs - last, finetune_epochs=last)
+    return replace(base, method=name, ising=chosen.ising, train=train, baseline=chosen.baseline)
 
 
 def train_defaults(method: str, vit: ViTConfig) -> TrainConfig:

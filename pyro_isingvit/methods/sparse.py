@@ -1,9 +1,10 @@
-"""Methods that end with fewer weights: by variance, by gates, by size.
+"""Methods that end with fewer weights: by variance, by gates, by size at once or step by step.
 
 Shapes: B batch, S samples, T tokens, C classes; x of a layer is (B, T, in), its weight (out, in).
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +124,10 @@ class L0(Plain):
 
 
 class Magnitude(Plain):
-    """Train, drop the smallest weights of the whole network, fine-tune the rest (Han et al. 2015)."""
+    """Train, drop the smallest weights of the whole network, fine-tune the rest (Han et al. 2015).
+
+    Masks only grow: what is dropped counts as 0 from then on, whatever the optimiser does to the number under it.
+    """
 
     def __init__(self, config: RunConfig, info: DataInfo, num_data: int) -> None:
         super().__init__(config, info, num_data)
@@ -131,15 +135,25 @@ class Magnitude(Plain):
             self.register_buffer(f"mask_{kind}", torch.ones_like(weight))
 
     @torch.no_grad()
+    def drop(self, share: float) -> None:
+        """Drops the smallest weights of the network until ``share`` of all are dropped; those that are stay so."""
+        sizes = torch.cat([weight.abs().flatten() for weight in self.weights().values()])
+        rank = int(share * len(sizes))
+        gone = len(sizes) - sum(int(kept.count_nonzero()) for kept in self.kept().values())
+        if rank <= gone:
+            return
+        limit = sizes.kthvalue(rank).values
+        for kind, weight in self.weights().items():
+            self.get_buffer(f"mask_{kind}").copy_(weight.abs() > limit)
+
     def begin(self, phase: str) -> None:
         """Prunes before fine-tuning."""
-        if phase != "finetune":
-            return
-        sizes = torch.cat([weight.abs().flatten() for weight in self.loc.values()])
-        rank = int(self.settings.sparsity * len(sizes))
-        limit = sizes.kthvalue(rank).values if rank else -1.0
-        for kind, weight in self.loc.items():
-            self.get_buffer(f"mask_{kind}").copy_(weight.abs() > limit)
+        if phase == "finetune":
+            self.drop(self.settings.sparsity)
+
+    def finish(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Prunes where there was no fine-tuning."""
+        self.drop(self.settings.sparsity)
 
     def weights(self) -> Weights:
         """What is left."""
@@ -150,3 +164,26 @@ class Magnitude(Plain):
     def kept(self) -> Weights:
         """The mask."""
         return {kind: self.get_buffer(f"mask_{kind}") for kind in self.loc}
+
+
+class GradualMagnitude(Magnitude):
+    """Magnitude pruning in many small steps while the network trains (Zhu & Gupta 2017, eq. 1).
+
+    kept share = 1 - s (1 - (1 - t)^3),   s = ``sparsity``
+
+    t goes from 0, after the first ``START`` of the training, to 1 at its share ``END``: most weights go early, while
+    the others can still make up for them. The last part of the training has masks that stay.
+    """
+
+    START, END = 0.15, 0.75
+    EVERY = 10  # steps between updates of the masks
+
+    def dropped(self, progress: float) -> float:
+        """s (1 - (1 - t)^3), the share that is dropped when ``progress`` of the training is over."""
+        t = min(max((progress - self.START) / (self.END - self.START), 0.0), 1.0)
+        return self.settings.sparsity * (1 - (1 - t) ** 3)
+
+    def before_step(self, x: Tensor, y: Tensor, phase: str, step: int, progress: float) -> None:
+        """Every few steps, and at t = 1 at once, drops what the schedule asks for."""
+        if phase == "train" and (step % self.EVERY == 0 or progress >= self.END):
+            self.drop(self.dropped(progress))

@@ -21,7 +21,7 @@ from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.methods.laplace import LastLayerLaplace
 from pyro_isingvit.methods.plain import Plain, check_baseline
 from pyro_isingvit.methods.registry import METHODS
-from pyro_isingvit.methods.sparse import L0, SparseVD, sparse_vd_kl
+from pyro_isingvit.methods.sparse import L0, GradualMagnitude, SparseVD, sparse_vd_kl
 from pyro_isingvit.nets.vit import linear
 from pyro_isingvit.runs.load import open_run
 from pyro_isingvit.runs.predict import draw_predictive
@@ -75,11 +75,11 @@ def test_trains_draws_and_reloads(method: str, data: ImageData, tmp_path: Path) 
     assert torch.equal(draws.probs, again.probs)
     summary = run.mask_summary()
     assert 0 <= summary["pruned_fraction"] <= 1 and 0 <= summary["retention_mean"] <= 1
-    if method == "magnitude":
+    if method.endswith("magnitude"):
         assert summary["pruned_fraction"] == pytest.approx(0.6, abs=0.01)
 
 
-@pytest.mark.parametrize("method", ["dropout", "magnitude", "sparse-vd", "ensemble"])
+@pytest.mark.parametrize("method", ["dropout", "magnitude", "gradual-magnitude", "sparse-vd", "ensemble"])
 def test_resumes_bit_for_bit(method: str, data: ImageData, tmp_path: Path) -> None:
     whole = Trainer(config(method), data, tmp_path / "whole", progress=False).fit()
     broken = Trainer(config(method), data, tmp_path / "broken", progress=False)
@@ -214,6 +214,64 @@ def test_magnitude_keeps_the_largest(data: ImageData) -> None:
     sizes = torch.cat([weight.abs().flatten() for weight in network.loc.values()])
     assert float(kept.float().mean()) == pytest.approx(0.3, abs=0.002)
     assert sizes[kept].min() > sizes[~kept].max()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "gradual-magnitude"])
+@pytest.mark.parametrize("epochs", [1, 6])
+@pytest.mark.parametrize("finetune_epochs", [0, 2])
+def test_magnitude_ends_with_the_share_that_was_asked_for(
+    data: ImageData, method: str, epochs: int, finetune_epochs: int
+) -> None:
+    """However short the training is, and with or without fine-tuning."""
+    chosen = config(method, sparsity=0.7)
+    train = replace(chosen.train, epochs=epochs, finetune_epochs=finetune_epochs, batch_size=60)
+    run = Trainer(replace(chosen, train=train), data, None, progress=False).fit()
+    count = run.mask_summary()["masked_weights"]
+    assert run.mask_summary()["pruned_fraction"] == pytest.approx(int(0.7 * count) / count)
+
+
+def test_the_gradual_curve() -> None:
+    """s (1 - (1 - t)^3) at t = 0, 1/2 and 1, nothing before and no more after."""
+    network = made("gradual-magnitude", sparsity=0.8)
+    assert isinstance(network, GradualMagnitude)
+    start, end = network.START, network.END
+    assert [network.dropped(at) for at in (0.0, start)] == [0, 0]
+    assert network.dropped((start + end) / 2) == pytest.approx(0.8 * 7 / 8)
+    assert [network.dropped(at) for at in (end, 1.0)] == [0.8, 0.8]
+    x, y = batch()
+    for step in range(200):
+        network.before_step(x, y, "train", step, step / 200)
+        share = 1 - float(torch.cat([kept.flatten() for kept in network.kept().values()]).mean())
+        assert share <= network.dropped(step / 200) + 1e-6
+        if step % network.EVERY == 0 or step / 200 >= end:
+            assert share == pytest.approx(network.dropped(step / 200), abs=1e-3)  # of 1,000 weights and more
+
+
+def test_what_gradual_pruning_dropped_stays_0() -> None:
+    """Momentum and weight decay move the numbers under a mask, and so does their average; the weights are 0."""
+    network = made("gradual-magnitude", sparsity=0.8)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.05, weight_decay=0.5)
+    averages = {kind: weight.detach().clone() for kind, weight in network.loc.items()}
+    gone = {kind: torch.zeros_like(weight, dtype=torch.bool) for kind, weight in network.loc.items()}
+    x, y = batch()
+    for step in range(60):
+        network.before_step(x, y, "train", step, step / 60)
+        optimizer.zero_grad()
+        total(network(x, y)).backward()
+        optimizer.step()
+        for kind, weight in network.loc.items():
+            averages[kind].lerp_(weight.detach(), 0.2)
+            assert not network.draw_weights()[kind][gone[kind]].any()
+            assert not network.kept()[kind][gone[kind]].any()  # a dropped weight does not come back
+            gone[kind] = network.kept()[kind] == 0
+    assert 0.75 < float(torch.cat([at.flatten() for at in gone.values()]).float().mean()) < 0.8001
+    assert network.loc["fc1"][gone["fc1"]].abs().sum() > 0  # there was something for the mask to hide
+    trained = {kind: weight.detach().clone() for kind, weight in network.loc.items()}
+    with torch.no_grad():
+        for kind, weight in network.loc.items():
+            weight.copy_(averages[kind])
+    for kind, weight in network.draw_weights().items():
+        assert not weight[gone[kind]].any() and not torch.equal(weight, trained[kind])
 
 
 def test_members_of_an_ensemble_train_as_they_would_alone(data: ImageData) -> None:
