@@ -12,14 +12,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from inference.cli import in_flags, run_script
-from inference.workers import workers
+from inference.workers import outcomes
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.presets import default_preset, preset
@@ -95,9 +94,7 @@ def method_config(spec: str, epochs: int, base: RunConfig) -> RunConfig:
         UserError: unknown method, an invalid number, or a number for a method without a knob.
     """
     config, own = with_defaults(spec, base, epochs), base.train
-    train = replace(
-        config.train, batch_size=own.batch_size, samples=own.samples, device=own.device, seed=own.seed
-    )  # fmt: skip
+    train = replace(config.train, batch_size=own.batch_size, samples=own.samples, device=own.device, seed=own.seed)
     return replace(config, train=train)
 
 
@@ -192,33 +189,10 @@ def sibling(cell: Cell) -> Path | None:
 
 
 def run_grid(cells: list[Cell], jobs: int) -> Iterator[tuple[Cell, dict[str, Any] | Exception]]:
-    """Runs the cells in ``jobs`` processes; yields each with its metrics or its error.
-
-    A process that dies (out of memory, killed) fails the cells that it may have run. New processes run the rest.
-    """
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    waves = [[c for c in cells if c.derived_from is None], [c for c in cells if c.derived_from is not None]]
-    for wave in waves:
-        left = list(wave)
-        while left:
-            with workers(min(jobs, len(left))) as pool:
-                futures: dict[Future[dict[str, Any]], Cell] = {}
-                done: list[Cell] = []
-                for cell in left:
-                    futures[pool.submit(run_cell, cell, threads)] = cell
-                for future in as_completed(futures):
-                    cell = futures[future]
-                    error = future.exception()
-                    if isinstance(error, BrokenProcessPool):
-                        # The cause may be another cell: those nearest the front of the queue were running.
-                        running = [c for c in left if c not in done][:jobs]
-                        for lost in running:
-                            done.append(lost)
-                            yield lost, RuntimeError("the process died (out of memory, or killed)")
-                        break
-                    done.append(cell)
-                    yield cell, error if isinstance(error, Exception) else future.result()
-            left = [cell for cell in left if cell not in done]
+    """Runs the cells in ``jobs`` processes; yields each with its metrics or its error (``workers.outcomes``)."""
+    work = partial(run_cell, threads=max(1, (os.cpu_count() or 1) // jobs))
+    for derived in (False, True):
+        yield from outcomes(work, [cell for cell in cells if (cell.derived_from is not None) == derived], jobs)
 
 
 def compare(arguments: CompareArguments) -> None:

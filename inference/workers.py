@@ -4,8 +4,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 
@@ -25,6 +26,34 @@ def workers(count: int) -> Iterator[ProcessPoolExecutor]:
                 if child not in others:
                     child.terminate()  # otherwise the pool would let them finish first
             raise
+
+
+def outcomes[T, R](work: Callable[[T], R], items: Sequence[T], jobs: int) -> Iterator[tuple[T, R | Exception]]:
+    """Does ``work`` on every item in ``jobs`` processes; yields each item with its result or its error.
+
+    A process that dies (out of memory, killed) fails the items that it may have had. New processes do the rest.
+
+    Args:
+        work: can be pickled, as items and results can.
+        items: begun in this order; yielded as they are done.
+        jobs: processes.
+    """
+    left = [*range(len(items))]
+    while left:
+        done: list[int] = []
+        with workers(min(jobs, len(left))) as pool:
+            futures = {pool.submit(work, items[number]): number for number in left}
+            for future in as_completed(futures):
+                number, error = futures[future], future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    # The cause may be another item: those nearest the front of the queue were being done.
+                    for lost in [number for number in left if number not in done][:jobs]:
+                        done.append(lost)
+                        yield items[lost], RuntimeError("the process died (out of memory, or killed)")
+                    break
+                done.append(number)
+                yield items[number], error if isinstance(error, Exception) else future.result()
+        left = [number for number in left if number not in done]
 
 
 def _follow() -> None:

@@ -122,6 +122,7 @@ SCRIPTS = {
     "inference.train": "TrainArguments", "inference.predict": "PredictArguments", "inference.prune": "PruneArguments",
     "inference.compare": "CompareArguments", "inference.peers": "PeersArguments", "analysis.report": "Arguments",
     "inference.benchmark": "BenchmarkArguments", "inference.variance": "VarianceArguments",
+    "inference.search": "SearchArguments",
     "analysis.benchmark": "BenchmarkFigures",
     "analysis.ood": "Arguments", "analysis.corruptions": "Arguments", "analysis.comparison": "Arguments",
     "analysis.tutorial": "Arguments", "analysis.method_figure": "Arguments",
