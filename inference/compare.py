@@ -105,6 +105,7 @@ def make_cells(arguments: CompareArguments) -> list[Cell]:
         UserError: an invalid size, seed, method or preset.
     """
     from pyro_isingvit.methods.plain import check_baseline
+    from pyro_isingvit.runs.trainer import check_training
 
     for name in ("methods", "train_sizes", "seeds"):
         values = getattr(arguments, name)
@@ -126,6 +127,7 @@ def make_cells(arguments: CompareArguments) -> list[Cell]:
                     device=arguments.device,
                 )  # fmt: skip
                 config = method_config(spec, count, replace(base, train=train))
+                check_training(config.train)
                 check_baseline(config.baseline)
                 check_fields(config)
                 cells.append(Cell(label, size, spec, seed, config, _folder(arguments.out, label, size, spec, seed)))

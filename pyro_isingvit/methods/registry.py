@@ -79,6 +79,13 @@ METHODS: dict[str, Row] = {
     # Without the temperature of its predictions, which every other method has; temperature is the same with it.
     "deterministic": Row(f"{HERE}.plain:Plain", train=replace(PLAIN, calibrate=False)),
     "temperature": Row(f"{HERE}.plain:Plain", train=PLAIN, derived_from="deterministic"),
+    "label-smoothing": Row(
+        f"{HERE}.plain:Plain", train=replace(PLAIN, label_smoothing=0.1), knob=("train", "label_smoothing")
+    ),
+    # Any share alike, as Yun et al. (2019) have it.
+    "cutmix": Row(
+        f"{HERE}.plain:Plain", train=replace(PLAIN, mix="cutmix", mix_alpha=1.0), knob=("train", "mix_alpha")
+    ),
     "dropout": Row(f"{HERE}.dropout:Dropout", train=replace(PLAIN, lr=4e-3), knob=("baseline", "drop_rate")),
     "dropconnect": Row(f"{HERE}.dropout:DropConnect", train=PLAIN, knob=("baseline", "drop_rate")),
     "concrete-dropout": Row(

@@ -162,6 +162,12 @@ def test_method_numbers_set_the_knobs() -> None:
     assert method_config("dropout:0.3", 10, base).baseline.drop_rate == 0.3
     assert method_config("ising:0.7", 10, base).ising.target_retention == 0.7
     assert method_config("ensemble:7", 10, base).baseline.members == 7
+    smooth = method_config("label-smoothing:0.2", 10, base).train
+    assert (smooth.label_smoothing, smooth.epochs, smooth.calibrate) == (0.2, 10, True)
+    mixed = method_config("cutmix:0.5", 10, base).train
+    assert (mixed.mix, mixed.mix_alpha) == ("cutmix", 0.5)
+    assert method_config("label-smoothing", 10, base).train.label_smoothing == 0.1
+    assert method_config("gradual-magnitude:0.9", 10, base).baseline.sparsity == 0.9
     magnitude = method_config("magnitude", 10, base)
     assert (magnitude.train.epochs, magnitude.train.finetune_epochs) == (8, 2)
     assert method_config("mean-field", 10, base).ising == METHODS["mean-field"].ising
@@ -176,11 +182,28 @@ def test_bad_methods_are_named(spec: str) -> None:
 @pytest.mark.parametrize(
     "bad",
     [{"epochs": (1, 2, 3)}, {"seeds": ()}, {"methods": ("ising", "ising")}, {"train_sizes": (0,)}, {"jobs": 0},
-     {"methods": ("dropout:2",)}, {"preset": "huge"}],
+     {"methods": ("dropout:2",)}, {"methods": ("label-smoothing:1",)}, {"methods": ("cutmix:0",)}, {"preset": "huge"}],
 )  # fmt: skip
 def test_bad_grids_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(UserError):
         make_cells(CompareArguments(Path("x"), data=DataConfig(), **bad))  # type: ignore[arg-type]
+
+
+def test_every_method_but_deterministic_and_the_papers_has_a_temperature() -> None:
+    without = {name for name, row in METHODS.items() if not row.train.calibrate}
+    assert without == {"deterministic", "ising-paper"}
+
+
+def test_tables_of_methods_without_a_number() -> None:
+    """Names with a dash, with and without a number, stand in every table."""
+    frame = table()
+    extra = frame[frame.method == "deterministic"]
+    frame = pd.concat([frame, extra.assign(method="label-smoothing"), extra.assign(method="gradual-magnitude:0.9")])
+    for text in (markdown(frame), page_tables(frame)):
+        for method in ("label-smoothing", "gradual-magnitude:0.9", "ensemble:5"):
+            assert f"| {method} |" in text
+    assert set(against_best(frame)["best other"]) == {"dropout:0.1"}
+    assert "label-smoothing" not in short_table(frame)
 
 
 def test_bad_arguments_of_the_scripts(tmp_path: Path) -> None:
