@@ -58,8 +58,8 @@ class IsingMethod(Method):
         self.image_noise = settings.noise == "activations"
         self.fused = settings.engine != "pyro" and fusible(self.model)
         self._elbo: list[FusedELBO] = []  # a list, not a submodule: its parameters are this module's already
-        # Without an Ising phase nobody reads the curvature.
-        self.watches = dict(self.phases(settings))["ising"] > 0
+        # Otherwise nobody reads the curvature.
+        self.watches = dict(self.phases(settings))["ising"] > 0 or self.guide.config.posterior_scale == "curvature"
 
     @property
     def elbo(self) -> FusedELBO:
@@ -138,7 +138,7 @@ class IsingMethod(Method):
             self.guide.freeze(self.model)
 
     def before_step(self, x: Tensor, y: Tensor, phase: str, step: int, progress: float) -> None:
-        """Every ``update_every`` steps a curvature estimate and, in the Ising phase, a mask sweep."""
+        """Every ``update_every`` steps a curvature estimate, with its scales, and in the Ising phase a mask sweep."""
         if phase == "finetune" or step % self.guide.config.update_every or not self.watches:
             return
         self.guide.observe(self.model, x, y)
