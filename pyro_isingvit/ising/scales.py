@@ -1,7 +1,7 @@
 """posterior_scale "curvature": how wide the slabs are, from the curvature of the likelihood alone.
 
-Around the means m, the mean NLL per image is nearly quadratic, with the curvature h_e of weight e. Under q, weight e has
-the variance s_e^2 where its mask is on, which has the probability pi. The terms of the objective (docs/method.md,
+Around the means m, the mean NLL per image is nearly quadratic, with the curvature h_e of weight e. Under q, weight e
+has the variance s_e^2 where its mask is on, which has the probability pi. The terms of the objective (docs/method.md,
 Objective), times N, that depend on s_e are therefore
 
     pi N h_e s_e^2 / 2  +  pi (s_e^2 / (2 tau_1^2) - log s_e) / kappa_weights
