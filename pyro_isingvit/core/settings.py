@@ -120,7 +120,7 @@ class BaselineConfig:
     drop_rate: float = 0.1
     """dropout, dropconnect: probability of a drop; concrete-dropout, l0: the same at the start."""
     members: int = 5
-    """ensemble: K, networks trained side by side."""
+    """ensemble, ising-ensemble: K, networks trained side by side."""
     sparsity: float = 0.6
     """magnitude: share of the weights that are pruned."""
     l0_penalty: float = 0.03

@@ -5,6 +5,7 @@ The loss is that of docs/method.md, Objective:
 loss = -(1/N) E_q log p(y | x, W) + (KL of weights + KL of masks) / (kappa_weights N) + penalties
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from pyro_isingvit.ising.fused import DRAWS, FusedELBO, fusible
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.base import Method, Networks, Terms
-from pyro_isingvit.nets.vit import Weights, stack
+from pyro_isingvit.nets.vit import ViT, Weights, stack
 from pyro_isingvit.predictive.calibration import fit_temperature
 
 KINDS_OF_SITE = {"xi": "mask_kl", "w": "weight_kl", "y": "nll"}  # first part of a site's name -> the loss term
@@ -178,6 +179,16 @@ class IsingMethod(Method):
     def kept(self) -> Weights:
         """pi of every weight."""
         return {kind: self.guide.weight_retention(kind) for kind in self.guide.kinds}
+
+    @torch.no_grad()
+    def deployed(self) -> Sequence[tuple[ViT, Weights]]:
+        """The slab means, where their masks are kept."""
+        kept = self.kept()
+        return [(self.model.vit, {kind: loc * (kept[kind] > 0.5) for kind, loc in self.guide.loc.items()})]
+
+    def num_parameters(self) -> int:
+        """The guide holds the matrices."""
+        return super().num_parameters() + self.model.num_masked_weights
 
     @property
     def temperature(self) -> Tensor:  # type: ignore[override]
