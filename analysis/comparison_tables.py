@@ -19,12 +19,15 @@ from pyro_isingvit.methods.registry import METHODS, OURS
 
 SHORT = ("deterministic", "dropout", "ensemble")  # what the README shows in addition to ours
 SEVERAL = tuple(name for name, row in METHODS.items() if row.networks)  # methods that need several networks
+UNITS = {"macs": 1e6}  # metrics that are shown in such units
 SHOWN = {  # metrics.json -> heading, decimals, +1: more is better, -1: less, 0: neither
     "accuracy": ("accuracy", 4, 1), "nll": ("NLL", 4, -1), "brier": ("Brier", 4, -1), "ece": ("ECE", 4, -1),
     "nll_calibrated": ("NLL, T fitted", 4, -1), "aurc": ("AURC", 4, -1), "pruned_fraction": ("pruned", 2, 0),
-    "train_seconds": ("train s", 0, 0),
+    "macs": ("MMACs", 3, 0), "ms_per_image": ("ms", 4, 0), "train_seconds": ("train s", 0, 0),
 }  # fmt: skip
 TARGET = ("accuracy", "nll", "brier")
+COSTS = ("pruned_fraction", "macs", "ms_per_image")  # of which a page shows the mean over all cells
+MISSING = "-"
 SINGLE_FIELDS = ("dataset", "train_size", "method", "seed", "epochs", "run")
 MARKERS = ("<!-- comparison: made by analysis.comparison -->", "<!-- end of comparison -->")
 
@@ -57,7 +60,9 @@ def load_results(path: Path) -> pd.DataFrame:
         ) from error
     if not rows:
         raise UserError(f"{path} has no finished cell yet.")
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    frame[list(SHOWN)] = frame[list(SHOWN)].astype(float)  # a metric that older cells lack is NaN
+    return frame
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
@@ -135,7 +140,7 @@ def _row(cell: pd.DataFrame, method: str) -> list[str]:
     texts = []
     for metric, (_, decimals, sign) in SHOWN.items():
         missing = pd.isna(cell.loc[method, (metric, "mean")])
-        texts.append("" if missing else _mean(cell[metric], method, decimals, sign))
+        texts.append(MISSING if missing else _mean(cell[metric] / UNITS.get(metric, 1.0), method, decimals, sign))
     return texts
 
 
@@ -172,10 +177,9 @@ def short_table(frame: pd.DataFrame, ours: str = OURS) -> str:
 
 
 def page_tables(frame: pd.DataFrame, ours: str = OURS) -> str:
-    """For the comparison's page: accuracy and NLL of every method in every cell, ours against the best."""
-    pruned = summarise(frame)[("pruned_fraction", "mean")].groupby("method").mean()
+    """For the comparison's page: accuracy, NLL and cost of every method in every cell, ours against the best."""
     parts = [f"Accuracy, mean ± standard deviation of {frame.seed.nunique()} seeds, best mean in bold:"]
-    parts += [_by_cell(frame, "accuracy", pruned), "NLL, nats per image:", _by_cell(frame, "nll")]
+    parts += [_by_cell(frame, "accuracy", COSTS), "NLL, nats per image:", _by_cell(frame, "nll")]
     best, ensemble = against_best(frame, ours), against_ensemble(frame, ours)
     if len(best):
         parts += [f"`{ours}` against the best other single network:", _verdicts(best, ensemble)]
@@ -186,19 +190,25 @@ def _cell_name(dataset: str, size: int) -> str:
     return f"{dataset} {size:,}"
 
 
-def _by_cell(frame: pd.DataFrame, metric: str, last: "pd.Series[float] | None" = None) -> str:
-    """One metric, one row per method, one column per data set and size; ``last``: a share to add as a column."""
-    summary = summarise(frame)[metric]
-    cells = dict(list(summary.groupby(level=["dataset", "train_size"])))
-    heads = [_cell_name(dataset, size) for dataset, size in cells]
-    rows = []
-    for method in _order(summary.index.get_level_values("method").unique()):
+def _by_cell(frame: pd.DataFrame, metric: str, means: tuple[str, ...] = ()) -> str:
+    """One metric, one row per method, one column per data set and size; ``means``: metrics to add as means over all."""
+    summary = summarise(frame)
+    last = summary.xs("mean", axis=1, level=1)[list(means)].groupby("method").mean()
+    cells = dict(list(summary[metric].groupby(level=["dataset", "train_size"])))
+    rows = [["method", *(_cell_name(*cell) for cell in cells), *(SHOWN[name][0] for name in means)]]
+    for method in _order(last.index):
         row = [method]
         for dataset, size in cells:
             here = cells[dataset, size].loc[dataset, size]
             row.append(_mean(here, method, 3, SHOWN[metric][2]) if method in here.index else "")
-        rows.append([*row, *([f"{100 * last[method]:.0f}%"] if last is not None else [])])
-    return _table([["method", *heads, *(["pruned"] if last is not None else [])], *rows])
+        rows.append([*row, *(_cost(name, last.loc[method, name]) for name in means)])
+    return _table(rows)
+
+
+def _cost(name: str, value: Any) -> str:
+    if pd.isna(value):
+        return MISSING
+    return f"{100 * value:.0f}%" if name == "pruned_fraction" else f"{value / UNITS.get(name, 1.0):.{SHOWN[name][1]}f}"
 
 
 def _mean(cell: pd.DataFrame, method: str, decimals: int, sign: int) -> str:
@@ -211,15 +221,17 @@ def _mean(cell: pd.DataFrame, method: str, decimals: int, sign: int) -> str:
 def _verdicts(best: pd.DataFrame, ensemble: pd.DataFrame) -> str:
     """One row per data set and size: difference ± standard error, the other's name, NLL over the ensemble's."""
     names = [SHOWN[metric][0] for metric in TARGET]
-    rows = [["", *names, *(f"NLL / that of {method}" for method in dict.fromkeys(ensemble.get("against", [])))]]
+    several = list(dict.fromkeys(ensemble.get("against", [])))
+    rows = [["", *names, *(f"NLL / that of {method}" for method in several)]]
     for (dataset, size), part in best.groupby(["dataset", "train_size"]):
         row = [_cell_name(dataset, size)]
         for _, one in part.set_index("metric").loc[names].iterrows():
             error = "" if pd.isna(one["standard error"]) else f" ± {one['standard error']:.3f}"
             row.append(f"{one['difference']:+.3f}{error} ({one['best other']})")
-        if len(ensemble):
+        if several:
             here = ensemble[(ensemble.dataset == dataset) & (ensemble.train_size == size)]
-            row += [f"{ratio:.2f}" for ratio in here["NLL ratio"]]
+            ratios = dict(zip(here["against"], here["NLL ratio"], strict=True))
+            row += [f"{ratios[method]:.2f}" if method in ratios else MISSING for method in several]
         rows.append(row)
     return _table(rows)
 

@@ -1,6 +1,6 @@
 """The one look at the test part: its metrics, and metrics.json and posterior.nc of a run folder."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pyro_isingvit.predictive.coverage import uncertainty_metrics
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.predictive.rel_u import misclassification_metrics
+from pyro_isingvit.pruning.deployed import deployment_cost
 from pyro_isingvit.runs.folder import METRICS, POSTERIOR
 from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.run import Run
@@ -76,7 +77,7 @@ def evaluate(
     at_one, calibrated = (
         classification_metrics(probs.mean(0), split.labels) for probs in (plain, temper(plain, fitted))
     )
-    own = sum(p.numel() for p in run.network.parameters())
+    cost = deployment_cost(run.method)
     metrics: dict[str, Any] = {
         **classification_metrics(draws.mean, split.labels),
         **uncertainty_metrics(draws, split.labels),
@@ -95,7 +96,8 @@ def evaluate(
         "dataset": run.info.dataset,
         "method": run.config.method,
         "preset": run.config.preset,
-        "parameters": own + run.model.num_masked_weights if run.has_masks else own,  # the guide holds the matrices
+        "parameters": run.method.num_parameters(),
+        **({"macs": None, "ms_per_image": None} if cost is None else asdict(cost)),
     }
     if run.has_masks:
         metrics |= {"kappa_mask": run.guide.kappa_mask, "kappa_weights": run.guide.kappa_weights}

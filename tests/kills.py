@@ -99,11 +99,16 @@ def same(ours: Any, theirs: Any) -> bool:
     return ours == theirs
 
 
+def untimed(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What metrics.json holds, without the times: they differ from one call to the next."""
+    return {**metrics, "train_seconds": 0.0, "ms_per_image": 0.0}
+
+
 def differences(folder: Path, whole: Path) -> list[str]:
     """What of a run is not as in the uninterrupted one; times aside."""
     states = [load_checkpoint(path / "checkpoint.pt") for path in (folder, whole)]
     wrong = [key for key in states[1] if key != "seconds" and not same(states[0].get(key), states[1][key])]
-    metrics = [json.loads((path / "metrics.json").read_text()) | {"train_seconds": 0} for path in (folder, whole)]
+    metrics = [untimed(json.loads((path / "metrics.json").read_text())) for path in (folder, whole)]
     texts = [(path / "metrics.jsonl").read_text() for path in (folder, whole)]
     names = [sorted(entry.name for entry in path.iterdir()) for path in (folder, whole)]
     pairs = {"metrics.json": metrics, "metrics.jsonl": texts, "files": names}

@@ -86,10 +86,14 @@ class IsingConfig:
     """Standard deviation of the slab."""
     empirical_tau_1: bool = False
     """Set tau_1 per layer by empirical Bayes at each mask update."""
-    posterior_scale: Literal["learned", "shared"] = "shared"
-    """shared: one frozen posterior scale for all weights (as in the paper); learned: one per weight."""
+    posterior_scale: Literal["learned", "shared", "curvature"] = "shared"
+    """shared: one frozen posterior scale s for all weights (as in the paper); learned: one per weight; curvature: one
+    per weight, set at each update by s^-2 = curvature_factor kappa_weights N h + tau_1^-2."""
     init_scale: float = 0.01
     """Initial posterior scale; a shared scale keeps it."""
+    curvature_factor: float = 30.0
+    """posterior_scale curvature: factor of the curvature h. 1 is the optimum of the objective for a quadratic loss;
+    a larger one gives narrower posteriors."""
     max_keep: float | Literal["auto"] = "auto"
     """Upper limit of the retention, so that every weight is dropped now and then. auto: fitted on the validation part
     during training, so that the predictions need no temperature (0.9 without a validation part)."""
@@ -116,7 +120,7 @@ class BaselineConfig:
     drop_rate: float = 0.1
     """dropout, dropconnect: probability of a drop; concrete-dropout, l0: the same at the start."""
     members: int = 5
-    """ensemble: K, networks trained side by side."""
+    """ensemble, ising-ensemble: K, networks trained side by side."""
     sparsity: float = 0.6
     """magnitude, gradual-magnitude: share of the weights that are pruned."""
     l0_penalty: float = 0.03

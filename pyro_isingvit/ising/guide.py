@@ -2,8 +2,9 @@
 
     q(W, xi) = q(xi) prod_e N(w_e; xi_e m_e, xi_e s_e^2 + (1 - xi_e) tau_0^2)
 
-m and s are parameters, trained through the ELBO. q(xi) itself is in ``masks``. ``update`` sets
-them every few steps from the curvature that ``observe`` collects: the paper's alternation of mask and weight updates.
+m and s are parameters, trained through the ELBO; s may also be fixed, or follow from the curvature (``scales``). q(xi)
+itself is in ``masks``. ``update`` sets them every few steps from the curvature that ``observe`` collects: the paper's
+alternation of mask and weight updates.
 """
 
 import math
@@ -23,6 +24,7 @@ from pyro_isingvit.ising.distributions import SpikeAndSlabPosterior, log_odds, s
 from pyro_isingvit.ising.layout import WEIGHT, Spread
 from pyro_isingvit.ising.masks import MASK_POSTERIORS, Masks, Move, Phase
 from pyro_isingvit.ising.model import IsingViT
+from pyro_isingvit.ising.scales import curvature_log_scale
 from pyro_isingvit.nets.vit import Weights
 
 LEAST_SPIKE = 1e-3  # what empirical Bayes takes for the spike where that has no width
@@ -69,7 +71,7 @@ class IsingGuide(nn.Module):
     Attributes:
         masks: q(xi), of the family that ``mask_posterior`` names.
         loc: m, kind -> (layers, out, in).
-        log_scale: log s, likewise.
+        log_scale: log s, likewise; without a gradient unless they are learned.
 
     Raises:
         UserError: unknown saliency, coupling or mask posterior, or a setting out of its range.
@@ -228,7 +230,7 @@ class IsingGuide(nn.Module):
 
     @torch.no_grad()
     def observe(self, model: IsingViT, images: Tensor, labels: Tensor) -> None:
-        """Takes one curvature estimate on a batch into the exponential average.
+        """Takes one curvature estimate on a batch into the exponential average, from which curvature scales follow.
 
         The first ``curvature_batch`` images are looked at. gnb squares B^(1/2) times a mean of B independent gradients:
         its expectation does not depend on B, and its relative variance falls to 2, not to 0, as B grows, so that few
@@ -247,6 +249,10 @@ class IsingGuide(nn.Module):
         for kind, curvature in estimate.items():
             self.get_buffer(f"curvature_{kind}").lerp_(averaged(curvature), 1.0 - self.config.curvature_decay)
         self.curvature_updates += 1
+        if self.config.posterior_scale == "curvature":
+            emphasis = self.config.curvature_factor * self.kappa_weights * self.num_data
+            for kind, log_scale in self.log_scale.items():
+                log_scale.copy_(curvature_log_scale(self.curvature(kind), model.tau_1(kind), emphasis))
 
     def start_masks(self) -> None:
         """Ends the pilot phase: every mask starts from the highest retention allowed."""
@@ -351,7 +357,7 @@ def check_ising(config: IsingConfig) -> None:
         value = getattr(config, name)
         if value != "auto" and not 0 < value <= 1:
             raise UserError(f"`{name}` must lie in (0, 1], not {value}.")
-    for name in ("temperature", "final_temperature", "tau_1", "init_scale"):
+    for name in ("temperature", "final_temperature", "tau_1", "init_scale", "curvature_factor"):
         if not getattr(config, name) > 0:
             raise UserError(f"`{name}` must be positive, not {getattr(config, name)}.")
     need(config.tau_0 >= 0, f"`tau_0` must not be negative, but is {config.tau_0}.")

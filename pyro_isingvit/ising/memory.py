@@ -12,7 +12,8 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
     With P masked weights, G masks, R other parameters (biases, norms, embeddings; learned mask logits too), l = 1
     where the scale of every weight is learned and otherwise 0, and s the draws of a micro-batch:
 
-        weight_means         4 P        posterior_scale  4 P, one number a weight even where they are all the same
+        weight_means         4 P        posterior_scale  4 P, one number a weight even where they are all the same;
+                                                         8 P where they follow the curvature: log s and s
         curvature            4 P        mask_logits      4 G        prior_logits  4 G        other_parameters  4 R
         gradients            4 (P + l P + R)                        adamw  8 (P + l P + R)
         draws                4 [s (P + G) + P + G + 4 l P]          kept for the backward pass: draws, masks, KL, pi
@@ -47,12 +48,13 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
     learned_logits = sum(logit.numel() for logit in guide.masks.parameters())
     r = sum(value.numel() for value in model.parameters()) + learned_logits
     learned = guide.config.posterior_scale == "learned"
+    followed = guide.config.posterior_scale == "curvature"
     draws = settings.draws or (DRAWS if guide.config.granularity == "weight" else "image")
     s = 1 if draws == "image" else max(1, draws // (processes * settings.accumulate))
     masks = g * (settings.batch_size if draws == "image" else s)
     trained = p + learned * p + r
     numbers = {
-        "weight_means": p, "posterior_scale": p, "curvature": p, "mask_logits": g, "prior_logits": g,
+        "weight_means": p, "posterior_scale": p + followed * p, "curvature": p, "mask_logits": g, "prior_logits": g,
         "other_parameters": r, "gradients": trained, "adamw": 2 * trained,
         "draws": s * p + masks + p + g + 4 * learned * p, "draw_gradients": s * p,
     }  # fmt: skip

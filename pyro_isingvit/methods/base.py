@@ -7,7 +7,7 @@ in this order; prediction calls ``draw_networks``; pruning and reports ask ``kep
 Shapes: S samples, B batch, C classes, N data size.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -21,7 +21,7 @@ from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.registry import row
 from pyro_isingvit.nets.penalties import Penalties
-from pyro_isingvit.nets.vit import Weights
+from pyro_isingvit.nets.vit import ViT, Weights
 
 Terms = dict[str, Tensor]  # name -> its share of the loss, nats per image; the loss is their sum
 Networks = Callable[[Tensor], Tensor]  # normalised images (B, ...) -> logits (S, B, C)
@@ -111,6 +111,10 @@ class Method(nn.Module):
             progress: share of the phase that is over.
         """
 
+    def validation_draws(self, settings: TrainConfig) -> int:
+        """How many networks are drawn for the validation part after each epoch."""
+        return settings.val_samples
+
     def validated(self, probs: Tensor, labels: Tensor, epochs: int, left: int) -> dict[str, float]:
         """Called after each epoch with probabilities (S, B, C) of the validation images and their labels (B,).
 
@@ -150,6 +154,17 @@ class Method(nn.Module):
     def kept(self) -> Weights:
         """Probability that each weight is kept, kind -> (layers, out, in); 1 where nothing is selected."""
         raise NotImplementedError
+
+    def deployed(self) -> Sequence[tuple[ViT, Weights]]:
+        """Networks that a prediction without sampling would need: shape, and matrices with zeros where pi <= 0.5.
+
+        What one forward pass costs follows from it (pruning/deployed.py). Empty, the default: not known.
+        """
+        return []
+
+    def num_parameters(self) -> int:
+        """Numbers of the trained network, of all networks where there are several, without scales and masks."""
+        return sum(p.numel() for p in self.network.parameters())
 
     @property
     def network(self) -> nn.Module:

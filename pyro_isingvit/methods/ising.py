@@ -5,6 +5,7 @@ The loss is that of docs/method.md, Objective:
 loss = -(1/N) E_q log p(y | x, W) + (KL of weights + KL of masks) / (kappa_weights N) + penalties
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from pyro_isingvit.ising.fused import DRAWS, FusedELBO, fusible
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.base import Method, Networks, Terms
-from pyro_isingvit.nets.vit import Weights, stack
+from pyro_isingvit.nets.vit import ViT, Weights, stack
 from pyro_isingvit.predictive.calibration import fit_temperature
 
 KINDS_OF_SITE = {"xi": "mask_kl", "w": "weight_kl", "y": "nll"}  # first part of a site's name -> the loss term
@@ -58,8 +59,8 @@ class IsingMethod(Method):
         self.image_noise = settings.noise == "activations"
         self.fused = settings.engine != "pyro" and fusible(self.model)
         self._elbo: list[FusedELBO] = []  # a list, not a submodule: its parameters are this module's already
-        # Without an Ising phase nobody reads the curvature.
-        self.watches = dict(self.phases(settings))["ising"] > 0
+        # Otherwise nobody reads the curvature.
+        self.watches = dict(self.phases(settings))["ising"] > 0 or self.guide.config.posterior_scale == "curvature"
 
     @property
     def elbo(self) -> FusedELBO:
@@ -138,7 +139,7 @@ class IsingMethod(Method):
             self.guide.freeze(self.model)
 
     def before_step(self, x: Tensor, y: Tensor, phase: str, step: int, progress: float) -> None:
-        """Every ``update_every`` steps a curvature estimate and, in the Ising phase, a mask sweep."""
+        """Every ``update_every`` steps a curvature estimate, with its scales, and in the Ising phase a mask sweep."""
         if phase == "finetune" or step % self.guide.config.update_every or not self.watches:
             return
         self.guide.observe(self.model, x, y)
@@ -178,6 +179,16 @@ class IsingMethod(Method):
     def kept(self) -> Weights:
         """pi of every weight."""
         return {kind: self.guide.weight_retention(kind) for kind in self.guide.kinds}
+
+    @torch.no_grad()
+    def deployed(self) -> Sequence[tuple[ViT, Weights]]:
+        """The slab means, where their masks are kept."""
+        kept = self.kept()
+        return [(self.model.vit, {kind: loc * (kept[kind] > 0.5) for kind, loc in self.guide.loc.items()})]
+
+    def num_parameters(self) -> int:
+        """The guide holds the matrices."""
+        return super().num_parameters() + self.model.num_masked_weights
 
     @property
     def temperature(self) -> Tensor:  # type: ignore[override]

@@ -3,6 +3,7 @@
 Shapes: B batch, S samples, T tokens, C classes; x of a layer is (B, T, in), its weight (out, in).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,6 +92,12 @@ class Plain(Method):
     def kept(self) -> Weights:
         """Probability that each weight is kept, kind -> (layers, out, in); 1 where nothing is selected."""
         return {kind: torch.ones_like(weight) for kind, weight in self.loc.items()}
+
+    @torch.no_grad()
+    def deployed(self) -> Sequence[tuple[ViT, Weights]]:
+        """The matrices, where they are kept."""
+        kept = self.kept()
+        return [(self.vit, {kind: weight * (kept[kind] > 0.5) for kind, weight in self.loc.items()})]
 
 
 def check_baseline(config: BaselineConfig) -> None:

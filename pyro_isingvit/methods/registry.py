@@ -30,6 +30,8 @@ class Row:
     """A method whose training this one shares: it adds something afterwards, and can take over a finished run."""
     networks: str | None = None
     """Field of BaselineConfig that says how many networks are trained and stored; None: one."""
+    members_of: str | None = None
+    """Ensembles: the method that trains each of the networks."""
 
     def with_number(self, text: str) -> "Row":
         """The row with the knob at a number.
@@ -105,9 +107,22 @@ METHODS: dict[str, Row] = {
     "gradual-magnitude": Row(
         f"{HERE}.sparse:GradualMagnitude", train=replace(PLAIN, lr=4e-3), knob=("baseline", "sparsity")
     ),
-    "ensemble": Row(f"{HERE}.ensemble:Ensemble", train=PLAIN, knob=("baseline", "members"), networks="members"),
     "laplace": Row(f"{HERE}.laplace:LastLayerLaplace", train=PLAIN, derived_from="deterministic"),
 }  # fmt: skip
+
+
+def ensemble_of(name: str) -> Row:
+    """The row of an ensemble whose members are trained as a method's networks are, with the same defaults.
+
+    Args:
+        name: a method in ``METHODS``; one that works on after the last epoch cannot be a member.
+    """
+    home = f"{HERE}.ensemble:Ensemble"
+    return replace(METHODS[name], home=home, knob=("baseline", "members"), networks="members", members_of=name)
+
+
+METHODS["ensemble"] = replace(ensemble_of("deterministic"), train=replace(PLAIN, calibrate=True))
+METHODS["ising-ensemble"] = ensemble_of("ising")
 OURS = "ising"  # the method that comparisons hold against the others
 
 

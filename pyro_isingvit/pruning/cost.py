@@ -43,8 +43,9 @@ def latency(
     image_shape: tuple[int, int, int],
     batch: int,
     repeats: int = REPEATS,
+    device: str | torch.device = "cpu",
 ) -> list[float]:
-    """Median seconds of one forward pass of each network on the CPU, repeats interleaved.
+    """Median seconds of one forward pass of each network, repeats interleaved; random states stay as they are.
 
     Args:
         networks: (batch, channels, height, width) to logits.
@@ -52,12 +53,13 @@ def latency(
         batch: images at a time.
         repeats: of each network, after two to warm up; 8 times as many where the batch is 1. Fewer, but at least
             3, where they would take longer than half a minute in all.
+        device: where the networks are.
 
     Raises:
         UserError: repeats below 1.
     """
     need(repeats >= 1, f"`repeats` must be at least 1, not {repeats}.")
-    x = torch.randn(batch, *image_shape)
+    x = torch.randn(batch, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
     cases = {number: partial(network, x) for number, network in enumerate(networks)}
     taken = interleaved(cases, repeats * SINGLE if batch == 1 else repeats, LIMIT_S)
     return [statistics.median(seconds) for seconds in taken.values()]

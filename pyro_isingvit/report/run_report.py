@@ -98,6 +98,16 @@ EXPLANATIONS: dict[str, tuple[str, str, str]] = {
     "val_size": ("Validation images", "n", "Images watched during training, not learned from."),
     "test_size": ("Test images", "n", "Images predicted once, after training."),
     "train_seconds": ("Training time", "s", "Wall-clock time of the training."),
+    "macs": (
+        "Multiply-accumulates",
+        "n",
+        "Of one image, by the network cut at a retention of 0.5, without sampling; all networks of an ensemble.",
+    ),
+    "ms_per_image": (
+        "Milliseconds per image",
+        "g",
+        "Measured time of the same, in large batches, where it was evaluated.",
+    ),
     "kappa_mask": ("κ, masks", "g", "Weight of the likelihood in the mask field; 1 is no tempering."),
     "kappa_weights": ("κ, weights", "g", "Weight of the likelihood in the objective; 1 is no tempering."),
 }

@@ -17,6 +17,7 @@ from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.base import Method, Networks, method_class
 from pyro_isingvit.methods.ising import IsingMethod
+from pyro_isingvit.methods.registry import row
 from pyro_isingvit.nets.vit import Weights
 
 
@@ -53,7 +54,7 @@ class Run:
         """The generative model, evaluated with the guide's draws.
 
         Raises:
-            UserError: the method has no masks.
+            UserError: the method has no masks, or several networks.
         """
         return self._posterior()[0]
 
@@ -62,16 +63,15 @@ class Run:
         """The posterior.
 
         Raises:
-            UserError: the method has no masks.
+            UserError: the method has no masks, or several networks.
         """
         return self._posterior()[1]
 
     def _posterior(self) -> tuple[IsingViT, IsingGuide]:
         if self.method.posterior is None:
-            name = self.folder or "this run"
-            raise UserError(
-                f"{name} was trained by method {self.config.method}, which has no masks; this needs a run of ising."
-            )
+            name, method = self.folder or "this run", self.config.method
+            lacks = "has several networks" if row(method).networks else "has no masks"
+            raise UserError(f"{name} was trained by method {method}, which {lacks}; this needs a run of ising.")
         return self.method.posterior
 
     def state(self) -> dict[str, Any]:
@@ -135,7 +135,10 @@ class Run:
 
     @torch.no_grad()
     def dropped_layers(self) -> list[tuple[str, int]]:
-        """(kind, layer) of every matrix whose masks all but vanish; skip connections carry the signal past them."""
+        """(kind, layer) of every matrix whose masks all but vanish; skip connections carry the signal past them.
+
+        The layers of an ensemble are counted through all its members.
+        """
         means = {kind: kept.mean((1, 2)) for kind, kept in self.kept().items()}
         return [(kind, layer) for kind, mean in means.items() for layer, kept in enumerate(mean) if kept < NOTHING]
 
@@ -153,14 +156,14 @@ def build_run(
         info: what the images look like.
         num_data: N, training images.
         folder: where it is kept.
-        model: for methods with masks: a model to start from.
+        model: for methods with one set of masks: a model to start from.
 
     Raises:
-        UserError: unknown method, settings out of their range, or a model for a method without masks.
+        UserError: unknown method, settings out of their range, or a model for a method that takes none.
     """
     kind = method_class(config.method)
     if model is None:
         return Run(config, kind(config, info, num_data), folder)
-    need(issubclass(kind, IsingMethod), f"`model` is for methods with masks; {config.method} has none.")
+    need(issubclass(kind, IsingMethod), f"`model` is for methods with one set of masks, unlike {config.method}.")
     assert issubclass(kind, IsingMethod)
     return Run(config, kind(config, info, num_data, model), folder)

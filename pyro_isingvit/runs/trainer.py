@@ -269,7 +269,7 @@ class Trainer:
         if len(val) == 0:
             return {}
         self.loss.eval()
-        draws = draw_predictive(self.run, val.images, self.settings.val_samples, seed=epoch)
+        draws = draw_predictive(self.run, val.images, self.method.validation_draws(self.settings), seed=epoch)
         self._check_finite(float(draws.probs.sum()), {}, epoch)
         scores = classification_metrics(draws.mean, val.labels)
         _, first, last = self.phase(epoch)

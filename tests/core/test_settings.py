@@ -27,7 +27,7 @@ CONFIG = RunConfig(
     vit=preset("cifar"),
     ising=IsingConfig(kappa_mask=3.5, granularity="head"),
     train=TrainConfig(epochs=3, precision="bf16"),
-    version="0.0.1",
+    version="0.5.0",
 )
 
 

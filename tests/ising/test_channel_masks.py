@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import RunConfig, TrainConfig
+from pyro_isingvit.ising.channel_masks import masked_network
 from pyro_isingvit.ising.elbo import ClosedFormELBO
 from pyro_isingvit.ising.fused import FusedELBO, draw_all
 from pyro_isingvit.nets.penalties import PENALTIES, Penalties, Penalty, Seen
@@ -18,6 +19,13 @@ from pyro_isingvit.nets.penalties import PENALTIES, Penalties, Penalty, Seen
 LARGER = ["unit", "head", "block"]
 DEEP = replace(TINY, pool="cls", head="mlp")
 Y = torch.arange(8) % 3
+
+
+def test_without_masks_off_it_is_the_network_itself(x) -> None:
+    model, guide = make_pair(granularity="unit")
+    weights, ones = dict(guide.loc.items()), {n: torch.ones(len(x), *s.shape) for n, s in model.layout.sites.items()}
+    logits = masked_network(model.vit, model.layout, weights, {}, ones, x)
+    torch.testing.assert_close(logits, model.vit(weights, x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture

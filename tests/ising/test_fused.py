@@ -84,10 +84,9 @@ def test_penalties_give_the_same_terms_and_gradients_as_pyro(granularity) -> Non
         torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
     x, y, results = torch.randn(6, 1, 4, 4), torch.arange(6) % 3, []
     for engine in ("fused", "pyro"):
-        config = RunConfig(vit=TINY, ising=model.ising, train=TrainConfig(engine=engine, log_barrier=0.3))
+        config = RunConfig(vit=TINY, ising=model.ising, train=TrainConfig(engine=engine, log_barrier=0.3, draws=1))
         torch.manual_seed(2)
         method = IsingMethod(config, model.info, 50, model, guide)
-        method.elbo.draws = 1
         results.append(method(x, y))
     assert set(results[0]) == set(results[1]) == {"nll", "weight_kl", "mask_kl", "log_barrier"}
     for name, term in results[0].items():

@@ -21,14 +21,17 @@ def size(tensors) -> int:
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("mode", ["likelihood_guided", "learned"])
-@pytest.mark.parametrize("scale", ["shared", "learned"])
+@pytest.mark.parametrize("scale", ["shared", "learned", "curvature"])
 def test_what_lasts_is_counted_to_the_byte(data, granularity: str, mode: str, scale: str) -> None:
     ising = IsingConfig(granularity, mode, posterior_scale=scale, update_every=2)
     t = trainer(data, config=replace(CONFIG, ising=ising), epochs=2, pilot_fraction=0.0)
     guide, model = t.fit().guide, t.run.model
     taken = training_memory(model, guide, t.settings)
     assert taken["weight_means"] == size(guide.loc.values())
-    assert taken["posterior_scale"] == size(guide.log_scale.values())
+    kept = (
+        [guide.scale(kind) for kind in guide.kinds] if scale == "curvature" else []
+    )  # otherwise a number, or made anew
+    assert taken["posterior_scale"] == size([*guide.log_scale.values(), *kept])
     assert taken["curvature"] == size(guide.get_buffer(f"curvature_{kind}") for kind in guide.kinds)
     assert taken["mask_logits"] == size(guide.field(name) for name in guide.layout.sites)
     assert taken["prior_logits"] == size(model.prior_logits(name) for name in guide.layout.sites)

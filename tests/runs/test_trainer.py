@@ -31,7 +31,7 @@ def digits():
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("scale", ["learned", "shared"])
+@pytest.mark.parametrize("scale", ["learned", "shared", "curvature"])
 def test_it_learns(data, granularity: str, scale: str) -> None:
     ising = IsingConfig(granularity=granularity, posterior_scale=scale, update_every=2, target_retention=0.6)
     run = fit(IsingViT.for_data(data, TINY, ising), data, epochs=40, batch_size=10, lr=1e-2, progress=False)
@@ -78,9 +78,12 @@ def test_same_seed_same_run_and_another_seed_another(data) -> None:
         (1, {}), (2, {}), (5, {}), (3, {"augment": "randaugment", "mix": "cutmix"}),
         (1, {"augment": "crop-flip", "mix": "mixup", "engine": "pyro"}),
         (3, {"augment": "crop", "margin": 1, "mix": "regmixup", "label_smoothing": 0.1, "token_masking": 0.5}),
+        (1, {"scale": "curvature"}), (4, {"scale": "curvature"}),
     ],
 )  # fmt: skip
 def test_resumed_equals_uninterrupted_bit_for_bit(data, tmp_path, stop: int, changes: dict) -> None:
+    ising = replace(CONFIG.ising, posterior_scale=changes.pop("scale", CONFIG.ising.posterior_scale))
+    changes["config"] = replace(CONFIG, ising=ising)
     whole = trainer(data, tmp_path / "whole", **changes).fit()
     broken = trainer(data, tmp_path / "broken", **changes)
 
