@@ -155,6 +155,8 @@ class TrainConfig:
     """Keep only the input of each block and recompute the rest in the backward pass: less memory, more time."""
     clip_norm: float = 1.0
     """Upper limit of the global gradient norm."""
+    average: float = 0.2
+    """Predict with weights averaged over about this last share of the steps; 0: with those of the last step."""
     augment: Literal["none", "crop", "crop-flip", "randaugment"] = "none"
     """New views of the training images in every epoch: random crops (zero-padded by an eighth of the side), crops and
     horizontal flips, or both with RandAugment. Use crop for digits, letters and other images that a mirror changes."""
@@ -282,5 +284,5 @@ def written_before(version: str, release: tuple[int, int]) -> bool:
 
 
 # What runs did before a setting was there: the value of a config.json that lacks it, where the default is another.
-EARLIER: dict[str, dict[str, Any]] = {"vit": {}, "ising": {}, "train": {}}
+EARLIER: dict[str, dict[str, Any]] = {"vit": {}, "ising": {}, "train": {"average": 0.0}}
 PARTS: dict[str, type] = {"data": DataConfig, "vit": ViTConfig, "ising": IsingConfig, "train": TrainConfig}

@@ -166,6 +166,11 @@ class IsingMethod(Method):
             groups.append({"params": scales, "weight_decay": 0.0, "lr": settings.lr * settings.scale_lr_factor})
         return groups
 
+    def averaged_parameters(self) -> dict[str, nn.Parameter]:
+        """Weight means, learned scales and the network's other parameters; masks are as last set, learned or not."""
+        found = super().averaged_parameters()
+        return {name: each for name, each in found.items() if not name.startswith("guide.masks.")}
+
     # What was trained -------------------------------------------------------------------------------------------
 
     @torch.no_grad()

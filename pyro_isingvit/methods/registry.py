@@ -61,7 +61,7 @@ PAPER_ISING = IsingConfig(
 )  # fmt: skip
 PAPER_TRAIN = TrainConfig(
     epochs=71, pilot_fraction=1 / 71, batch_size=20, lr=1e-3, schedule="halving", warmup_fraction=0.0, samples=100,
-    calibrate=False, draws=1,
+    calibrate=False, draws=1, average=0.0,
 )  # fmt: skip
 PLAIN = TrainConfig(weight_decay=0.05, calibrate=False)
 HERE = "pyro_isingvit.methods"
