@@ -91,7 +91,7 @@ def make_config(arguments: PeersArguments) -> RunConfig:
     train = replace(
         METHODS[REFERENCE].train, epochs=arguments.epochs, batch_size=arguments.batch_size,
         lr=fitting_rate(LR, vit) if arguments.lr is None else arguments.lr, seed=arguments.seed,
-        samples=arguments.samples, device=arguments.device,
+        samples=arguments.samples, device=arguments.device, average=0.0,
     )  # fmt: skip
     return RunConfig(name, REFERENCE, arguments.data, vit, train=train, version=__version__)
 
