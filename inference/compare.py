@@ -24,7 +24,7 @@ from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.presets import default_preset, preset
 from pyro_isingvit.core.settings import DataConfig, RunConfig
-from pyro_isingvit.methods.registry import OURS, row, train_defaults
+from pyro_isingvit.methods.registry import OURS, row
 from pyro_isingvit.version import __version__
 
 RESULTS = "results.json"
@@ -100,11 +100,10 @@ def method_config(spec: str, epochs: int, base: RunConfig) -> RunConfig:
         ising, baseline = chosen.with_number(number)
     except UserError as error:
         raise UserError(f"{spec!r}: {error}") from error
-    train = train_defaults(name, base.vit)
-    last = round(0.2 * epochs) if train.finetune_epochs else 0
+    last = round(0.2 * epochs) if chosen.train.finetune_epochs else 0
     own = base.train
     train = replace(
-        train, epochs=epochs - last, finetune_epochs=last, batch_size=own.batch_size, samples=own.samples,
+        chosen.train, epochs=epochs - last, finetune_epochs=last, batch_size=own.batch_size, samples=own.samples,
         device=own.device, seed=own.seed,
     )  # fmt: skip
     return replace(base, method=name, ising=ising, train=train, baseline=baseline)

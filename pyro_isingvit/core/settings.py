@@ -141,6 +141,9 @@ class TrainConfig:
     """Images per step."""
     lr: float = 6e-3
     """Peak learning rate of AdamW."""
+    rate_rule: Literal["transfer", "uniform"] = "transfer"
+    """transfer: lr is for width 64; the matrices of wider and deeper networks get less, so that one lr serves all;
+    uniform: every matrix gets lr."""
     scale_lr_factor: float = 5.0
     """Learning rate of learned posterior log-scales and mask logits, as a multiple of lr."""
     weight_decay: float = 0.0
@@ -284,5 +287,5 @@ def written_before(version: str, release: tuple[int, int]) -> bool:
 
 
 # What runs did before a setting was there: the value of a config.json that lacks it, where the default is another.
-EARLIER: dict[str, dict[str, Any]] = {"vit": {}, "ising": {}, "train": {"average": 0.0}}
+EARLIER: dict[str, dict[str, Any]] = {"vit": {}, "ising": {}, "train": {"average": 0.0, "rate_rule": "uniform"}}
 PARTS: dict[str, type] = {"data": DataConfig, "vit": ViTConfig, "ising": IsingConfig, "train": TrainConfig}

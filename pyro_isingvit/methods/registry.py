@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.core.presets import fitting_rate
-from pyro_isingvit.core.settings import BaselineConfig, IsingConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import BaselineConfig, IsingConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ PAPER_ISING = IsingConfig(
 )  # fmt: skip
 PAPER_TRAIN = TrainConfig(
     epochs=71, pilot_fraction=1 / 71, batch_size=20, lr=1e-3, schedule="halving", warmup_fraction=0.0, samples=100,
-    calibrate=False, draws=1, average=0.0,
+    calibrate=False, draws=1, average=0.0, rate_rule="uniform",
 )  # fmt: skip
 PLAIN = TrainConfig(weight_decay=0.05, calibrate=False)
 HERE = "pyro_isingvit.methods"
@@ -108,19 +107,3 @@ def row(name: str) -> Row:
     """
     need(name in METHODS, f"unknown `method` {name!r}; known: {', '.join(METHODS)}.")
     return METHODS[name]
-
-
-def train_defaults(method: str, vit: ViTConfig) -> TrainConfig:
-    """The settings that a method trains a network with: its own, at a learning rate for the network's width.
-
-    Scripts and ``fit`` all ask here; whoever sets `lr` gets that rate.
-
-    Args:
-        method: a name in ``METHODS``.
-        vit: the network.
-
-    Raises:
-        UserError: unknown method.
-    """
-    train = row(method).train
-    return replace(train, lr=fitting_rate(train.lr, vit))
