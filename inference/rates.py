@@ -85,7 +85,7 @@ def find_rates(arguments: RatesArguments) -> None:
     cells, path = [*make_cells(arguments)], arguments.out / RESULTS
     from pyro_isingvit.core.checkpoint import write_json
 
-    records = read_records(path)
+    records = read_records(path)  # of this command and of others
     known = [record["settings"] for record in records]
     for number, config in enumerate(cells):
         if settings(config) not in known:

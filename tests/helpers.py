@@ -122,7 +122,7 @@ SCRIPTS = {
     "inference.train": "TrainArguments", "inference.predict": "PredictArguments", "inference.prune": "PruneArguments",
     "inference.compare": "CompareArguments", "inference.peers": "PeersArguments", "analysis.report": "Arguments",
     "inference.benchmark": "BenchmarkArguments", "inference.variance": "VarianceArguments",
-    "analysis.benchmark": "BenchmarkFigures",
+    "inference.rates": "RatesArguments", "analysis.rates": "Arguments", "analysis.benchmark": "BenchmarkFigures",
     "analysis.ood": "Arguments", "analysis.corruptions": "Arguments", "analysis.comparison": "Arguments",
     "analysis.tutorial": "Arguments", "analysis.method_figure": "Arguments",
 }  # fmt: skip
