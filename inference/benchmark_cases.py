@@ -20,6 +20,7 @@ from pyro_isingvit.data.split import DataInfo
 from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.plain import PlainViT
+from pyro_isingvit.runs.averaging import Averaging
 from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule
 from pyro_isingvit.runs.predict import CHUNK, draw_predictive
 from pyro_isingvit.runs.run import Run, build_run
@@ -89,7 +90,10 @@ def _batch(shape: Shape) -> tuple[Tensor, Tensor]:
     return shape.info.normalise(shape.images(shape.batch)), labels
 
 
-def _stepper(shape: Shape, network: nn.Module, groups: list, settings: TrainConfig, loss: Callable[[], Tensor]) -> Case:
+def _stepper(
+    shape: Shape, network: nn.Module, groups: list, settings: TrainConfig, loss: Callable[[], Tensor],
+    after: Case = lambda: None,
+) -> Case:  # fmt: skip
     optimizer = make_optimizer(groups, settings)
     schedule = make_schedule(optimizer, settings, math.ceil(shape.num_data / shape.batch))
 
@@ -100,12 +104,13 @@ def _stepper(shape: Shape, network: nn.Module, groups: list, settings: TrainConf
         nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
         optimizer.step()
         schedule.step()
+        after()
 
     return step
 
 
 def plain_step(shape: Shape) -> Case:
-    """A step of the plain ViT as the library trains its deterministic method: cross entropy and AdamW."""
+    """A step of the plain ViT: cross entropy and AdamW as in the deterministic method, without averaging."""
     network, (x, y) = plain_network(shape), _batch(shape)
     settings = replace(METHODS["deterministic"].train, lr=LR)
     forward = torch.compile(network) if shape.compiled else network
@@ -146,7 +151,8 @@ def ising_step(shape: Shape, ising: IsingConfig | None = None, settings: TrainCo
         with shape.autocast():
             return total(method(x, y))
 
-    step = _stepper(shape, method, method.parameter_groups(settings), settings, loss)
+    averaging = Averaging(method.averaged_parameters(), settings.average)
+    step = _stepper(shape, method, method.parameter_groups(settings), settings, loss, averaging.follow)
 
     def update() -> None:
         run.guide.observe(run.model, x, y)

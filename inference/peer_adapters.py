@@ -25,11 +25,12 @@ Predict = Callable[[Tensor], Tensor]  # images (B, ...) uint8 -> class probabili
 
 
 def own(job: Job, clock: Clock, method: str) -> Predict:
-    """A method of this library, with its own defaults."""
+    """A method of this library, with its own defaults, but the peers' one rate and the weights of the last step."""
     asked = job.config.train
     settings = replace(
         OWN[method].train, epochs=asked.epochs, batch_size=asked.batch_size, lr=asked.lr, seed=asked.seed,
-        samples=asked.samples, device=asked.device,
+        samples=asked.samples, device=asked.device, average=asked.average,
+        rate_rule=asked.rate_rule,
     )  # fmt: skip
     config = replace(job.config, method=method, ising=OWN[method].ising, train=settings)
     # The peers have no validation, so the epochs' times leave it out.

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from inference.cli import results_file, run_script
 from pyro_isingvit.core.errors import need, why
-from pyro_isingvit.core.presets import default_preset, fitting_rate, preset
+from pyro_isingvit.core.presets import default_preset, preset
 from pyro_isingvit.core.settings import DataConfig, RunConfig
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.version import __version__
@@ -57,7 +57,7 @@ class PeersArguments:
     batch_size: int = 64
     """Images per step."""
     lr: float | None = None
-    """Peak learning rate of AdamW, the same for all; by default 2e-3, or less for wide networks."""
+    """Peak learning rate of AdamW, the same for all; by default 2e-3, and 2e-3 * 64 / width for wide networks."""
     seed: int = 0
     """Seed of split, initial weights, order of batches and noise."""
     samples: int = 50
@@ -77,6 +77,7 @@ def make_config(arguments: PeersArguments) -> RunConfig:
     """
     from inference.peer_adapters import METHODS as KNOWN
     from inference.peer_adapters import PEERS
+    from pyro_isingvit.methods.rates import WIDTH
 
     names = ", ".join(PEERS)
     need(arguments.peers, f"--peers needs at least one of {names}.")
@@ -90,8 +91,8 @@ def make_config(arguments: PeersArguments) -> RunConfig:
     vit = preset(name, **{key: getattr(arguments, key) for key in ("depth", "patch_size", "width")})
     train = replace(
         METHODS[REFERENCE].train, epochs=arguments.epochs, batch_size=arguments.batch_size,
-        lr=fitting_rate(LR, vit) if arguments.lr is None else arguments.lr, seed=arguments.seed,
-        samples=arguments.samples, device=arguments.device,
+        lr=LR * min(1.0, WIDTH / vit.width) if arguments.lr is None else arguments.lr, seed=arguments.seed,
+        samples=arguments.samples, device=arguments.device, average=0.0, rate_rule="uniform",
     )  # fmt: skip
     return RunConfig(name, REFERENCE, arguments.data, vit, train=train, version=__version__)
 

@@ -15,7 +15,7 @@ from pyro_isingvit.core.presets import PRESETS, default_preset, preset
 from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
 from pyro_isingvit.data.load import DEV_SIZE
 from pyro_isingvit.methods.plain import check_baseline
-from pyro_isingvit.methods.registry import OURS, row, train_defaults, with_defaults
+from pyro_isingvit.methods.registry import OURS, row, with_defaults
 from pyro_isingvit.runs.trainer import check_training
 from pyro_isingvit.version import __version__
 
@@ -53,7 +53,7 @@ class Trial:
     def changes(self) -> dict[str, Any]:
         """Every setting that is not the method's own default, and the shape of the network."""
         chosen = row(self.config.method)
-        usual = {"train": train_defaults(self.config.method, self.config.vit), "ising": chosen.ising,
+        usual = {"train": chosen.train, "ising": chosen.ising,
                  "baseline": chosen.baseline}  # fmt: skip
         own = {part: asdict(getattr(self.config, part)) for part in SETTINGS}
         changed = {

@@ -18,7 +18,7 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.launcher import by_torchrun
 from pyro_isingvit.core.presets import PRESETS, default_preset, preset
 from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
-from pyro_isingvit.methods.registry import METHODS, OURS, row, train_defaults
+from pyro_isingvit.methods.registry import METHODS, OURS, row
 from pyro_isingvit.version import __version__
 
 
@@ -110,7 +110,7 @@ def _how_to_go_on(folder: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parses the command line. The preset sets the defaults of the shape; the width sets that of the learning rate."""
+    """Parses the command line. The preset sets the defaults of the shape, the method those of the training."""
     argv = sys.argv[1:] if argv is None else argv
     if any(word == "--resume" or word.startswith("--resume=") for word in argv):
         run_script(resume, ResumeArguments, argv)
@@ -119,14 +119,12 @@ def main(argv: list[str] | None = None) -> None:
     peek.add_argument("--dataset", default=DataConfig.dataset)
     peek.add_argument("--preset", default=None)
     peek.add_argument("--method", default=OURS)
-    peek.add_argument("--width", default="")
     known, _ = peek.parse_known_args(argv)
     name = known.preset or default_preset(known.dataset)
     with_clear_errors(lambda: (preset(name), row(known.method)), TrainArguments)
-    width = int(known.width) if known.width.isdecimal() else None
     default = TrainArguments(
         out=tyro.MISSING, preset=name, method=known.method, vit=preset(name), ising=row(known.method).ising,
-        train=train_defaults(known.method, preset(name, width=width)), baseline=row(known.method).baseline,
+        train=row(known.method).train, baseline=row(known.method).baseline,
     )  # fmt: skip
     run_script(train, TrainArguments, argv, default)
 

@@ -17,7 +17,7 @@ from inference.cli import results_file, run_script
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.presets import default_preset, preset
 from pyro_isingvit.core.settings import DataConfig, RunConfig
-from pyro_isingvit.methods.registry import METHODS, OURS, train_defaults
+from pyro_isingvit.methods.registry import METHODS, OURS
 from pyro_isingvit.version import __version__
 
 RESULTS = "variance.json"
@@ -71,7 +71,7 @@ def make_config(arguments: VarianceArguments) -> RunConfig:
     name = arguments.preset or default_preset(arguments.data.dataset)
     vit = preset(name, depth=arguments.depth)
     settings = replace(
-        train_defaults(OURS, vit), epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed,
+        METHODS[OURS].train, epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed,
         device=arguments.device,
     )  # fmt: skip
     return RunConfig(name, OURS, arguments.data, vit, METHODS[OURS].ising, settings, __version__)

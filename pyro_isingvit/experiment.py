@@ -17,7 +17,7 @@ from pyro_isingvit.data.sources import DATASETS, PREFIXES
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.evaluation import write_evaluation
 from pyro_isingvit.ising.model import IsingViT
-from pyro_isingvit.methods.registry import row, train_defaults
+from pyro_isingvit.methods.registry import row
 from pyro_isingvit.runs.folder import FILES, clear_run, need_folder
 from pyro_isingvit.runs.trainer import Trainer
 from pyro_isingvit.trained import TrainedRun
@@ -98,7 +98,7 @@ def fit(
             whose own parameters are then trained in place.
         data: what ``load_data`` or ``ImageData.from_arrays`` returns.
         method: a name in ``pyro_isingvit.methods.registry.METHODS``: "ising", "dropout", "ensemble", "laplace", ...
-        train: how to train; None: the method's own defaults for a network of this width.
+        train: how to train; None: the method's own defaults.
         ising: prior and posterior of the masks; None: the method's own defaults. An ``IsingViT`` has its own.
         baseline: settings of the methods without Ising masks; None: the method's own defaults.
         progress: show a progress bar.
@@ -135,7 +135,7 @@ def fit(
     clash = "`model` is an IsingViT with mask settings of its own"
     need(given is None or ising is None, f"{clash}; leave out `ising`.")
     parts: dict[str, Any] = {
-        "train": train or train_defaults(method, _shape(model)),
+        "train": train or usual.train,
         "ising": given.ising if given else ising or usual.ising,
         "baseline": baseline or usual.baseline,
     }

@@ -123,7 +123,7 @@ SCRIPTS = {
     "inference.compare": "CompareArguments", "inference.peers": "PeersArguments", "analysis.report": "Arguments",
     "inference.benchmark": "BenchmarkArguments", "inference.variance": "VarianceArguments",
     "inference.search": "SearchArguments",
-    "analysis.benchmark": "BenchmarkFigures",
+    "inference.rates": "RatesArguments", "analysis.rates": "Arguments", "analysis.benchmark": "BenchmarkFigures",
     "analysis.ood": "Arguments", "analysis.corruptions": "Arguments", "analysis.comparison": "Arguments",
     "analysis.tutorial": "Arguments", "analysis.method_figure": "Arguments",
 }  # fmt: skip

@@ -145,6 +145,9 @@ class TrainConfig:
     """Images per step."""
     lr: float = 6e-3
     """Peak learning rate of AdamW."""
+    rate_rule: Literal["transfer", "uniform"] = "transfer"
+    """transfer: lr is for width 64; the matrices of wider and deeper networks get less, so that one lr serves all;
+    uniform: every matrix gets lr."""
     scale_lr_factor: float = 5.0
     """Learning rate of learned posterior log-scales and mask logits, as a multiple of lr."""
     weight_decay: float = 0.0
@@ -159,6 +162,8 @@ class TrainConfig:
     """Keep only the input of each block and recompute the rest in the backward pass: less memory, more time."""
     clip_norm: float = 1.0
     """Upper limit of the global gradient norm."""
+    average: float = 0.2
+    """Predict with weights averaged over about this last share of the steps; 0: with those of the last step."""
     augment: Literal["none", "crop", "crop-flip", "randaugment"] = "none"
     """New views of the training images in every epoch: random crops of the zero-padded image, crops and horizontal
     flips, or both with RandAugment. Use crop for digits, letters and other images that a mirror changes."""
@@ -294,5 +299,5 @@ def written_before(version: str, release: tuple[int, int]) -> bool:
 
 
 # What runs did before a setting was there: the value of a config.json that lacks it, where the default is another.
-EARLIER: dict[str, dict[str, Any]] = {"vit": {}, "ising": {}, "train": {}}
+EARLIER: dict[str, dict[str, Any]] = {"vit": {}, "ising": {}, "train": {"average": 0.0, "rate_rule": "uniform"}}
 PARTS: dict[str, type] = {"data": DataConfig, "vit": ViTConfig, "ising": IsingConfig, "train": TrainConfig}

@@ -9,27 +9,29 @@ from pyro_isingvit.ising.model import IsingViT
 def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, processes: int = 1) -> dict[str, int]:
     """Bytes that a training step of the fused ELBO takes, without images and activations; all numbers have 4 bytes.
 
-    With P masked weights, G masks, R other parameters (biases, norms, embeddings; learned mask logits too), l = 1
-    where the scale of every weight is learned and otherwise 0, and s the draws of a micro-batch:
+    With P masked weights, G masks, R other parameters (biases, norms, embeddings; M learned mask logits too), l = 1
+    where the scale of every weight is learned and otherwise 0, a = 1 where weights are averaged and otherwise 0, and s
+    the draws of a micro-batch:
 
         weight_means         4 P        posterior_scale  4 P, one number a weight even where they are all the same;
                                                          8 P where they follow the curvature: log s and s
         curvature            4 P        mask_logits      4 G        prior_logits  4 G        other_parameters  4 R
         gradients            4 (P + l P + R)                        adamw  8 (P + l P + R)
+        average              4 a (P + l P + R - M)
         draws                4 [s (P + G) + P + G + 4 l P]          kept for the backward pass: draws, masks, KL, pi
         draw_gradients       4 s P                                  alive towards the end of the backward pass
 
         s = max(1, draws / (processes * accumulate))
 
-    A masked weight thus takes 4 (7 + 3 G/P + 7 l + s (2 + G/P)) bytes: 88 by default, with a mask of its own and 4
-    draws, and 52 with one draw; 60 and 36 with unit, head or block masks, where G/P is near 0. DDP's buckets are the
-    gradients' own memory. Noise on activations is not covered. The curvature pass and the sweep of the masks come
+    A masked weight thus takes 4 (7 + a + 3 G/P + (7 + a) l + s (2 + G/P)) bytes: 92 by default, with a mask of its own
+    and 4 draws, and 56 with one draw; 64 and 40 with unit, head or block masks, where G/P is near 0. DDP's buckets are
+    the gradients' own memory. Noise on activations is not covered. The curvature pass and the sweep of the masks come
     before the draws and take less.
 
     Args:
         model: the generative model.
         guide: its posterior.
-        settings: draws and micro-batches.
+        settings: draws, micro-batches and averaging.
         processes: W, that share each batch out.
 
     Returns:
@@ -41,7 +43,7 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
         >>> model = IsingViT.for_data(data, ViTConfig(patch_size=4, width=8, heads=2, depth=1))
         >>> taken = training_memory(model, IsingGuide(model, num_data=100), TrainConfig())
         >>> taken["weight_means"], taken["total"]
-        (3904, 88608)
+        (3904, 93192)
     """
     p = model.num_masked_weights
     g = sum(guide.field(name).numel() for name in guide.layout.sites)
@@ -56,6 +58,7 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
     numbers = {
         "weight_means": p, "posterior_scale": p + followed * p, "curvature": p, "mask_logits": g, "prior_logits": g,
         "other_parameters": r, "gradients": trained, "adamw": 2 * trained,
+        "average": (trained - learned_logits) * (settings.average > 0),
         "draws": s * p + masks + p + g + 4 * learned * p, "draw_gradients": s * p,
     }  # fmt: skip
     taken = {name: 4 * number for name, number in numbers.items()}

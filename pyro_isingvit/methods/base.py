@@ -126,6 +126,10 @@ class Method(nn.Module):
         """Groups for AdamW."""
         raise NotImplementedError
 
+    def averaged_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters whose average over the last steps predicts (runs/averaging.py), by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
     def clipped(self) -> list[nn.Module]:
         """Modules whose gradients are clipped, each by its own norm."""
         return [self]

@@ -19,6 +19,7 @@ from pyro_isingvit.ising.fused import DRAWS, FusedELBO, fusible
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.base import Method, Networks, Terms
+from pyro_isingvit.methods.rates import matrix_groups
 from pyro_isingvit.nets.vit import ViT, Weights, stack
 from pyro_isingvit.predictive.calibration import fit_temperature
 
@@ -160,12 +161,17 @@ class IsingMethod(Method):
         guide = self.guide
         scales = [p for p in guide.log_scale.parameters() if p.requires_grad] + list(guide.masks.parameters())
         groups: list[dict[str, Any]] = [
-            {"params": list(guide.loc.parameters()), "weight_decay": settings.weight_decay},
+            *matrix_groups(guide.loc, self.model.vit.readers, settings),
             {"params": list(self.model.parameters()), "weight_decay": 0.0},
         ]
         if scales:
             groups.append({"params": scales, "weight_decay": 0.0, "lr": settings.lr * settings.scale_lr_factor})
         return groups
+
+    def averaged_parameters(self) -> dict[str, nn.Parameter]:
+        """Weight means, learned scales and the network's other parameters; masks are as last set, learned or not."""
+        found = super().averaged_parameters()
+        return {name: each for name, each in found.items() if not name.startswith("guide.masks.")}
 
     # What was trained -------------------------------------------------------------------------------------------
 

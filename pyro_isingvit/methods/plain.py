@@ -14,6 +14,7 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import BaselineConfig, RunConfig, TrainConfig
 from pyro_isingvit.data.split import DataInfo
 from pyro_isingvit.methods.base import Method, Networks, Terms
+from pyro_isingvit.methods.rates import matrix_groups
 from pyro_isingvit.nets.penalties import Seen
 from pyro_isingvit.nets.vit import Layer, ViT, Weights, linear, stack
 
@@ -67,10 +68,10 @@ class Plain(Method):
     def parameter_groups(self, settings: TrainConfig) -> list[dict[str, Any]]:
         """Weight matrices with decay, parameters of the noise at their own rate, everything else without."""
         names = ("loc", *self.fast)
-        matrices, noise = list(self.loc.parameters()), [p for n in self.fast for p in getattr(self, n).parameters()]
+        noise = [p for n in self.fast for p in getattr(self, n).parameters()]
         others = [p for name, p in self.named_parameters() if name.split(".")[0] not in names]
         return [
-            {"params": matrices, "weight_decay": settings.weight_decay},
+            *matrix_groups(self.loc, self.vit.readers, settings),
             {"params": others, "weight_decay": 0.0},
             {"params": noise, "weight_decay": 0.0, "lr": settings.lr * settings.scale_lr_factor},
         ]

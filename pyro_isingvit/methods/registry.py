@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.core.presets import fitting_rate
-from pyro_isingvit.core.settings import BaselineConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import BaselineConfig, IsingConfig, RunConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ PAPER_ISING = IsingConfig(
 )  # fmt: skip
 PAPER_TRAIN = TrainConfig(
     epochs=71, pilot_fraction=1 / 71, batch_size=20, lr=1e-3, schedule="halving", warmup_fraction=0.0, samples=100,
-    calibrate=False, draws=1,
+    calibrate=False, draws=1, average=0.0, rate_rule="uniform",
 )  # fmt: skip
 PLAIN = TrainConfig(weight_decay=0.05)
 HERE = "pyro_isingvit.methods"
@@ -153,24 +152,8 @@ def with_defaults(spec: str, base: RunConfig, epochs: int | None = None) -> RunC
         chosen = chosen.with_number(number)
     except UserError as error:
         raise UserError(f"{spec!r}: {error}") from error
-    train = replace(chosen.train, lr=train_defaults(name, base.vit).lr)
+    train = chosen.train
     if epochs is not None:
         last = round(0.2 * epochs) if train.finetune_epochs else 0
         train = replace(train, epochs=epochs - last, finetune_epochs=last)
     return replace(base, method=name, ising=chosen.ising, train=train, baseline=chosen.baseline)
-
-
-def train_defaults(method: str, vit: ViTConfig) -> TrainConfig:
-    """The settings that a method trains a network with: its own, at a learning rate for the network's width.
-
-    Scripts and ``fit`` all ask here; whoever sets `lr` gets that rate.
-
-    Args:
-        method: a name in ``METHODS``.
-        vit: the network.
-
-    Raises:
-        UserError: unknown method.
-    """
-    train = row(method).train
-    return replace(train, lr=fitting_rate(train.lr, vit))

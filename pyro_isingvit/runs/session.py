@@ -11,6 +11,7 @@ import torch
 from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint, write_text
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.processes import on_first
+from pyro_isingvit.runs.averaging import Averaging
 from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, HISTORY, read_config, to_lines, trained_alike
 from pyro_isingvit.runs.run import Run
 
@@ -22,6 +23,7 @@ class Session:
         run: what is trained; a run without a folder lives in memory.
         optimizer: has a ``state_dict``.
         scheduler: of the learning rate.
+        averaging: of the weights; whenever the state is asked for, the network holds their average.
         num_data: N, training images.
         steps_per_epoch: optimiser steps of an epoch.
         device: where training runs.
@@ -38,13 +40,14 @@ class Session:
         run: Run,
         optimizer: Any,
         scheduler: torch.optim.lr_scheduler.LambdaLR,
+        averaging: Averaging,
         num_data: int,
         steps_per_epoch: int,
         device: torch.device,
     ) -> None:
         if run.folder is not None:
             run.config.check_kept()  # here, before an earlier run in the folder is removed
-        self.run, self.optimizer, self.scheduler = run, optimizer, scheduler
+        self.run, self.optimizer, self.scheduler, self.averaging = run, optimizer, scheduler, averaging
         self.num_data, self.steps_per_epoch, self.device = num_data, steps_per_epoch, device
         self.epoch = self.step = 0
         self.seconds = 0.0
@@ -67,13 +70,14 @@ class Session:
         write_text(self.run.folder / HISTORY, to_lines(self.run.history))
 
     def state(self) -> dict[str, Any]:
-        """Everything that a bit-identical continuation needs."""
+        """Everything that a bit-identical continuation needs; a finished run predicts, and needs no raw weights."""
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         return {
             "info": self.run.info.to_dict(), "num_data": self.num_data, "epoch": self.epoch,
             "step": self.step, **self.run.state(), "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda,
             "seconds": self.seconds, "finished": self.finished,
+            **({} if self.finished else self.averaging.state()),
         }  # fmt: skip
 
     def interrupted(self, epochs: int) -> str:
@@ -130,6 +134,8 @@ class Session:
             # Another number of processes may have cut the last batch of the epochs differently.
             self.step = self.scheduler.last_epoch = self.epoch * self.steps_per_epoch
             self.finished = state.get("finished", False)
+            if not self.finished:
+                self.averaging.load_state(state)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{folder / CHECKPOINT} does not fit its {CONFIG}: {error}") from error
         torch.set_rng_state(state["rng"])

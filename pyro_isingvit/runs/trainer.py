@@ -30,6 +30,7 @@ from pyro_isingvit.nets.tokens import TokenMasking
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature
 from pyro_isingvit.predictive.metrics import classification_metrics
+from pyro_isingvit.runs.averaging import Averaging
 from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule
 from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.run import Run, build_run
@@ -63,9 +64,9 @@ def check_training(config: TrainConfig) -> None:
     for name in ("finetune_epochs", "weight_decay", "margin", *PENALTIES):
         if not (getattr(config, name, None) or 0.0) >= 0:
             raise UserError(f"`{name}` must not be negative, but is {getattr(config, name)}.")
-    for name in ("token_masking", "label_smoothing"):
+    for name in ("average", "token_masking", "label_smoothing"):
         if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"`{name}` must lie in [0, 1), not {getattr(config, name)}.")
+            raise UserError(f"`{name}` must be at least 0 and below 1, not {getattr(config, name)}.")
     # Below, gamma variates underflow, and a share comes out as 1/2 where it should be 0 or 1.
     if config.mix_alpha is not None and not 1e-3 <= config.mix_alpha <= 1e3:
         raise UserError(
@@ -137,8 +138,9 @@ class Trainer:
         self.scheduler = make_schedule(optimizer, self.settings, steps)
         self.loss, self.optimizer = self.fabric.setup(self.method, optimizer)
         device = self.fabric.device
+        self.averaging = Averaging(self.method.averaged_parameters(), self.settings.average)
         self.data = replace(data, train=data.train.to(device), val=data.val.to(device))
-        self.session = Session(self.run, self.optimizer, self.scheduler, len(data.train), steps, device)
+        self.session = Session(self.run, self.optimizer, self.scheduler, self.averaging, len(data.train), steps, device)
         self.epoch_seconds: list[float] = []
         self.bar: tqdm = tqdm(disable=True)
 
@@ -194,7 +196,10 @@ class Trainer:
         with self.bar:
             for epoch in range(session.epoch, self.total_epochs):
                 name, first, _ = self.phase(epoch)
+                self.averaging.hide()
                 if epoch == first:
+                    if name == "finetune":  # the masks are others from now on
+                        self.averaging.restart()
                     self.method.begin(name)
                 self.run.history.append(self._epoch(epoch))
                 session.epoch = epoch + 1
@@ -242,6 +247,7 @@ class Trainer:
                 torch.nn.utils.clip_grad_norm_(part.parameters(), self.settings.clip_norm)
             self.optimizer.step()
             self.scheduler.step()
+            self.averaging.follow()
             sums, count = sums + total(terms), count + 1
             session.step += 1
             self.bar.update()
@@ -249,6 +255,7 @@ class Trainer:
         mean_loss = math.nan if not_finite(self.method) else float(averaged(sums)) / count
         self._check_finite(mean_loss, {}, epoch)
         self.epoch_seconds.append(time.monotonic() - start)
+        self.averaging.show()
         mean_terms = {name: sum(look[name] for look in looks) / len(looks) for name in looks[0]}
         masks = self.run.mask_summary()
         return {

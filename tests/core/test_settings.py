@@ -16,10 +16,10 @@ from inference.variance import VarianceArguments
 from inference.variance import make_config as variance_config
 from pyro_isingvit import experiment
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.presets import PRESETS, default_preset, fitting_rate, preset
+from pyro_isingvit.core.presets import PRESETS, default_preset, preset
 from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
 from pyro_isingvit.data.split import ImageData
-from pyro_isingvit.methods.registry import METHODS, train_defaults
+from pyro_isingvit.methods.registry import METHODS
 
 CONFIG = RunConfig(
     preset="cifar",
@@ -62,8 +62,6 @@ def test_presets() -> None:
 
 # Learning rates ---------------------------------------------------------------------------------------------------
 
-WIDE = ["cifar", "paper-32"]  # presets with a rate of their own
-
 
 def trained_by_script(monkeypatch, *words: str) -> RunConfig:
     """The settings that ``inference.train`` would train with."""
@@ -90,33 +88,10 @@ def fitted(monkeypatch, vit: str | ViTConfig, **settings: Any) -> RunConfig:
     return seen[0]
 
 
-@pytest.mark.parametrize("name", ["digits", "small"])
-def test_narrow_presets_keep_the_rates_of_the_methods(name: str) -> None:
-    for method in METHODS:
-        assert train_defaults(method, preset(name)) == METHODS[method].train
-
-
-@pytest.mark.parametrize("name", WIDE)
-def test_wide_presets_have_a_rate_of_their_own(name: str) -> None:
-    rate = PRESETS[name].lr
-    assert rate is not None and rate < TrainConfig().lr
-    for method in METHODS:
-        own = METHODS[method].train
-        assert train_defaults(method, preset(name)) == replace(own, lr=min(own.lr, rate)), method
-
-
-def test_the_rate_follows_the_width() -> None:
-    for name, row in PRESETS.items():
-        assert fitting_rate(1.0, row.vit) == (row.lr or 1.0), name
-    assert fitting_rate(1.0, preset("small", width=192)) == fitting_rate(1.0, preset("small", width=768)) == 1e-3
-    assert fitting_rate(1.0, preset("cifar", width=64, depth=12)) == 1.0 and fitting_rate(1e-4, preset("cifar")) == 1e-4
-    assert fitting_rate(1.0, ViTConfig(width=8)) == 1.0
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_scripts_and_python_train_at_the_same_rate(name: str, method: str, monkeypatch) -> None:
-    expected = train_defaults(method, preset(name)).lr
+    expected = METHODS[method].train.lr
     words = ["--dataset", "digits", "--preset", name, "--method", method]
     assert trained_by_script(monkeypatch, *words).train.lr == expected
     assert trained_by_script(monkeypatch, *words, "--lr", "0.0123").train.lr == 0.0123
@@ -129,14 +104,7 @@ def test_scripts_and_python_train_at_the_same_rate(name: str, method: str, monke
         assert variance_config(VarianceArguments(Path("x"), preset=name)).train.lr == expected
 
 
-def test_the_width_of_the_command_line_counts(monkeypatch) -> None:
-    wide, narrow = ["--preset", "small", "--width", "192"], ["--preset", "cifar", "--width=48"]
-    assert trained_by_script(monkeypatch, *wide).train.lr == fitted(monkeypatch, preset("small", width=192)).train.lr
-    assert trained_by_script(monkeypatch, *wide).train.lr == PRESETS["cifar"].lr
-    assert trained_by_script(monkeypatch, *narrow).train.lr == TrainConfig().lr
-
-
 def test_peers_share_one_rate_by_the_width(monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
-    for name, lr, expected in (("small", None, 2e-3), ("cifar", None, 1e-3), ("cifar", 0.01, 0.01)):
-        assert make_config(PeersArguments(Path("x"), preset=name, lr=lr)).train.lr == expected
+    for name, lr, expected in (("small", None, 2e-3), ("cifar", None, 2e-3 / 3), ("cifar", 0.01, 0.01)):
+        assert make_config(PeersArguments(Path("x"), preset=name, lr=lr)).train.lr == pytest.approx(expected)

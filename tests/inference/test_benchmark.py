@@ -88,7 +88,8 @@ def test_the_steps_use_the_optimiser_and_schedule_of_training(monkeypatch) -> No
     ours, plain = ising_step(SHAPE), benchmark_cases.plain_step(SHAPE)
     ours.step()
     plain()
-    config = RunConfig(vit=TINY, method="deterministic", train=METHODS["deterministic"].train)
+    one_rate = replace(METHODS["deterministic"].train, rate_rule="uniform")
+    config = RunConfig(vit=TINY, method="deterministic", train=one_rate)
     trained = build_run(config, SHAPE.info, SHAPE.num_data).method.parameter_groups(config.train)
     assert [group["weight_decay"] for group in made[1].param_groups] == [g["weight_decay"] for g in trained[:2]]
     assert len(made[0].param_groups) == len(ours.run.method.parameter_groups(TrainConfig()))

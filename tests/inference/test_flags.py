@@ -81,7 +81,12 @@ def test_wrong_words(script: str, capsys) -> None:
         for words in wrong_words(kind):
             assert outcome(script, [flag, *words], capsys).strip(), (flag, words)
             tried += 1
-    assert tried >= 1 or script in ("analysis.report", "analysis.tutorial", "analysis.method_figure")  # paths alone
+    assert tried >= 1 or script in (
+        "analysis.report",
+        "analysis.tutorial",
+        "analysis.method_figure",
+        "analysis.rates",
+    )  # paths alone
     for words in ([], ["--nope"], ["stray"], ["--run"]):
         outcome(script, words, capsys)
 
@@ -98,6 +103,8 @@ def required(script: str, folder: Path) -> list[str]:
         "inference.benchmark": ["--out", str(folder / "out")],
         "inference.variance": ["--out", str(folder / "out")],
         "inference.search": ["--trials", missing, "--records", str(folder / "out")],
+        "inference.rates": ["--out", str(folder / "out")],
+        "analysis.rates": ["--results", missing],
         "analysis.benchmark": ["--results", missing],
         "analysis.report": ["--run", missing],
         "analysis.ood": ["--run", missing, "--ood", "noise"],

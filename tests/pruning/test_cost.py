@@ -39,6 +39,7 @@ def test_what_lasts_is_counted_to_the_byte(data, granularity: str, mode: str, sc
     assert taken["gradients"] == size(p.grad for p in t.method.parameters() if p.grad is not None)
     moments = [value for state in t.optimizer.state.values() for name, value in state.items() if name != "step"]
     assert taken["adamw"] == size(moments)
+    assert taken["average"] == size(t.averaging._average.parameters()) > 0
     assert taken["total"] == sum(n for name, n in taken.items() if name not in ("total", "per_masked_weight"))
 
 
@@ -69,7 +70,9 @@ def test_draws_kept_for_the_backward_pass(granularity: str, scale: str, draws: i
 
 
 def test_bytes_of_a_masked_weight_as_documented() -> None:
-    for granularity, draws, expected in (("weight", 4, 88), ("weight", 1, 52), ("block", 4, 60), ("block", 1, 36)):
+    for granularity, draws, expected in (("weight", 4, 92), ("weight", 1, 56), ("block", 4, 64), ("block", 1, 40)):
         model, guide = make_pair(vit=replace(WIDE, width=256), granularity=granularity)
         taken = training_memory(model, guide, TrainConfig(draws=draws))
         assert taken["per_masked_weight"] == pytest.approx(expected, abs=1)
+        without = training_memory(model, guide, TrainConfig(draws=draws, average=0.0))
+        assert without["average"] == 0 and without["per_masked_weight"] == pytest.approx(expected - 4, abs=1)

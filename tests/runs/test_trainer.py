@@ -136,7 +136,7 @@ def test_extreme_learning_rate_is_caught_or_survived(data) -> None:
         run = trainer(data, lr=1e4).fit()
         assert math.isfinite(run.history[-1]["loss"])
     except TrainingDiverged as error:
-        assert "Lower --lr" in str(error)
+        assert "Lower `lr`" in str(error)
 
 
 def test_resume_with_other_data_is_refused(data, tmp_path) -> None:

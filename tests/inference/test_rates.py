@@ -1,0 +1,88 @@
+"""The search for learning rates: its networks, its records, and that it resumes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import here, refused
+
+from analysis.rates import best_of, curves, table
+from analysis.rates import main as draw
+from inference.rates import RatesArguments, best_rate, main, make_cells
+from pyro_isingvit.methods.registry import METHODS
+
+SHORT = ["--dataset", "digits", "--train-size", "60", "--patch-size", "4", "--epochs", "2", "--widths", "16", "32",
+         "--depths", "1", "2", "--rates", "1e-3", "4e-3", "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rates")
+    main([*SHORT, "--methods", "deterministic", "--out", str(folder)])
+    return folder
+
+
+def records(folder: Path) -> list[dict]:
+    return json.loads((folder / "rates.json").read_text())
+
+
+def test_widths_at_the_first_depth_and_depths_at_the_first_width() -> None:
+    cells = [*make_cells(RatesArguments(Path("x"), rates=(1e-3, 2e-3), methods=("ising",)))]
+    shapes = [(64, 2), (128, 2), (192, 2), (384, 2), (64, 4), (64, 6), (64, 12)]
+    assert [(c.vit.width, c.vit.depth, c.train.lr) for c in cells] == [(*s, lr) for s in shapes for lr in (1e-3, 2e-3)]
+    assert all(c.vit.width == 16 * c.vit.heads and c.ising == METHODS["ising"].ising for c in cells)
+
+
+def test_every_network_has_a_record_for_each_rate(out: Path) -> None:
+    told = [(r["settings"]["width"], r["settings"]["depth"], r["settings"]["rate"]) for r in records(out)]
+    assert sorted(told) == [(w, d, lr) for w, d in ((16, 1), (16, 2), (32, 1)) for lr in (1e-3, 4e-3)]
+    for record in records(out):
+        assert 0 <= record["accuracy"] <= 1 and record["nll"] > 0 and record["seconds"] > 0
+
+
+def test_it_resumes_and_adds(out: Path) -> None:
+    before = records(out)
+    (out / "rates.json").write_text(json.dumps(before[:3] + before[4:]))
+    main([*SHORT, "--methods", "deterministic", "--out", str(out)])
+    again = records(out)
+    assert [{**r, "seconds": 0} for r in again] == [{**r, "seconds": 0} for r in (*before[:3], *before[4:], before[3])]
+    main([*SHORT, "--methods", "deterministic", "--rules", "uniform", "--widths", "32", "--out", str(out)])
+    assert records(out)[: len(again)] == again and {r["settings"]["rule"] for r in records(out)} == {
+        "transfer",
+        "uniform",
+    }
+
+
+def test_the_table_and_the_figure(out: Path, capsys) -> None:
+    draw(["--results", str(out)])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "| method | `rate_rule` | width | depth | 0.001 | 0.004 | best rate |"
+    wide = [r for r in records(out) if (r["settings"]["width"], r["settings"]["rule"]) == (32, "transfer")]
+    lowest = min(wide, key=lambda r: r["nll"])
+    row = next(line for line in shown if line.startswith("| `deterministic` | transfer | 32 | 1 |"))
+    assert f"**{lowest['nll']:.3f}**" in row and row.endswith(f"| {lowest['settings']['rate']:.2g} |")
+    assert (out / "rates.png").stat().st_size > 10_000
+
+
+def test_the_best_rate_lies_between_the_tried_ones() -> None:
+    assert best_rate([1.0, 2.0, 4.0, 8.0], [3.0, 1.0, 1.0, 3.0]) == pytest.approx(2 * 2**0.5)
+    assert best_rate([1.0, 2.0, 4.0], [1.0, 1.0, 1.0]) == 1.0 and best_rate([1.0, 2.0], [2.0, 1.0]) == 2.0
+    made = [{"settings": {"method": "m", "rule": "r", "width": 1, "depth": 1, "rate": rate}, "nll": nll}
+            for rate, nll in ((4.0, 2.0), (1.0, 2.0), (2.0, 1.0))]  # fmt: skip
+    assert best_of(next(iter(curves(made).values()))) == 2.0 and table(curves(made)).endswith("**1.000** | 2.000 | 2 |")
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [(["--widths", "40"], "multiples of 16"), (["--methods", "nope"], "unknown method"), (["--rates"], "--rates"),
+     (["--val-fraction", "0"], "validation images")],
+)  # fmt: skip
+def test_bad_input(flags: list[str], word: str, tmp_path: Path) -> None:
+    refused(here("inference.rates", *SHORT, *flags, "--out", tmp_path), word)
+
+
+def test_damaged_records_are_named(tmp_path: Path) -> None:
+    (tmp_path / "rates.json").write_text('[{"settings": {}}]')
+    refused(here("inference.rates", *SHORT, "--out", tmp_path), "is damaged")
+    (tmp_path / "rates.json").write_text("[]")
+    refused(here("analysis.rates", "--results", tmp_path), "no records")
