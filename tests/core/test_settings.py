@@ -42,7 +42,7 @@ def test_damaged_settings_are_refused(text: str) -> None:
 
 
 def test_another_format_is_named() -> None:
-    with pytest.raises(UserError, match=r"format 99.*0\.0\.1"):
+    with pytest.raises(UserError, match=r"format 99.*0\.5\.0"):
         RunConfig.from_json(replace(CONFIG, format=99).to_json())
 
 
