@@ -152,6 +152,9 @@ class TrainConfig:
     """Learning rate of learned posterior log-scales and mask logits, as a multiple of lr."""
     weight_decay: float = 0.0
     """AdamW's decoupled decay on the weight means (the slab prior already shrinks them)."""
+    shrinkage: float | None = None
+    """Decay of the weight matrices over the whole training: exp(-shrinkage) of a weight is left where no gradient
+    speaks for it. It sets weight_decay by the number of steps: one value serves short and long trainings."""
     schedule: Literal["cosine", "halving"] = "cosine"
     """cosine: to zero; halving: every 20 epochs, as in the paper."""
     warmup_fraction: float = 0.05

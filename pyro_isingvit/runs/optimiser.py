@@ -1,6 +1,8 @@
 """The optimiser of a run and its learning rate, for training and for whatever is timed or compared with it."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +31,11 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainConfig, steps
         settings: epochs, warm-up and kind of schedule.
         steps: of an epoch.
     """
+    return LambdaLR(optimizer, rate_factor(settings, steps))
+
+
+def rate_factor(settings: TrainConfig, steps: int) -> Callable[[int], float]:
+    """The share of the peak rate at each step of a training whose epochs have ``steps``."""
     main = steps * settings.epochs
     total, warmup = main + steps * settings.finetune_epochs, int(settings.warmup_fraction * main)
 
@@ -37,7 +44,35 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainConfig, steps
             return halving_factor(step // steps)
         return learning_rate_factor(step, main, total, warmup)
 
-    return LambdaLR(optimizer, factor)
+    return factor
+
+
+def with_decay(settings: TrainConfig, steps: int) -> TrainConfig:
+    """The settings with the `weight_decay` that `shrinkage` asks for.
+
+    AdamW multiplies a weight by 1 - rate_t decay at step t, so that all steps together shrink it by exp(-c) where no
+    gradient speaks for it:
+
+        c = decay sum_t rate_t = shrinkage
+
+    The best c hardly depends on the number of steps (Wang & Aitchison 2024; docs/tuning.md), the best decay does.
+
+    Args:
+        settings: of the training; returned as they are where `shrinkage` is None.
+        steps: of an epoch.
+
+    Examples:
+        >>> from pyro_isingvit import TrainConfig
+        >>> short = with_decay(TrainConfig(epochs=10, lr=6e-3, shrinkage=2.0), steps=50)
+        >>> longer = with_decay(TrainConfig(epochs=40, lr=6e-3, shrinkage=2.0), steps=50)
+        >>> round(short.weight_decay, 2), round(longer.weight_decay, 2)
+        (1.3, 0.33)
+    """
+    if settings.shrinkage is None:
+        return settings
+    factor = rate_factor(settings, steps)
+    rates = settings.lr * sum(map(factor, range(steps * (settings.epochs + settings.finetune_epochs))))
+    return replace(settings, weight_decay=settings.shrinkage / rates)
 
 
 def halving_factor(epoch: int) -> float:

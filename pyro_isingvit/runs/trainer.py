@@ -31,7 +31,7 @@ from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.runs.averaging import Averaging
-from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule
+from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule, with_decay
 from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.run import Run, build_run
 from pyro_isingvit.runs.session import Session
@@ -61,7 +61,7 @@ def check_training(config: TrainConfig) -> None:
     for name in ("pilot_fraction", "warmup_fraction"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"`{name}` must lie in [0, 1], not {getattr(config, name)}.")
-    for name in ("finetune_epochs", "weight_decay", "margin", *PENALTIES):
+    for name in ("finetune_epochs", "weight_decay", "shrinkage", "margin", *PENALTIES):
         if not (getattr(config, name, None) or 0.0) >= 0:
             raise UserError(f"`{name}` must not be negative, but is {getattr(config, name)}.")
     for name in ("average", "token_masking", "label_smoothing"):
@@ -134,7 +134,8 @@ class Trainer:
                 module.checkpoint_activations = self.settings.checkpoint_activations
         steps = self.steps_per_epoch = count_steps(len(data.train), self.settings.batch_size, self.multiple)
         self.total_epochs = self.settings.epochs + self.settings.finetune_epochs
-        optimizer = make_optimizer(self.method.parameter_groups(self.settings), self.settings)
+        groups = self.method.parameter_groups(with_decay(self.settings, steps))
+        optimizer = make_optimizer(groups, self.settings)
         self.scheduler = make_schedule(optimizer, self.settings, steps)
         self.loss, self.optimizer = self.fabric.setup(self.method, optimizer)
         device = self.fabric.device

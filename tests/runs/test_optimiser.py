@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_isingvit.core.settings import TrainConfig
-from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule
+from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule, with_decay
 
 SETTINGS = TrainConfig(epochs=30, finetune_epochs=4, lr=0.01, warmup_fraction=0.1)
 STEPS = 5
@@ -39,6 +39,21 @@ def test_halving() -> None:
     found = rates(replace(SETTINGS, schedule="halving", warmup_fraction=0.0))
     assert set(found[: 20 * STEPS]) == {0.01} and set(found[20 * STEPS : 30 * STEPS]) == {0.005}
     assert found[30 * STEPS] == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize("changes", [{}, {"finetune_epochs": 0}, {"schedule": "halving"}, {"epochs": 90, "lr": 2e-3}])
+def test_shrinkage_is_what_is_left_of_a_weight_without_a_gradient(changes) -> None:
+    settings = with_decay(replace(SETTINGS, shrinkage=2.0, **changes), STEPS)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = make_optimizer([{"params": [parameter], "weight_decay": settings.weight_decay}], settings)
+    schedule = make_schedule(optimizer, settings, STEPS)
+    for _ in range(STEPS * (settings.epochs + settings.finetune_epochs)):
+        parameter.grad = torch.zeros(2)
+        optimizer.step()
+        schedule.step()
+    left = parameter.detach()
+    torch.testing.assert_close(left, torch.full((2,), math.exp(-2.0)), rtol=0.02, atol=0)
+    assert with_decay(replace(settings, shrinkage=None), STEPS) == replace(settings, shrinkage=None)
 
 
 def test_the_fast_form_has_the_numbers_of_the_slow_one() -> None:

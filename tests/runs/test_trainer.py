@@ -248,3 +248,11 @@ def test_a_layer_whose_masks_all_drop_leaves_the_signal_alone(data) -> None:
     assert torch.isfinite(probs).all() and probs.std(1).mean() > 1e-4  # predictions still depend on the image
     run.guide.update(run.model)  # nor does an update break on it
     assert all(torch.isfinite(run.guide.logits(name)).all() for name in run.guide.layout.sites)
+
+
+def test_shrinkage_sets_the_decay_of_every_step(data) -> None:
+    long, short = (trainer(data, shrinkage=1.5, epochs=epochs, finetune_epochs=0) for epochs in (8, 4))
+    decays = [max(group["weight_decay"] for group in each.optimizer.param_groups) for each in (long, short)]
+    assert decays[0] == pytest.approx(decays[1] / 2, rel=0.1)
+    with pytest.raises(UserError, match="`shrinkage` must not be negative"):
+        trainer(data, shrinkage=-1.0)
