@@ -1,12 +1,12 @@
 """Learning rates of the weight matrices: one `lr` serves networks of any width and depth (docs/method.md, Rates).
 
-    lr_k = f_k lr,   f_k = (64 / D) min(1, 4 / L)^(1/2)     matrices of the L blocks
-                     f_k = 64 / D                           what else reads channels of a network of width D
-                     f_k = 1                                patch embedding, whose inputs do not grow with the width
+    lr_k = f_k lr,   f_k = (64 / D) min(1, 2 D / inputs) min(1, 4 / L)     the last factor inside the L blocks alone
+                     f_k = 1                                               patch embedding
 
-Adam moves every weight by about its rate, so that what a matrix adds to its outputs grows with the number of its
-inputs. 64 / D undoes that: maximal update parametrisation (Yang et al. 2022, table 3, Adam). Every block adds to the
-residual stream; the power of the depth is measured (docs/tuning.md).
+Adam moves every weight by about its rate, so that what a step adds to the outputs of a matrix grows with the number of
+its inputs, and what it adds to the residual stream with the number of blocks. The factors undo that: maximal update
+parametrisation (Yang et al. 2022, table 3, Adam), relative to the networks on which the rates of the methods were
+chosen: width 64, twice as many hidden units, up to 4 blocks. The inputs of the patch embedding do not grow.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from pyro_isingvit.core.settings import TrainConfig
 from pyro_isingvit.nets.readers import Readers
 
-WIDTH, DEPTH = 64, 4  # where the rates of the methods were chosen; shallower networks take the same
+WIDTH, HIDDEN, DEPTH = 64, 2, 4  # where rates were chosen: D, hidden units of an MLP as a multiple of D, most blocks
 
 
 def rate_factors(readers: Readers) -> dict[str, float]:
@@ -24,17 +24,19 @@ def rate_factors(readers: Readers) -> dict[str, float]:
 
     Examples:
         >>> from pyro_isingvit.nets.readers import vit_readers
-        >>> rate_factors(vit_readers(patch=48, width=128, heads=4, depth=16, hidden=256, classes=10))
-        {'patch': 1.0, 'qkv': 0.25, 'attn_out': 0.25, 'fc1': 0.25, 'fc2': 0.25, 'head': 0.5}
+        >>> rate_factors(vit_readers(patch=48, width=128, heads=4, depth=8, hidden=512, classes=10))
+        {'patch': 1.0, 'qkv': 0.25, 'attn_out': 0.25, 'fc1': 0.25, 'fc2': 0.125, 'head': 0.5}
     """
     width = readers.matrices[0].writes.size
     depths = {kind: len(each.inner) for each in readers.branches for kind in (*each.written, *each.read)}
-    return {
-        kind: WIDTH / width * min(1.0, DEPTH / depths.get(kind, 1)) ** 0.5
-        if readers.writers(readers.matrix(kind).reads)
-        else 1.0
-        for kind in readers.shapes
-    }
+    factors = {}
+    for kind, (_, _, inputs) in readers.shapes.items():
+        if readers.writers(readers.matrix(kind).reads):
+            deep = min(1.0, DEPTH / depths.get(kind, 1))
+            factors[kind] = WIDTH / width * min(1.0, HIDDEN * width / inputs) * deep
+        else:
+            factors[kind] = 1.0
+    return factors
 
 
 def matrix_groups(weights: nn.ParameterDict, readers: Readers, settings: TrainConfig) -> list[dict[str, Any]]:
