@@ -95,6 +95,14 @@ class Ensemble(Method):
         """All members' groups."""
         return [group for member in self.networks for group in member.parameter_groups(settings)]
 
+    def averaged_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of each member."""
+        return {
+            f"members.{k}.{name}": parameter
+            for k, member in enumerate(self.networks)
+            for name, parameter in member.averaged_parameters().items()
+        }
+
     def clipped(self) -> list[nn.Module]:
         """What each member clips."""
         return [part for member in self.networks for part in member.clipped()]

@@ -116,8 +116,10 @@ def ensemble_of(name: str) -> Row:
     Args:
         name: a method in ``METHODS``; one that works on after the last epoch cannot be a member.
     """
-    home = f"{HERE}.ensemble:Ensemble"
-    return replace(METHODS[name], home=home, knob=("baseline", "members"), networks="members", members_of=name)
+    return replace(
+        METHODS[name], home=f"{HERE}.ensemble:Ensemble", knob=("baseline", "members"), derived_from=None,
+        networks="members", members_of=name,
+    )  # fmt: skip
 
 
 METHODS["ensemble"] = replace(ensemble_of("deterministic"), train=replace(PLAIN, calibrate=True))

@@ -152,6 +152,11 @@ def test_learned_masks_train_in_every_member(data: ImageData) -> None:
     learned = replace(config(2), ising=replace(CONFIG.ising, mask_posterior="learned"))
     run = trainer(data, None, learned).fit()
     assert isinstance(run.method, Ensemble) and Ensemble.leaves_unused(learned)
+    averaged = run.method.averaged_parameters()  # learned masks are not
+    assert set(averaged) == {
+        name for name, p in run.method.named_parameters() if p.requires_grad and ".masks." not in name
+    }
+    assert all(averaged[name] is run.method.get_parameter(name) for name in averaged)
     for member in run.method.networks:
         assert all(float(logit.detach().abs().sum()) > 0 for logit in masks(member).guide.mask_logit.values())
 
@@ -161,6 +166,7 @@ def test_an_ensemble_of_another_method_is_one_row(data: ImageData, monkeypatch) 
     run = trainer(data, None, config(2, "dropouts")).fit()
     assert run.method.image_noise and run.max_draws is None
     assert len(draw_predictive(run, data.test.images, 6).probs.unique(dim=0)) == 6
+    assert ensemble_of("temperature").derived_from is None  # its members are trained here
     monkeypatch.setitem(METHODS, "laplaces", ensemble_of("laplace"))
     with pytest.raises(AssertionError, match="after the last epoch"):
         ensemble(2, "laplaces")

@@ -86,7 +86,7 @@ def test_two_processes_share_out_mixed_images_and_their_tokens(tmp_path: Path) -
     """
     words = [
         *SMALL, "--train-size", 88, "--augment", "crop", "--margin", 1, "--mix", "regmixup", "--label-smoothing", 0.1,
-        "--token-masking", 0.5, "--log-barrier", 0.02,
+        "--token-masking", 0.5, "--log-barrier", 0.02, "--rate-rule", "uniform",
     ]  # fmt: skip
     assert script("inference.train", *words, "--out", tmp_path / "one").returncode == 0
     code, _, err = two_forks(*words, "--out", tmp_path / "two")
