@@ -21,7 +21,7 @@ from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.plain import PlainViT
 from pyro_isingvit.runs.averaging import Averaging
-from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule
+from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule, with_decay
 from pyro_isingvit.runs.predict import CHUNK, draw_predictive
 from pyro_isingvit.runs.run import Run, build_run
 from pyro_isingvit.runs.steps import total
@@ -112,14 +112,14 @@ def _stepper(
 def plain_step(shape: Shape) -> Case:
     """A step of the plain ViT: cross entropy and AdamW as in the deterministic method, without averaging."""
     network, (x, y) = plain_network(shape), _batch(shape)
-    settings = replace(METHODS["deterministic"].train, lr=LR)
+    settings = with_decay(replace(METHODS["deterministic"].train, lr=LR), math.ceil(shape.num_data / shape.batch))
     forward = torch.compile(network) if shape.compiled else network
 
     def loss() -> Tensor:
         with shape.autocast():
             return F.cross_entropy(forward(x).float(), y)
 
-    return _stepper(shape, network, decayed(network, settings.weight_decay), settings, loss)
+    return _stepper(shape, network, decayed(network, settings), settings, loss)
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def torch_uncertainty(job: Job, clock: Clock) -> Predict:
 
 def _train_plainly(job: Job, network: Any, module: nn.Module, clock: Clock) -> None:
     """Cross entropy, with the weight decay of our own deterministic method."""
-    groups = decayed(network, job.config.train.weight_decay)
+    groups = decayed(network, job.train)
     train(job, module, groups, lambda x, y: F.cross_entropy(module(x), y), clock)
 
 

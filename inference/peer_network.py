@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.core.settings import RunConfig, TrainConfig
 from pyro_isingvit.data.batches import batches
 from pyro_isingvit.data.images import as_images
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.plain import Plain
 from pyro_isingvit.nets.plain import PlainViT
-from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule
+from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule, with_decay
 from pyro_isingvit.runs.run import build_run
 
 CHUNK = 500  # images per forward pass in prediction
@@ -45,6 +45,12 @@ class Job:
         start = build_run(self.config, self.data.info, len(self.data.train)).network
         assert isinstance(start, Plain)
         return PlainViT(start.vit, dropout).copy_from(start.vit, start.weights()).to(self.device)
+
+    @property
+    def train(self) -> TrainConfig:
+        """How to train, with the number for `weight_decay` that `shrinkage` stands for."""
+        settings = self.config.train
+        return with_decay(settings, math.ceil(len(self.data.train) / settings.batch_size))
 
     def in_chunks(self, images: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
         """Class probabilities (S, B, C) of all images (uint8), on the CPU; ``predict`` takes normalised ones."""
@@ -84,12 +90,17 @@ class Clock:
         self.resumed = time.perf_counter()
 
 
-def decayed(network: PlainViT, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of the library's own deterministic method: the matrices decay, everything else does not."""
+def decayed(network: PlainViT, settings: TrainConfig) -> list[dict[str, Any]]:
+    """Parameter groups of the library's own deterministic method: the matrices decay, everything else does not.
+
+    Args:
+        network: whose parameters are grouped.
+        settings: `weight_decay`, as ``with_decay`` gives it.
+    """
     matrices = [linear.weight for linears in network.linears().values() for linear in linears]
     known = {id(matrix) for matrix in matrices}
     others = [p for p in network.parameters() if id(p) not in known]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def train(

@@ -262,9 +262,9 @@ class IsingGuide(nn.Module):
         """Fixes each mask to kept (pi > threshold) or dropped, for fine-tuning; their KL is then constant."""
         self.masks.freeze(model, threshold)
 
-    def fit_mask_noise(self, temperature: float, share: float) -> None:
-        """With max_keep "auto", moves it by the temperature that held-out predictions want (``fit_noise``)."""
-        self.masks.fit_noise(temperature, share)
+    def set_noise(self, max_keep: float) -> None:
+        """Sets max_keep, in (0, 1]; masks that were clipped, or are above it, go there at once."""
+        self.masks.set_noise(max_keep)
 
     @torch.no_grad()
     def update(self, model: IsingViT, progress: float = 1.0) -> None:

@@ -22,7 +22,7 @@ from pyro_isingvit.core.settings import IsingConfig
 from pyro_isingvit.ising.distributions import SelectionMask, bernoulli_kl, log_odds
 from pyro_isingvit.ising.layout import MaskLayout
 from pyro_isingvit.ising.model import CERTAIN, IsingViT
-from pyro_isingvit.ising.noise import UNFITTED_KEEP, fitted_keep
+from pyro_isingvit.ising.noise import USUAL_KEEP
 
 Phase = Literal["pilot", "ising", "frozen"]
 Masks = dict[str, Tensor]  # site -> ([S,] *site shape)
@@ -32,6 +32,7 @@ Sweep = Callable[[Move], None]
 BISECTION_SAMPLE = 8_192  # masks looked at to solve for kappa_mask
 BISECTIONS = 20  # at most, of a range of 50 in log kappa_mask
 CLOSE = 1e-3  # of the target retention is close enough
+CLIPPED = 0.1  # of a logit below the highest: there on its way to the clip
 LOGIT_BOUND = 10.0  # mask logits stay within +-10: a mask can always come back
 
 
@@ -69,7 +70,7 @@ class MaskPosterior(nn.Module):
         super().__init__()
         self.config, self.layout = config, layout
         self.phase: Phase = "pilot"
-        self.max_keep = UNFITTED_KEEP if config.max_keep == "auto" else config.max_keep
+        self.max_keep = USUAL_KEEP if config.max_keep == "auto" else config.max_keep
         self.mask_logit = nn.ParameterDict()
         self.kappa: Tensor
         self.temperature: Tensor
@@ -148,19 +149,19 @@ class MaskPosterior(nn.Module):
         for name in self.layout.sites:
             self.field(name).fill_(self.highest)
 
-    def fit_noise(self, temperature: float, share: float) -> None:
-        """With max_keep "auto", moves it by the temperature that held-out predictions want (ising/noise.py).
+    @torch.no_grad()
+    def set_noise(self, max_keep: float) -> None:
+        """Sets max_keep; masks that were clipped, or are above it, go there at once.
 
         Args:
-            temperature: T that fits their labels best (predictive/calibration.py).
-            share: of the Ising phase that has passed since the last call, in [0, 1]; any in the pilot phase.
-
-        Raises:
-            UserError: T is not positive.
+            max_keep: in (0, 1].
         """
-        if self.config.max_keep == "auto" and self.phase != "frozen":
-            keep = None if self.phase == "pilot" else self.max_keep
-            self.max_keep = fitted_keep(keep, temperature, share)
+        before, changed, self.max_keep = self.highest, max_keep != self.max_keep, max_keep
+        if self.phase == "ising" and changed:
+            for name in self.layout.sites:
+                field = self.field(name)
+                top = field.new_tensor(self.highest)
+                field.copy_(torch.where(field >= before - CLIPPED, top, field.minimum(top)))
 
     @torch.no_grad()
     def step(self, model: IsingViT, gain: Masks, cost: Masks, sweep: Sweep, progress: float = 1.0) -> None:

@@ -1,45 +1,47 @@
-"""max_keep "auto": how often even the strongest weights are dropped, fitted to predictions of held-out images.
+"""max_keep "auto": how often even the strongest weights are dropped, chosen by held-out images.
 
-A network that is too sure of images it has not seen, so that a temperature T > 1 fits their labels best, gets more
-noise from its masks, one that is not sure enough gets less:
+Training tries some levels for a while (runs/noise_search.py) and sees what each makes of the validation part, after
+the temperature that fits it. The usual level stays unless another beats it by more than the uncertainty of the
+comparison:
 
-    logit max_keep  =  logit 0.95 - 4 log T                 in the pilot phase, where no mask drops: where to start
-    logit max_keep <-  logit max_keep - 8 share log T       after an epoch that is ``share`` of the Ising phase
+    d_i  = NLL_i(usual) - NLL_i(level),   i = 1 .. n validation images
+    gain = mean d - sd(d) / sqrt(n)  >  0
 
-between 0.6 and 0.995. Few images, which the network soon memorises, get much noise; many images and few epochs get
-little. The rule is that of docs/method.md, Noise of the masks; the validation runs behind its numbers are in
-docs/tuning.md, Noise of the masks.
+This is the one-standard-error rule of Breiman et al. (1984): a few hundred images cannot tell levels apart that differ
+by 1%, and then the usual level is as good as any. docs/tuning.md, Noise of the masks, has the runs behind the numbers.
 """
 
-import math
+from torch import Tensor
 
 from pyro_isingvit.core.errors import need
-from pyro_isingvit.ising.distributions import log_odds
 
-UNFITTED_KEEP = 0.9  # where nothing was seen of the validation part
-SURE_KEEP = 0.95  # where the pilot phase needs no temperature
-LOWEST_KEEP, HIGHEST_KEEP = 0.6, 0.995
-PILOT_GAIN, PHASE_GAIN = 4.0, 8.0  # of log T
+USUAL_KEEP = 0.98  # best or nearly so on most data
+LEVELS = (0.9, 0.95, 0.98, 0.995)  # of max_keep, as tried
 
 
-def fitted_keep(keep: float | None, temperature: float, share: float) -> float:
-    """max_keep after a look at held-out images.
+def chosen_keep(nll: dict[float, Tensor], usual: float = USUAL_KEEP) -> float:
+    """The level of the largest gain over the usual one, or the usual one where none is certain.
 
     Args:
-        keep: what it was; None in the pilot phase.
-        temperature: T that fits their labels best (predictive/calibration.py).
-        share: of the Ising phase that has passed since the last look, in [0, 1].
+        nll: level -> (n,), nats of the same held-out images.
+        usual: the level that stays unless another is certainly better; it must be in ``nll``.
 
     Raises:
-        UserError: T is not positive.
+        UserError: fewer than 2 images, or a loss that is not finite.
 
     Examples:
-        >>> round(fitted_keep(None, temperature=1.0, share=0.0), 3)  # calibrated without masks
+        >>> import torch
+        >>> usual = torch.tensor([0.5, 0.4, 0.6, 0.5])
+        >>> chosen_keep({0.98: usual, 0.95: usual - torch.tensor([0.1, 0.2, 0.1, 0.2])})  # better on each image
         0.95
-        >>> round(fitted_keep(0.9, temperature=1.3, share=0.25), 3)  # too sure: more noise
-        0.842
+        >>> chosen_keep({0.98: usual, 0.95: usual - torch.tensor([0.9, -0.8, 0.1, -0.1])})  # not certain
+        0.98
     """
-    need(temperature > 0, f"the temperature must be positive, not {temperature}.")
-    start, gain = (SURE_KEEP, PILOT_GAIN) if keep is None else (keep, PHASE_GAIN * share)
-    logit = log_odds(start) - gain * math.log(temperature)
-    return min(max(1.0 / (1.0 + math.exp(-logit)), LOWEST_KEEP), HIGHEST_KEEP)
+    need(len(nll[usual]) > 1, "the noise of the masks cannot be chosen by fewer than 2 validation images.")
+    gains = {usual: 0.0}
+    for level, losses in nll.items():
+        need(bool(losses.isfinite().all()), f"the predictions at `max_keep` {level} are not finite.")
+        if level != usual:
+            better = (nll[usual] - losses).double()
+            gains[level] = float(better.mean() - better.std() / len(better) ** 0.5)
+    return max(gains, key=lambda level: gains[level])

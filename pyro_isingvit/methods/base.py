@@ -115,12 +115,14 @@ class Method(nn.Module):
         """How many networks are drawn for the validation part after each epoch."""
         return settings.val_samples
 
-    def validated(self, probs: Tensor, labels: Tensor, epochs: int, left: int) -> dict[str, float]:
-        """Called after each epoch with probabilities (S, B, C) of the validation images and their labels (B,).
+    @property
+    def noise(self) -> float | None:
+        """max_keep, the level of the noise of the masks; None where there are none."""
+        return None
 
-        The phase has ``epochs``, of which ``left`` are to come. Returns what to add to the history.
-        """
-        return {}
+    def set_noise(self, level: float) -> None:
+        """Sets ``noise``, which the search for it does (runs/noise_search.py)."""
+        raise NotImplementedError
 
     def parameter_groups(self, settings: TrainConfig) -> list[dict[str, Any]]:
         """Groups for AdamW."""

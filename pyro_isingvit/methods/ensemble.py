@@ -83,13 +83,15 @@ class Ensemble(Method):
         """``val_samples`` of each member, where members are drawn from without end: each is judged by its own."""
         return settings.val_samples * (len(self.networks) if self.max_draws is None else 1)
 
-    def validated(self, probs: Tensor, labels: Tensor, epochs: int, left: int) -> dict[str, float]:
-        """Each member sees its own predictions; returns the means of what they tell."""
-        told = [
-            member.validated(probs[k :: len(self.networks)], labels, epochs, left)
-            for k, member in enumerate(self.networks[: len(probs)])
-        ]
-        return {name: sum(each[name] for each in told) / len(told) for name in told[0]}
+    @property
+    def noise(self) -> float | None:
+        """That of a member; all have the same."""
+        return self.networks[0].noise
+
+    def set_noise(self, level: float) -> None:
+        """Tells every member."""
+        for member in self.networks:
+            member.set_noise(level)
 
     def parameter_groups(self, settings: TrainConfig) -> list[dict[str, Any]]:
         """All members' groups."""

@@ -21,7 +21,6 @@ from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.base import Method, Networks, Terms
 from pyro_isingvit.methods.rates import matrix_groups
 from pyro_isingvit.nets.vit import ViT, Weights, stack
-from pyro_isingvit.predictive.calibration import fit_temperature
 
 KINDS_OF_SITE = {"xi": "mask_kl", "w": "weight_kl", "y": "nll"}  # first part of a site's name -> the loss term
 
@@ -147,14 +146,14 @@ class IsingMethod(Method):
         if phase == "ising":
             self.guide.update(self.model, progress)
 
-    def validated(self, probs: Tensor, labels: Tensor, epochs: int, left: int) -> dict[str, float]:
-        """With max_keep "auto", fits the masks' noise to the temperature that the predictions want."""
-        if self.guide.config.max_keep != "auto":
-            return {}
-        temperature = fit_temperature(probs, labels)
-        if left or self.guide.phase == "pilot":  # after the last update max_keep says where the masks are clipped
-            self.guide.fit_mask_noise(temperature, 1.0 / epochs)
-        return {"val_temperature": temperature, "max_keep": self.guide.max_keep}
+    @property
+    def noise(self) -> float:
+        """max_keep."""
+        return self.guide.max_keep
+
+    def set_noise(self, level: float) -> None:
+        """Sets max_keep."""
+        self.guide.set_noise(level)
 
     def parameter_groups(self, settings: TrainConfig) -> list[dict[str, Any]]:
         """Weight means with decay, the network's other parameters, scales and mask logits at their own rate."""

@@ -48,14 +48,15 @@ def matrix_groups(weights: nn.ParameterDict, readers: Readers, settings: TrainCo
     Args:
         weights: kind -> (layers, out, in).
         readers: of the network that has them.
-        settings: `lr`, `rate_rule` and `weight_decay`.
+        settings: `lr`, `rate_rule` and `weight_decay`, a number once `shrinkage` has set it (runs/optimiser.py); None
+            is no decay.
     """
     factors = rate_factors(readers) if settings.rate_rule == "transfer" else dict.fromkeys(weights, 1.0)
     return [
         {
             "params": [weight for kind, weight in weights.items() if factors[kind] == factor],
             "lr": settings.lr * factor,
-            "weight_decay": settings.weight_decay / factor,
+            "weight_decay": (settings.weight_decay or 0.0) / factor,
         }
         for factor in dict.fromkeys(factors.values())
     ]

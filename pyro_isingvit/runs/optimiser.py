@@ -48,7 +48,7 @@ def rate_factor(settings: TrainConfig, steps: int) -> Callable[[int], float]:
 
 
 def with_decay(settings: TrainConfig, steps: int) -> TrainConfig:
-    """The settings with the `weight_decay` that `shrinkage` asks for.
+    """The settings with a number for `weight_decay`: their own, or what `shrinkage` asks for.
 
     AdamW multiplies a weight by 1 - rate_t decay at step t, so that all steps together shrink it by exp(-c) where no
     gradient speaks for it:
@@ -58,7 +58,7 @@ def with_decay(settings: TrainConfig, steps: int) -> TrainConfig:
     The best c hardly depends on the number of steps (Wang & Aitchison 2024; docs/tuning.md), the best decay does.
 
     Args:
-        settings: of the training; returned as they are where `shrinkage` is None.
+        settings: of the training; returned as they are where `weight_decay` is a number.
         steps: of an epoch.
 
     Examples:
@@ -68,7 +68,7 @@ def with_decay(settings: TrainConfig, steps: int) -> TrainConfig:
         >>> round(short.weight_decay, 2), round(longer.weight_decay, 2)
         (1.3, 0.33)
     """
-    if settings.shrinkage is None:
+    if settings.weight_decay is not None:
         return settings
     factor = rate_factor(settings, steps)
     rates = settings.lr * sum(map(factor, range(steps * (settings.epochs + settings.finetune_epochs))))

@@ -3,6 +3,7 @@
 After every epoch the checkpoint is written, the one before it is kept, and metrics.jsonl follows.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,30 @@ class Session:
             **({} if self.finished else self.averaging.state()),
         }  # fmt: skip
 
+    def snapshot(self) -> dict[str, Any]:
+        """A copy of ``state`` that training does not change."""
+        return copy.deepcopy(self.state())
+
+    def put_back(self, snapshot: dict[str, Any]) -> None:
+        """Goes back to a snapshot, which may be used again."""
+        self._take(copy.deepcopy(snapshot))
+
+    def _take(self, state: dict[str, Any], strict: bool = True) -> None:
+        """Raises KeyError, RuntimeError, TypeError or ValueError where the state does not fit."""
+        self.run.load_state(state, strict)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.seconds = state["seconds"]
+        self.epoch = state["epoch"]
+        # Another number of processes may have cut the last batch of the epochs differently.
+        self.step = self.scheduler.last_epoch = self.epoch * self.steps_per_epoch
+        self.finished = state.get("finished", False)
+        if not self.finished:
+            self.averaging.load_state(state)
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"])
+
     def interrupted(self, epochs: int) -> str:
         """What an interruption leaves, by what is on disk; ``epochs`` of the whole training."""
         done = self.epoch == epochs
@@ -126,20 +151,8 @@ class Session:
         if state.get("num_data") != self.num_data or state.get("info") != self.run.info.to_dict():
             raise UserError(f"{folder} was trained on other images than those given; resume with the same data.")
         try:
-            self.run.load_state(state, strict)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-            self.seconds = state["seconds"]
-            self.epoch = state["epoch"]
-            # Another number of processes may have cut the last batch of the epochs differently.
-            self.step = self.scheduler.last_epoch = self.epoch * self.steps_per_epoch
-            self.finished = state.get("finished", False)
-            if not self.finished:
-                self.averaging.load_state(state)
+            self._take(state, strict)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{folder / CHECKPOINT} does not fit its {CONFIG}: {error}") from error
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"])
         if folder == own:  # a kill between the two files, or a damaged checkpoint, has left another history
             on_first(lambda: write_text(folder / HISTORY, to_lines(self.run.history)))

@@ -31,6 +31,7 @@ from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.runs.averaging import Averaging
+from pyro_isingvit.runs.noise_search import NoiseSearch
 from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule, with_decay
 from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.run import Run, build_run
@@ -142,6 +143,7 @@ class Trainer:
         self.averaging = Averaging(self.method.averaged_parameters(), self.settings.average)
         self.data = replace(data, train=data.train.to(device), val=data.val.to(device))
         self.session = Session(self.run, self.optimizer, self.scheduler, self.averaging, len(data.train), steps, device)
+        self.noise_search = NoiseSearch(self)
         self.epoch_seconds: list[float] = []
         self.bar: tqdm = tqdm(disable=True)
 
@@ -190,19 +192,16 @@ class Trainer:
         session = self.session
         on_first(session.keep_config)
         start = time.monotonic() - session.seconds
+        epochs = self.total_epochs + self.noise_search.left(session.epoch)
         self.bar = tqdm(
-            total=self.steps_per_epoch * self.total_epochs, initial=session.step, desc="train", unit="step",
+            total=self.steps_per_epoch * epochs, initial=session.step, desc="train", unit="step",
             disable=not self.progress, dynamic_ncols=True, mininterval=0.5,
         )  # fmt: skip
         with self.bar:
             for epoch in range(session.epoch, self.total_epochs):
-                name, first, _ = self.phase(epoch)
-                self.averaging.hide()
-                if epoch == first:
-                    if name == "finetune":  # the masks are others from now on
-                        self.averaging.restart()
-                    self.method.begin(name)
-                self.run.history.append(self._epoch(epoch))
+                if epoch == self.noise_search.at:
+                    self.noise_search.run()
+                self.run.history.append(self.train_epoch(epoch))
                 session.epoch = epoch + 1
                 session.seconds = time.monotonic() - start
                 session.keep()
@@ -226,8 +225,14 @@ class Trainer:
         draws = draw_predictive(self.run, self.data.val.images, CALIBRATION_SAMPLES, seed=self.settings.seed)
         self.run.temperature.fill_(fit_temperature(draws.probs, self.data.val.labels))
 
-    def _epoch(self, epoch: int) -> dict[str, Any]:
+    def train_epoch(self, epoch: int) -> dict[str, Any]:
+        """The steps of an epoch, and its validation; returns its record for the history, which is not kept yet."""
         phase, first, last = self.phase(epoch)
+        self.averaging.hide()
+        if epoch == first:
+            if phase == "finetune":  # the masks are others from now on
+                self.averaging.restart()
+            self.method.begin(phase)
         steps, session, start = self.steps_per_epoch, self.session, time.monotonic()
         self.loss.train()
         sums, count = torch.zeros((), device=self.fabric.device), 0
@@ -259,10 +264,11 @@ class Trainer:
         self.averaging.show()
         mean_terms = {name: sum(look[name] for look in looks) / len(looks) for name in looks[0]}
         masks = self.run.mask_summary()
+        noise = {} if self.method.noise is None else {"max_keep": self.method.noise}
         return {
             "epoch": epoch + 1, "phase": phase, "loss": mean_loss, **mean_terms,
             "lr": self.scheduler.get_last_lr()[0], "retention": masks["retention_mean"],
-            "pruned_fraction": masks["pruned_fraction"], **self._validate(epoch),
+            "pruned_fraction": masks["pruned_fraction"], **noise, **self._validate(epoch),
         }  # fmt: skip
 
     def _look(self, terms: Terms, epoch: int) -> dict[str, float]:
@@ -280,9 +286,7 @@ class Trainer:
         draws = draw_predictive(self.run, val.images, self.method.validation_draws(self.settings), seed=epoch)
         self._check_finite(float(draws.probs.sum()), {}, epoch)
         scores = classification_metrics(draws.mean, val.labels)
-        _, first, last = self.phase(epoch)
-        noise = self.method.validated(draws.probs, val.labels, last - first, last - epoch - 1)
-        return {**{f"val_{name}": scores[name] for name in ("accuracy", "nll", "brier", "ece")}, **noise}
+        return {f"val_{name}": scores[name] for name in ("accuracy", "nll", "brier", "ece")}
 
     def _show(self, epoch: int, phase: str, terms: dict[str, float]) -> None:
         if not self.progress:

@@ -1,6 +1,7 @@
 """The benchmark's cases do what they say, and its results become tables and figures. No test asserts a time."""
 
 import json
+import math
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from inference.benchmark_parts import curves, in_fresh_process, peak_of_draws, v
 from pyro_isingvit.core.settings import IsingConfig, RunConfig, TrainConfig
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.pruning.cost import interleaved
-from pyro_isingvit.runs.optimiser import make_optimizer
+from pyro_isingvit.runs.optimiser import make_optimizer, with_decay
 from pyro_isingvit.runs.run import build_run
 
 SHAPE = Shape(TINY, batch=6, side=4, classes=3, num_data=60)
@@ -88,7 +89,8 @@ def test_the_steps_use_the_optimiser_and_schedule_of_training(monkeypatch) -> No
     ours, plain = ising_step(SHAPE), benchmark_cases.plain_step(SHAPE)
     ours.step()
     plain()
-    one_rate = replace(METHODS["deterministic"].train, rate_rule="uniform")
+    one_rate = replace(METHODS["deterministic"].train, rate_rule="uniform", lr=benchmark_cases.LR)
+    one_rate = with_decay(one_rate, math.ceil(SHAPE.num_data / SHAPE.batch))
     config = RunConfig(vit=TINY, method="deterministic", train=one_rate)
     trained = build_run(config, SHAPE.info, SHAPE.num_data).method.parameter_groups(config.train)
     assert [group["weight_decay"] for group in made[1].param_groups] == [g["weight_decay"] for g in trained[:2]]

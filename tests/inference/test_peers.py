@@ -77,7 +77,7 @@ def test_the_plain_loop_is_our_trainer(job: Job) -> None:
     assert isinstance(ours, Plain)
     network, clock = job.network(), Clock()
     loss = lambda x, y: F.cross_entropy(network(x), y)  # noqa: E731
-    train(job, network, decayed(network, job.config.train.weight_decay), loss, clock)
+    train(job, network, decayed(network, job.train), loss, clock)
     images = job.data.info.normalise(job.data.test.images)
     # Logits, not weights: the keys' biases have no gradient but rounding, which AdamW blows up, and no effect.
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_the_shim_is_taken_away() -> None:
 def test_a_diverged_loss_is_an_error(job: Job) -> None:
     network = job.network()
     with pytest.raises(FloatingPointError, match="epoch 1"):
-        train(job, network, decayed(network, 0.0), lambda x, y: network(x).sum() * float("nan"), Clock())
+        train(job, network, decayed(network, job.train), lambda x, y: network(x).sum() * float("nan"), Clock())
 
 
 def test_the_ratio_is_taken_round_by_round() -> None:

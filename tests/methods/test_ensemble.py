@@ -87,17 +87,11 @@ def test_draws_are_taken_from_the_members_in_turn(data: ImageData, chunk: int) -
     torch.testing.assert_close(probs, draw_predictive(run, data.test.images, num_samples=5).probs)
 
 
-def test_the_noise_of_each_member_is_fitted_to_its_own_predictions() -> None:
-    labels = torch.arange(30) % 3
-    right = 0.8 * torch.eye(3)[labels] + 0.2 / 3
-    sure = 0.99 * torch.eye(3)[torch.where(torch.arange(30) < 10, (labels + 1) % 3, labels)] + 0.01 / 3  # a third wrong
-    probs = torch.stack([right, sure, right, sure])
-    together, alone = ensemble(2), [IsingMethod(CONFIG, INFO, 50) for _ in range(2)]
-    told = together.validated(probs, labels, 10, 9)
-    own = [member.validated(probs[k::2], labels, 10, 9) for k, member in enumerate(alone)]
-    keeps = [masks(member).guide.max_keep for member in together.networks]
-    assert keeps == [member.guide.max_keep for member in alone] and keeps[0] > keeps[1]
-    assert told == {name: pytest.approx((own[0][name] + own[1][name]) / 2) for name in own[0]}
+def test_the_noise_is_the_same_for_all_members() -> None:
+    together = ensemble(2)
+    together.set_noise(0.91)
+    assert [masks(member).guide.max_keep for member in together.networks] == [0.91, 0.91] and together.noise == 0.91
+    assert ensemble(2, "ensemble").noise is None
     assert ensemble(3).validation_draws(TrainConfig(val_samples=4)) == 12
     assert ensemble(3, "ensemble").validation_draws(TrainConfig(val_samples=4)) == 4
 

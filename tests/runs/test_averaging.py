@@ -131,7 +131,7 @@ def test_validation_checkpoint_and_callback_see_the_average(data, tmp_path: Path
         assert torch.equal(kept["guide"]["loc.fc2"], at.run.guide.loc["fc2"])
         assert torch.equal(kept["raw"]["weights"]["guide.loc.fc2"], raw) and kept["raw"]["steps"] == len(recorded.steps)
         draws = draw_predictive(at.run, data.val.images, at.settings.val_samples, seed=at.epoch - 1)
-        if at.run.history[-1]["phase"] == "ising":  # max_keep has moved since, but the masks follow at the next step
+        if at.run.history[-1]["phase"] == "ising":
             assert at.run.history[-1]["val_nll"] == classification_metrics(draws.mean, data.val.labels)["nll"]
             seen.append(draws.probs)
 

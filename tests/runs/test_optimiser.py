@@ -53,7 +53,7 @@ def test_shrinkage_is_what_is_left_of_a_weight_without_a_gradient(changes) -> No
         schedule.step()
     left = parameter.detach()
     torch.testing.assert_close(left, torch.full((2,), math.exp(-2.0)), rtol=0.02, atol=0)
-    assert with_decay(replace(settings, shrinkage=None), STEPS) == replace(settings, shrinkage=None)
+    assert with_decay(replace(settings, weight_decay=0.1), STEPS) == replace(settings, weight_decay=0.1)
 
 
 def test_the_fast_form_has_the_numbers_of_the_slow_one() -> None:

@@ -1,0 +1,119 @@
+"""The search for the noise of the masks within one training (max_keep "auto").
+
+When ``FORK`` of the epochs are over, training goes on from the same state at each level for ``SHARE`` of the epochs,
+with what is left of the learning rate's schedule run through in that time; so each ends as a training ends. The level
+is chosen by the validation part (ising/noise.py), the state is put back, and training goes on at that level as if
+nothing had happened. Only complete searches count: a training that was interrupted within one resumes before it.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.processes import averaged, is_first
+from pyro_isingvit.ising.noise import LEVELS, USUAL_KEEP, chosen_keep
+from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature, temper
+from pyro_isingvit.runs.predict import draw_predictive
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pyro_isingvit.runs.trainer import Trainer
+
+log = logging.getLogger(__name__)
+FORK, SHARE = 0.5, 0.15  # of the epochs
+SHORTEST = 8  # epochs; with fewer there is nothing to be seen
+
+
+class NoiseSearch:
+    """The search of one training.
+
+    Args:
+        trainer: whose method has masks to make noise with.
+
+    Raises:
+        UserError: there are not enough validation images.
+
+    Attributes:
+        at: number of the epoch before which it takes place; None: never, because max_keep is a number or there are
+            too few epochs.
+        epochs: that each level trains.
+        found: mean NLL of the validation images at each level, once the search is over.
+    """
+
+    def __init__(self, trainer: "Trainer") -> None:
+        self.trainer = trainer
+        settings = trainer.settings
+        first, last = 0, settings.epochs
+        for name, epochs in trainer.method.phases(settings):
+            if name == "ising":
+                last = first + epochs
+                break
+            first += epochs
+        masked = trainer.method.noise is not None and trainer.config.ising.max_keep == "auto"
+        wanted = masked and settings.epochs >= SHORTEST and first < last
+        if wanted and len(trainer.data.val) < 2:
+            raise UserError(
+                f"`max_keep` auto is chosen by validation images, and there are {len(trainer.data.val)}; give some "
+                f"(`val_fraction`), or set `max_keep` to a number: {USUAL_KEEP} suits most data."
+            )
+        self.at = min(max(first, round(FORK * settings.epochs)), last - 1) if wanted else None
+        self.epochs = 0 if self.at is None else max(1, min(round(SHARE * settings.epochs), last - self.at))
+        self.found: dict[float, float] = {}
+
+    def left(self, epoch: int) -> int:
+        """Epochs that the search adds to a training of which ``epoch`` are over."""
+        return 0 if self.at is None or epoch > self.at else self.epochs * len(LEVELS)
+
+    def run(self) -> None:
+        """Tries the levels and sets the best."""
+        assert self.at is not None
+        trainer, nll = self.trainer, dict[float, Tensor]()
+        before = trainer.session.snapshot()
+        for level in LEVELS:
+            trainer.method.set_noise(level)
+            with self._hurried():
+                for epoch in range(self.at, self.at + self.epochs):
+                    trainer.train_epoch(epoch)
+            nll[level] = self._losses()
+            trainer.session.put_back(before)
+        trainer.method.set_noise(chosen_keep(nll))
+        self.found = {level: float(losses.mean()) for level, losses in nll.items()}
+        if is_first():
+            told = ", ".join(f"{level}: {loss:.4f}" for level, loss in self.found.items())
+            log.info(
+                "max_keep %g, by the NLL of %d validation images (%s)", chosen_keep(nll), len(nll[USUAL_KEEP]), told
+            )
+
+    @contextmanager
+    def _hurried(self) -> "Iterator[None]":
+        """What is left of the learning rate's schedule, within the epochs of the search."""
+        assert self.at is not None
+        trainer = self.trainer
+        start, steps = self.at * trainer.steps_per_epoch, self.epochs * trainer.steps_per_epoch
+        left = trainer.settings.epochs * trainer.steps_per_epoch - start
+        usual: list[Callable[[int], float]] = trainer.scheduler.lr_lambdas
+
+        def hurried(factor: Callable[[int], float]) -> Callable[[int], float]:
+            return lambda step: factor(start + (step - start) * left // steps)
+
+        trainer.scheduler.lr_lambdas = [hurried(factor) for factor in usual]
+        try:
+            yield
+        finally:
+            trainer.scheduler.lr_lambdas = usual
+
+    @torch.no_grad()
+    def _losses(self) -> Tensor:
+        """NLL of each validation image at the temperature that fits them all, (n,)."""
+        trainer: Any = self.trainer
+        val = trainer.data.val
+        probs = draw_predictive(trainer.run, val.images, CALIBRATION_SAMPLES, seed=trainer.settings.seed).probs
+        mean = temper(probs, fit_temperature(probs, val.labels)).mean(0)
+        losses = -mean.gather(1, val.labels.to(mean.device).unsqueeze(1)).squeeze(1).log()
+        return averaged(losses.double()).cpu()  # all processes must choose alike
