@@ -3,7 +3,8 @@
 python -m inference.compare --dataset digits --train-sizes 300 1000 --methods ising dropout:0.1 ensemble:5 \
     --seeds 0 1 2 --out runs/compare
 
-Re-run the same command to resume an interrupted grid. The number after a method sets its main knob.
+Re-run the same command to resume an interrupted grid: cells that results.json has with the same settings are done, even
+where their runs are on another machine. The number after a method sets its main knob.
 """
 
 import json
@@ -54,6 +55,10 @@ class CompareArguments:
     """D, the width; by default the preset's."""
     batch_size: int = 64
     """Images per step."""
+    augment: Literal["none", "crop", "crop-flip", "randaugment"] = "none"
+    """New views of the training images, the same kind for all methods."""
+    margin: int | None = None
+    """Pixels that a random crop shifts an image at most; by default an eighth of its side."""
     samples: int = 50
     """Posterior draws of the evaluation; methods without draws ignore it."""
     jobs: int = 1
@@ -94,7 +99,8 @@ def method_config(spec: str, epochs: int, base: RunConfig) -> RunConfig:
         UserError: unknown method, an invalid number, or a number for a method without a knob.
     """
     config, own = with_defaults(spec, base, epochs), base.train
-    train = replace(config.train, batch_size=own.batch_size, samples=own.samples, device=own.device, seed=own.seed)
+    shared = ("batch_size", "samples", "device", "seed", "augment", "margin")
+    train = replace(config.train, **{name: getattr(own, name) for name in shared})
     return replace(config, train=train)
 
 
@@ -124,7 +130,7 @@ def make_cells(arguments: CompareArguments) -> list[Cell]:
                 base = RunConfig(name, OURS, replace(arguments.data, train_size=size), vit, version=__version__)
                 train = replace(
                     base.train, seed=seed, batch_size=arguments.batch_size, samples=arguments.samples,
-                    device=arguments.device,
+                    device=arguments.device, augment=arguments.augment, margin=arguments.margin,
                 )  # fmt: skip
                 config = method_config(spec, count, replace(base, train=train))
                 check_training(config.train)
@@ -156,6 +162,24 @@ def finished(cell: Cell) -> dict[str, Any] | None:
     except (OSError, ValueError, UserError):
         return None
     return metrics if same and isinstance(metrics, dict) else None
+
+
+def recorded(cell: Cell, results: dict[tuple[Any, ...], dict[str, Any]]) -> bool:
+    """Whether results.json has the cell, finished with the same settings; its run may be on another machine."""
+    found = results.get(cell.key, {})
+    if found.get("status") != "done" or "config" not in found:
+        return False
+    try:
+        config = RunConfig.from_json(found["config"], RESULTS)
+    except UserError:  # of a version that had other settings
+        return False
+    return replace(config, version="") == replace(anywhere(cell), version="")
+
+
+def anywhere(cell: Cell) -> RunConfig:
+    """The settings of a cell without what belongs to a machine: where the data are, and the device."""
+    data = replace(cell.config.data, dataset=cell.dataset, data_root=DataConfig.data_root, download=False)
+    return replace(cell.config, data=data, train=replace(cell.config.train, device="auto"))
 
 
 def run_cell(cell: Cell, threads: int) -> dict[str, Any]:
@@ -204,10 +228,10 @@ def compare(arguments: CompareArguments) -> None:
     todo = []
     for cell in cells:
         metrics = finished(cell)
-        if metrics is None:
-            todo.append(cell)
-        else:
+        if metrics is not None:
             _record(results, cell, metrics)
+        elif not recorded(cell, results):
+            todo.append(cell)
     log.info("%d cells, %d of them done already", len(cells), len(cells) - len(todo))
     _write(arguments.out, results)
     try:
@@ -263,7 +287,7 @@ def _record(results: dict[tuple[Any, ...], dict[str, Any]], cell: Cell, outcome:
     row: dict[str, Any] = {
         "dataset": cell.dataset, "train_size": cell.train_size, "method": cell.method, "seed": cell.seed,
         "run": cell.folder.name, "epochs": cell.config.train.epochs + cell.config.train.finetune_epochs,
-        "vit": asdict(cell.config.vit),
+        "vit": asdict(cell.config.vit), "config": json.dumps(json.loads(anywhere(cell).to_json())),
     }  # fmt: skip
     if isinstance(outcome, Exception):
         text = in_flags(str(outcome), None) or repr(outcome)  # a cell's settings are not flags of the grid

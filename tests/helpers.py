@@ -27,8 +27,12 @@ from pyro_isingvit.runs.trainer import Trainer
 
 TINY = ViTConfig(patch_size=2, width=8, heads=2, depth=2, mlp_ratio=2)
 INFO = DataInfo("made", ("a", "b", "c"), 1, 4, 4, (0.5,), (0.25,))
-QUICK_TRAIN = TrainConfig(epochs=6, batch_size=20, samples=5, val_samples=2, device="cpu", pilot_fraction=0.34)
-CONFIG = RunConfig(vit=TINY, train=QUICK_TRAIN, ising=IsingConfig(update_every=2))
+QUICK_TRAIN = TrainConfig(
+    epochs=6, batch_size=20, samples=5, val_samples=2, device="cpu", pilot_fraction=0.34, weight_decay=0.0
+)
+# Masks on single weights with a spike of some width, half of them on: what can go wrong with masks can go wrong here.
+WEIGHTS = IsingConfig(granularity="weight", target_retention=0.5, tau_0=1e-3, tau_1=0.3, max_keep=0.9)
+CONFIG = RunConfig(vit=TINY, train=QUICK_TRAIN, ising=replace(WEIGHTS, update_every=2))
 EVIL = "<script>alert(1)</script>"
 
 # Data ------------------------------------------------------------------------------------------------------------
@@ -69,7 +73,7 @@ def write_npz(path, **changes):
 def make_pair(num_data: int = 50, vit: ViTConfig = TINY, **ising: object) -> tuple[IsingViT, IsingGuide]:
     """Model and guide in the Ising phase, with retention spread between 0.1 and 0.9."""
     config = RunConfig(
-        data=DataConfig(), vit=vit, ising=replace(IsingConfig(), **ising), train=TrainConfig(), preset="custom"
+        data=DataConfig(), vit=vit, ising=replace(WEIGHTS, **ising), train=TrainConfig(), preset="custom"
     )
     model, guide = IsingMethod(config, INFO, num_data).posterior
     guide.phase = "ising"

@@ -56,7 +56,7 @@ class ViTConfig:
 class IsingConfig:
     """Prior and likelihood-guided posterior (docs/method.md names the equations)."""
 
-    granularity: Granularity = "weight"
+    granularity: Granularity = "unit"
     """What one selection mask covers: a weight, a unit (output row), an attention head, or a whole branch."""
     mask_posterior: str = "likelihood_guided"
     """likelihood_guided: the mean-field equation sets the masks; learned: relaxed-Bernoulli gradients do, with the
@@ -69,7 +69,7 @@ class IsingConfig:
     kappa_mask: Tempering | Literal["auto"] = "auto"
     """Weight of the likelihood in the mask field: a number, exact (1), data_emphasis (P/N), or auto. auto solves for it
     at each update so that the mean retention equals target_retention times max_keep."""
-    target_retention: float = 0.5
+    target_retention: float = 0.95
     """Mean retention that kappa_mask "auto" aims at, as a share of max_keep. It is about the share of weights that
     stay. A fixed kappa_mask ignores it."""
     kappa_weights: Tempering = "data_emphasis"
@@ -80,9 +80,9 @@ class IsingConfig:
     """Strength of the Ising coupling to the readers."""
     omega: float = 1.0
     """Share of the description cost KL_e in the mask field (1: the ELBO, 0: the paper)."""
-    tau_0: float = 1e-3
+    tau_0: float = 0.0
     """Standard deviation of the spike; 0: a dropped weight is exactly 0."""
-    tau_1: float = 0.3
+    tau_1: float = 1.0
     """Standard deviation of the slab."""
     empirical_tau_1: bool = False
     """Set tau_1 per layer by empirical Bayes at each mask update."""
@@ -94,7 +94,7 @@ class IsingConfig:
     curvature_factor: float = 30.0
     """posterior_scale curvature: factor of the curvature h. 1 is the optimum of the objective for a quadratic loss;
     a larger one gives narrower posteriors."""
-    max_keep: float | Literal["auto"] = "auto"
+    max_keep: float | Literal["auto"] = 0.98
     """Upper limit of the retention, so that every weight is dropped now and then. auto: the level of .9, .95, .98 and
     .995 whose predictions of the validation part are certainly the best after short trainings at each."""
     temperature: float = 0.5
@@ -135,9 +135,9 @@ class BaselineConfig:
 class TrainConfig:
     """How to train and how to evaluate."""
 
-    epochs: int = 30
+    epochs: int = 40
     """Passes over the training images, including the pilot phase but not the fine-tuning."""
-    pilot_fraction: float = 0.4
+    pilot_fraction: float = 0.15
     """Share of the epochs before the Ising phase, with every mask at one."""
     finetune_epochs: int = 0
     """Epochs after the Ising phase with the masks frozen at retention > 0.5."""

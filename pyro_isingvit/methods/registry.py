@@ -56,13 +56,13 @@ class Row:
 
 # The paper's equation (3) as its authors' code has it; docs/paper.md says what differs and why.
 PAPER_ISING = IsingConfig(
-    coupling="nearest", kappa_mask="batch_mean", kappa_weights="no_kl", delta=0.1, J=2.0, omega=0.0,
-    tau_0=0.01831563888873418, posterior_scale="shared", init_scale=0.01831563888873418, max_keep=1.0, mask_damping=1.0,
-    curvature_batch=64,
+    granularity="weight", target_retention=0.5, tau_1=0.3, coupling="nearest", kappa_mask="batch_mean",
+    kappa_weights="no_kl", delta=0.1, J=2.0, omega=0.0, tau_0=0.01831563888873418, posterior_scale="shared",
+    init_scale=0.01831563888873418, max_keep=1.0, mask_damping=1.0, curvature_batch=64,
 )  # fmt: skip
 PAPER_TRAIN = TrainConfig(
     epochs=71, pilot_fraction=1 / 71, batch_size=20, lr=1e-3, schedule="halving", warmup_fraction=0.0, samples=100,
-    calibrate=False, draws=1, average=0.0, rate_rule="uniform",
+    calibrate=False, draws=1, average=0.0, rate_rule="uniform", weight_decay=0.0,
 )  # fmt: skip
 PLAIN = TrainConfig(weight_decay=0.05)
 HERE = "pyro_isingvit.methods"
@@ -73,8 +73,8 @@ METHODS: dict[str, Row] = {
     # Gaussian VI is the pilot phase throughout: every mask at one, a learned scale per weight.
     "mean-field": Row(
         f"{HERE}.ising:IsingMethod",
-        IsingConfig(posterior_scale="learned", kappa_weights=5.0),
-        TrainConfig(pilot_fraction=1.0, lr=2e-3),
+        IsingConfig(granularity="weight", posterior_scale="learned", kappa_weights=5.0, tau_1=0.3),
+        TrainConfig(pilot_fraction=1.0, lr=2e-3, weight_decay=0.0),
         knob=("ising", "kappa_weights"),
     ),
     # Without the temperature of its predictions, which every other method has; temperature is the same with it.

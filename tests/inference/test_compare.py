@@ -26,7 +26,16 @@ from analysis.comparison_tables import (
     short_table,
     write_between,
 )
-from inference.compare import CompareArguments, make_cells, method_config, run_cell, run_grid, sibling
+from inference.compare import (
+    CompareArguments,
+    _record,
+    make_cells,
+    method_config,
+    recorded,
+    run_cell,
+    run_grid,
+    sibling,
+)
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import DataConfig, RunConfig
 from pyro_isingvit.methods.registry import METHODS
@@ -123,6 +132,26 @@ def test_a_sibling_is_found_by_its_settings(method: str, tmp_path: Path) -> None
     assert sibling(derived) == found and sibling(plain) is None
 
 
+def test_a_cell_of_the_results_counts_with_the_same_settings_wherever_its_run_is(tmp_path: Path) -> None:
+    (cell,) = small_cells(tmp_path, "ising")
+    results: dict = {}
+    assert not recorded(cell, results)
+    _record(results, cell, {"accuracy": 0.5})
+    kept = json.loads(json.dumps([*results.values()]))
+    assert str(tmp_path) not in json.dumps(kept)
+    results = {cell.key: kept[0]}
+    assert recorded(cell, results)
+    moved = replace(cell.config, data=replace(cell.config.data, data_root="elsewhere"), version="9.9.9")
+    assert recorded(replace(cell, config=moved, folder=tmp_path / "other"), results)
+    for part, change in (("train", {"lr": 1e-4}), ("ising", {"tau_1": 0.7}), ("data", {"val_fraction": 0.2})):
+        config = replace(cell.config, **{part: replace(getattr(cell.config, part), **change)})
+        assert not recorded(replace(cell, config=config), results), part
+    for broken in ({"status": "failed"}, {"config": "{}"}, {"config": "no JSON"}):
+        assert not recorded(cell, {cell.key: kept[0] | broken})
+    del kept[0]["config"]  # of an earlier version
+    assert not recorded(cell, {cell.key: kept[0]})
+
+
 def test_a_derived_method_takes_the_weights_of_a_renamed_sibling(tmp_path: Path) -> None:
     plain, derived = small_cells(tmp_path, "deterministic", "temperature")
     ours = run_cell(plain, 1)
@@ -204,6 +233,12 @@ def test_method_numbers_set_the_knobs() -> None:
     assert (mixed.mix, mixed.mix_alpha) == ("cutmix", 0.5)
     assert method_config("label-smoothing", 10, base).train.label_smoothing == 0.1
     assert method_config("gradual-magnitude:0.9", 10, base).baseline.sparsity == 0.9
+    shifted = replace(base, train=replace(base.train, augment="crop", margin=1))
+    for spec in ("ising", "dropout:0.3", "ising-paper"):
+        assert (method_config(spec, 10, shifted).train.augment, method_config(spec, 10, shifted).train.margin) == (
+            "crop",
+            1,
+        )
     magnitude = method_config("magnitude", 10, base)
     assert (magnitude.train.epochs, magnitude.train.finetune_epochs) == (8, 2)
     assert method_config("mean-field", 10, base).ising == METHODS["mean-field"].ising
