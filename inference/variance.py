@@ -3,8 +3,9 @@
 python -m inference.variance --dataset fashion-mnist --data-root data --train-size 6000 --epochs 14 --depth 2 \
     --out runs/variance
 
-Every way trains the same network from the same seed. The variance of the gradient with respect to the weight means is
-measured at one point, the network that the first way has trained. The test part is never used.
+Masks are on single weights. Every way trains the same network from the same seed. The variance of the gradient with
+respect to the weight means is measured at one point, the network that the first way has trained. The test part is never
+used.
 """
 
 import sys
@@ -27,6 +28,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "8 draws": {"draws": 8},
     "noise on activations": {"noise": "activations"},
 }
+MASKS = replace(METHODS[OURS].ising, granularity="weight", tau_0=1e-3)  # where every way can be taken
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def make_config(arguments: VarianceArguments) -> RunConfig:
         METHODS[OURS].train, epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed,
         device=arguments.device,
     )  # fmt: skip
-    return RunConfig(name, OURS, arguments.data, vit, METHODS[OURS].ising, settings, __version__)
+    return RunConfig(name, OURS, arguments.data, vit, MASKS, settings, __version__)
 
 
 def measure(arguments: VarianceArguments) -> list[dict[str, Any]]:

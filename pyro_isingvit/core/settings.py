@@ -275,7 +275,7 @@ class RunConfig:
         try:
             if written_before(raw.get("version", ""), (0, 4)) and raw["train"].get("draws") == 4:
                 raw["train"]["draws"] = None  # the default was 4, and 1 where 4 could not be
-            if written_before(raw.get("version", ""), (0, 5)) and shared_draws(raw):
+            if "average" not in raw["train"] and shared_draws(raw):  # before version 0.5
                 raw["train"]["draws"] = 4
             if raw["train"].get("shrinkage", 0.0) is None:  # what it was before it had a default
                 del raw["train"]["shrinkage"]

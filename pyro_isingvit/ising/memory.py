@@ -43,7 +43,7 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
         >>> model = IsingViT.for_data(data, ViTConfig(patch_size=4, width=8, heads=2, depth=1))
         >>> taken = training_memory(model, IsingGuide(model, num_data=100), TrainConfig())
         >>> taken["weight_means"], taken["total"]
-        (3904, 93192)
+        (3904, 66024)
     """
     p = model.num_masked_weights
     g = sum(guide.field(name).numel() for name in guide.layout.sites)

@@ -7,23 +7,20 @@ nothing had happened. Only complete searches count: a training that was interrup
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.processes import averaged, is_first
+from pyro_isingvit.data.split import Split
 from pyro_isingvit.ising.noise import LEVELS, USUAL_KEEP, chosen_keep
 from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature, temper
 from pyro_isingvit.runs.predict import draw_predictive
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from pyro_isingvit.runs.trainer import Trainer
+from pyro_isingvit.runs.session import Session
 
 log = logging.getLogger(__name__)
 FORK, SHARE = 0.5, 0.15  # of the epochs
@@ -34,7 +31,9 @@ class NoiseSearch:
     """The search of one training.
 
     Args:
-        trainer: whose method has masks to make noise with.
+        session: the training.
+        val: images to choose by.
+        train_epoch: trains an epoch, by its number.
 
     Raises:
         UserError: there are not enough validation images.
@@ -46,20 +45,21 @@ class NoiseSearch:
         found: mean NLL of the validation images at each level, once the search is over.
     """
 
-    def __init__(self, trainer: "Trainer") -> None:
-        self.trainer = trainer
-        settings = trainer.settings
+    def __init__(self, session: Session, val: Split, train_epoch: Callable[[int], Any]) -> None:
+        self.session, self.val, self.train_epoch = session, val, train_epoch
+        self.run, config = session.run, session.run.config
+        settings = config.train
         first, last = 0, settings.epochs
-        for name, epochs in trainer.method.phases(settings):
+        for name, epochs in self.run.method.phases(settings):
             if name == "ising":
                 last = first + epochs
                 break
             first += epochs
-        masked = trainer.method.noise is not None and trainer.config.ising.max_keep == "auto"
-        wanted = masked and settings.epochs >= SHORTEST and first < last
-        if wanted and len(trainer.data.val) < 2:
+        wanted = self.run.method.noise is not None and config.ising.max_keep == "auto"
+        wanted = wanted and settings.epochs >= SHORTEST and first < last
+        if wanted and len(val) < 2:
             raise UserError(
-                f"`max_keep` auto is chosen by validation images, and there are {len(trainer.data.val)}; give some "
+                f"`max_keep` auto is chosen by validation images, and there are {len(val)}; give some "
                 f"(`val_fraction`), or set `max_keep` to a number: {USUAL_KEEP} suits most data."
             )
         self.at = min(max(first, round(FORK * settings.epochs)), last - 1) if wanted else None
@@ -70,50 +70,47 @@ class NoiseSearch:
         """Epochs that the search adds to a training of which ``epoch`` are over."""
         return 0 if self.at is None or epoch > self.at else self.epochs * len(LEVELS)
 
-    def run(self) -> None:
+    def choose(self) -> None:
         """Tries the levels and sets the best."""
         assert self.at is not None
-        trainer, nll = self.trainer, dict[float, Tensor]()
-        before = trainer.session.snapshot()
+        before, nll = self.session.snapshot(), dict[float, Tensor]()
         for level in LEVELS:
-            trainer.method.set_noise(level)
+            self.run.method.set_noise(level)
             with self._hurried():
                 for epoch in range(self.at, self.at + self.epochs):
-                    trainer.train_epoch(epoch)
+                    self.train_epoch(epoch)
             nll[level] = self._losses()
-            trainer.session.put_back(before)
-        trainer.method.set_noise(chosen_keep(nll))
+            self.session.put_back(before)
+        best = chosen_keep(nll)
+        self.run.method.set_noise(best)
         self.found = {level: float(losses.mean()) for level, losses in nll.items()}
         if is_first():
             told = ", ".join(f"{level}: {loss:.4f}" for level, loss in self.found.items())
-            log.info(
-                "max_keep %g, by the NLL of %d validation images (%s)", chosen_keep(nll), len(nll[USUAL_KEEP]), told
-            )
+            log.info("max_keep %g, by the NLL of %d validation images (%s)", best, len(self.val), told)
 
     @contextmanager
-    def _hurried(self) -> "Iterator[None]":
+    def _hurried(self) -> Iterator[None]:
         """What is left of the learning rate's schedule, within the epochs of the search."""
         assert self.at is not None
-        trainer = self.trainer
-        start, steps = self.at * trainer.steps_per_epoch, self.epochs * trainer.steps_per_epoch
-        left = trainer.settings.epochs * trainer.steps_per_epoch - start
-        usual: list[Callable[[int], float]] = trainer.scheduler.lr_lambdas
+        scheduler, per_epoch = self.session.scheduler, self.session.steps_per_epoch
+        start, steps = self.at * per_epoch, self.epochs * per_epoch
+        left = self.run.config.train.epochs * per_epoch - start
+        usual: list[Callable[[int], float]] = scheduler.lr_lambdas
 
         def hurried(factor: Callable[[int], float]) -> Callable[[int], float]:
             return lambda step: factor(start + (step - start) * left // steps)
 
-        trainer.scheduler.lr_lambdas = [hurried(factor) for factor in usual]
+        scheduler.lr_lambdas = [hurried(factor) for factor in usual]
         try:
             yield
         finally:
-            trainer.scheduler.lr_lambdas = usual
+            scheduler.lr_lambdas = usual
 
     @torch.no_grad()
     def _losses(self) -> Tensor:
         """NLL of each validation image at the temperature that fits them all, (n,)."""
-        trainer: Any = self.trainer
-        val = trainer.data.val
-        probs = draw_predictive(trainer.run, val.images, CALIBRATION_SAMPLES, seed=trainer.settings.seed).probs
-        mean = temper(probs, fit_temperature(probs, val.labels)).mean(0)
-        losses = -mean.gather(1, val.labels.to(mean.device).unsqueeze(1)).squeeze(1).log()
+        labels, seed = self.val.labels, self.run.config.train.seed
+        probs = draw_predictive(self.run, self.val.images, CALIBRATION_SAMPLES, seed=seed).probs
+        mean = temper(probs, fit_temperature(probs, labels)).mean(0)
+        losses = -mean.gather(1, labels.to(mean.device).unsqueeze(1)).squeeze(1).log()
         return averaged(losses.double()).cpu()  # all processes must choose alike

@@ -66,7 +66,7 @@ def with_decay(settings: TrainConfig, steps: int) -> TrainConfig:
         >>> short = with_decay(TrainConfig(epochs=10, lr=6e-3, shrinkage=2.0), steps=50)
         >>> longer = with_decay(TrainConfig(epochs=40, lr=6e-3, shrinkage=2.0), steps=50)
         >>> round(short.weight_decay, 2), round(longer.weight_decay, 2)
-        (1.3, 0.33)
+        (1.33, 0.33)
     """
     if settings.weight_decay is not None:
         return settings

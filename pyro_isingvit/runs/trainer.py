@@ -143,7 +143,7 @@ class Trainer:
         self.averaging = Averaging(self.method.averaged_parameters(), self.settings.average)
         self.data = replace(data, train=data.train.to(device), val=data.val.to(device))
         self.session = Session(self.run, self.optimizer, self.scheduler, self.averaging, len(data.train), steps, device)
-        self.noise_search = NoiseSearch(self)
+        self.noise_search = NoiseSearch(self.session, self.data.val, self.train_epoch)
         self.epoch_seconds: list[float] = []
         self.bar: tqdm = tqdm(disable=True)
 
@@ -200,7 +200,7 @@ class Trainer:
         with self.bar:
             for epoch in range(session.epoch, self.total_epochs):
                 if epoch == self.noise_search.at:
-                    self.noise_search.run()
+                    self.noise_search.choose()
                 self.run.history.append(self.train_epoch(epoch))
                 session.epoch = epoch + 1
                 session.seconds = time.monotonic() - start

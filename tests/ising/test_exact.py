@@ -262,7 +262,16 @@ def train(shape: ViTConfig, images: Tensor, labels: Tensor, decay: float) -> tup
     return vit, {kind: weight.detach() for kind, weight in weights.items()}
 
 
-ISING = IsingConfig(kappa_mask=1.0, max_keep=1.0, mask_damping=1.0, curvature_decay=0.995, tau_1=0.5, init_scale=0.05)
+ISING = IsingConfig(
+    granularity="weight",
+    tau_0=1e-3,
+    kappa_mask=1.0,
+    max_keep=1.0,
+    mask_damping=1.0,
+    curvature_decay=0.995,
+    tau_1=0.5,
+    init_scale=0.05,
+)
 
 
 @pytest.fixture(scope="module")

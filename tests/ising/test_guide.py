@@ -191,7 +191,7 @@ def test_tempering() -> None:
     "setting",
     [
         {"saliency": "nope"}, {"coupling": "nope"}, {"granularity": "nope"}, {"delta": 0.0}, {"delta": 1.0},
-        {"max_keep": 1.5}, {"target_retention": 0.0}, {"tau_0": 0.5}, {"tau_1": -1.0}, {"temperature": 0.0},
+        {"max_keep": 1.5}, {"target_retention": 0.0}, {"tau_0": 1.5}, {"tau_1": -1.0}, {"temperature": 0.0},
         {"decay": 2.0}, {"mask_damping": 0.0}, {"update_every": 0}, {"kappa_weights": -1.0}, {"mask_posterior": "nope"},
         {"curvature_factor": 0.0},
     ],

@@ -33,7 +33,7 @@ def test_it_trains_and_sets_the_prior(data, granularity: str) -> None:
     ising = IsingConfig(coupling="number of readers", granularity=granularity, J=2.0, delta=0.8, update_every=2)
     model = IsingViT.for_data(data, TINY, ising)
     run = fit(model, data, epochs=4, batch_size=20, device="cpu", progress=False)
-    assert run.history[-1]["loss"] < run.history[0]["loss"]
+    assert run.history[-1]["nll"] < run.history[0]["nll"]
     most = count(model.vit.readers, "patch")  # attention and MLP of both blocks, and the head
     assert most == 5
     for name, site in model.layout.sites.items():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pyro
 import pytest
 import torch
-from helpers import CONFIG, TINY, make_pair, trainer
+from helpers import CONFIG, TINY, WEIGHTS, make_pair, trainer
 from torch import Tensor, nn
 
 from pyro_isingvit import IsingViT, compact, fit, load_run
@@ -74,7 +74,7 @@ def registered(monkeypatch) -> None:
 
 
 def of(family: str, **changes: object) -> IsingConfig:
-    return IsingConfig(mask_posterior=family, update_every=2, **changes)
+    return replace(WEIGHTS, mask_posterior=family, update_every=2, **changes)
 
 
 def trained(data, folder, family: str, **changes: object):

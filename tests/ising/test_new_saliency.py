@@ -31,10 +31,12 @@ def registered(monkeypatch) -> None:
 
 def test_it_trains_and_guides_the_masks(data) -> None:
     ising = IsingConfig(
+        granularity="weight", tau_0=1e-3, tau_1=0.3, target_retention=0.5,
         saliency="one image", coupling="none", omega=0.0,  # the likelihood alone tells masks apart
         kappa_mask=100.0, delta=0.5, max_keep=1.0, mask_damping=1.0, update_every=2, curvature_batch=5,
     )  # fmt: skip
-    run = fit(IsingViT.for_data(data, TINY, ising), data, epochs=5, batch_size=20, device="cpu", progress=False)
+    run = fit(IsingViT.for_data(data, TINY, ising), data, epochs=5, batch_size=20, pilot_fraction=0.4,
+              weight_decay=0.0, device="cpu", progress=False)  # fmt: skip
     assert seen == [5] * -(-5 * 3 // 2)  # every second of 15 steps, on curvature_batch images
     guide = run.guide
     assert guide.curvature("fc2").max() > 0 and all((guide.curvature(k) == 0).all() for k in guide.kinds if k != "fc2")

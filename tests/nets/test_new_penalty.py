@@ -47,7 +47,9 @@ def rows(monkeypatch) -> None:
 
 
 def settings(**changes: float) -> Settings:
-    return Settings(epochs=10, lr=1e-2, batch_size=20, samples=2, val_samples=2, device="cpu", **changes)
+    return Settings(
+        weight_decay=0.0, epochs=10, lr=1e-2, batch_size=20, samples=2, val_samples=2, device="cpu", **changes
+    )
 
 
 METHOD_NAMES = [name for name in METHODS if name != "laplace"]  # which needs an extra

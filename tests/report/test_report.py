@@ -25,6 +25,7 @@ SECTIONS = (
     "uncertainty",
     "intervals",
     "retention",
+    "structure",
     "heads",
     "masks",
     "margins",
