@@ -92,7 +92,7 @@ def test_large_runs_keep_layer_means_only(tmp_path, monkeypatch):
     del tree["constant_data"]
     text = write_report(make_run(tmp_path / "run", tree=tree)).read_text()
     assert text.count("This run keeps no data for this figure.") == 3  # intervals, masks and margins
-    assert text.count("<picture>") == len(SECTIONS) - 3
+    assert text.count("<picture>") == len(SECTIONS) - 4
 
 
 @pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl", "metrics.json", "posterior.nc", "."])
