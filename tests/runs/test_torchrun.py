@@ -17,7 +17,8 @@ from pyro_isingvit.core.checkpoint import load_checkpoint
 # 90 images: two batches of 32, and 26 that 4 parts cannot share out evenly unless 2 are left out.
 SMALL = [
     "--dataset", "digits", "--train-size", 90, "--depth", 1, "--width", 8, "--epochs", 4, "--finetune-epochs", 1,
-    "--pilot-fraction", 0.4, "--samples", 3, "--val-samples", 2, "--batch-size", 32, "--update-every", 2, "--device", "cpu",
+    "--pilot-fraction", 0.4, "--samples", 3, "--val-samples", 2, "--batch-size", 32, "--update-every", 2,
+    "--device", "cpu",
 ]  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
