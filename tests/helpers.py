@@ -129,7 +129,7 @@ SCRIPTS = {
     "inference.search": "SearchArguments",
     "inference.rates": "RatesArguments", "analysis.rates": "Arguments", "analysis.benchmark": "BenchmarkFigures",
     "analysis.ood": "Arguments", "analysis.corruptions": "Arguments", "analysis.comparison": "Arguments",
-    "analysis.tutorial": "Arguments", "analysis.method_figure": "Arguments",
+    "analysis.trials": "Arguments", "analysis.tutorial": "Arguments", "analysis.method_figure": "Arguments",
 }  # fmt: skip
 QUICK_FLAGS = ["--dataset", "digits", "--epochs", "3", "--depth", "1", "--width", "16", "--samples", "5",
                "--train-size", "100", "--device", "cpu"]  # fmt: skip

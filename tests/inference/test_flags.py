@@ -105,6 +105,7 @@ def required(script: str, folder: Path) -> list[str]:
         "inference.search": ["--trials", missing, "--records", str(folder / "out")],
         "inference.rates": ["--out", str(folder / "out")],
         "analysis.rates": ["--results", missing],
+        "analysis.trials": ["--records", missing],
         "analysis.benchmark": ["--results", missing],
         "analysis.report": ["--run", missing],
         "analysis.ood": ["--run", missing, "--ood", "noise"],
