@@ -43,7 +43,7 @@ test-matrix: $(VENV)/.installed ## test every supported Python with the oldest a
 	$(PY) tests/matrix.py
 
 demo: $(VENV)/.installed ## train on real handwritten digits and write the report
-	OMP_NUM_THREADS=1 $(PY) -m inference.train --dataset digits --preset digits --epochs 140 --target-retention 0.7 --lr 0.004 --mix mixup --samples 100 --out $(DEMO) --overwrite
+	OMP_NUM_THREADS=1 $(PY) -m inference.train --dataset digits --preset digits --epochs 140 --target-retention 0.7 --max-keep 0.98 --lr 0.004 --mix mixup --samples 100 --out $(DEMO) --overwrite
 	$(PY) -m analysis.report --run $(DEMO)
 
 soak: $(VENV)/.installed ## train, kill, resume, predict, prune for SOAK_MINUTES=30: memory and open files must not grow

@@ -3,8 +3,8 @@
 python -m analysis.trials --records analysis/results/dev/records.jsonl --methods ising --cells 8
 
 Settings that all rows share are said once, above the table; epochs are told where they are not the usual number of
-their column. Numbers are means over the seeds, with the number of seeds where there are several; rows with few seeds are
-not strictly comparable with others, which ``--seeds`` cures.
+their column. Numbers are means over the seeds, with the number of seeds where there are several; rows with few seeds
+are not strictly comparable with others, which ``--seeds`` cures.
 """
 
 from collections import Counter, defaultdict
