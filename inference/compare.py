@@ -44,7 +44,7 @@ class CompareArguments:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; the same for all methods."""
     epochs: tuple[int, ...] = (30,)
-    """Epochs of every method: one number for all sizes, or one for each. magnitude fine-tunes in the last fifth."""
+    """Epochs of every method: one number for all sizes, or one for each; fine-tuning is counted."""
     preset: str | None = None
     """Network shape; by default the preset for the data set."""
     depth: int | None = None

@@ -10,7 +10,7 @@ file of trials is a JSON list such as
 
 ``settings`` takes any field of TrainConfig, IsingConfig and BaselineConfig; the rest is as the method has it. A trial
 may also have ``label`` (name of the data set in the table), ``name`` (of the trial), ``val_fraction``, ``image_size``
-and ``dev_size``. ``epochs`` counts fine-tuning, which a method that does so by default has in the last fifth.
+and ``dev_size``. ``epochs`` counts fine-tuning.
 
 Re-run the same command to resume an interrupted search: trials that have a record are skipped.
 """

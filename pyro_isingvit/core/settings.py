@@ -141,6 +141,8 @@ class TrainConfig:
     """Share of the epochs before the Ising phase, with every mask at one."""
     finetune_epochs: int = 0
     """Epochs after the Ising phase with the masks frozen at retention > 0.5."""
+    finetune_lr: float = 0.1
+    """Peak learning rate of these epochs, as a share of lr."""
     batch_size: int = 64
     """Images per step."""
     lr: float = 6e-3

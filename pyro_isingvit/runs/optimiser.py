@@ -10,8 +10,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pyro_isingvit.core.settings import TrainConfig
 
-FINETUNE_LR = 0.1  # peak learning rate of fine-tuning, as a share of lr
-
 
 def make_optimizer(groups: list[dict[str, Any]], settings: TrainConfig) -> torch.optim.AdamW:
     """AdamW at the peak learning rate, in its fast form on every device; the numbers are those of the slow one.
@@ -42,7 +40,7 @@ def rate_factor(settings: TrainConfig, steps: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
         if settings.schedule == "halving" and step < main:
             return halving_factor(step // steps)
-        return learning_rate_factor(step, main, total, warmup)
+        return learning_rate_factor(step, main, total, warmup, settings.finetune_lr)
 
     return factor
 
@@ -80,11 +78,11 @@ def halving_factor(epoch: int) -> float:
     return 0.5 ** (epoch // 20)
 
 
-def learning_rate_factor(step: int, main_steps: int, total_steps: int, warmup: int) -> float:
+def learning_rate_factor(step: int, main_steps: int, total_steps: int, warmup: int, finetune: float) -> float:
     """Share of the peak learning rate: linear warm-up, cosine to 0 over the main phases, and again to fine-tune."""
     if step < warmup:
         return (step + 1) / warmup
     if step < main_steps:
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, main_steps - warmup)))
     done = (step - main_steps) / max(1, total_steps - main_steps)
-    return FINETUNE_LR * 0.5 * (1 + math.cos(math.pi * done))
+    return finetune * 0.5 * (1 + math.cos(math.pi * done))

@@ -56,7 +56,7 @@ def check_training(config: TrainConfig) -> None:
     for name in ("epochs", "batch_size", "samples", "val_samples", "accumulate", "draws"):
         if isinstance(getattr(config, name), int) and getattr(config, name) < 1:
             raise UserError(f"`{name}` must be at least 1, not {getattr(config, name)}.")
-    for name in ("lr", "clip_norm", "scale_lr_factor"):
+    for name in ("lr", "finetune_lr", "clip_norm", "scale_lr_factor"):
         if not 0 < getattr(config, name) <= LARGEST:
             raise UserError(f"`{name}` must be positive and at most {LARGEST:g}, not {getattr(config, name)}.")
     for name in ("pilot_fraction", "warmup_fraction"):

@@ -13,7 +13,6 @@ from pyro_isingvit import load_run
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.ising.noise import LEVELS
 from pyro_isingvit.runs import noise_search
-from pyro_isingvit.runs.optimiser import FINETUNE_LR
 
 EPOCHS = 10
 AUTO = replace(CONFIG, ising=replace(CONFIG.ising, max_keep="auto"), train=replace(CONFIG.train, epochs=EPOCHS))
@@ -65,7 +64,7 @@ def test_each_level_ends_with_the_schedule_at_its_end(data, monkeypatch) -> None
     before = len(searching.scheduler.lr_lambdas)
     searching.fit()
     # What fine-tuning would start from, which comes after the last step of the schedule.
-    assert rates == [pytest.approx(FINETUNE_LR * searching.settings.lr)] * len(LEVELS)
+    assert rates == [pytest.approx(searching.settings.finetune_lr * searching.settings.lr)] * len(LEVELS)
     assert len(searching.scheduler.lr_lambdas) == before
 
 

@@ -172,7 +172,7 @@ def test_unknown_setting_is_named(data) -> None:
 
 
 def test_learning_rate_rises_falls_and_starts_again_to_finetune() -> None:
-    factors = [learning_rate_factor(step, 80, 100, 10) for step in range(100)]
+    factors = [learning_rate_factor(step, 80, 100, 10, 0.1) for step in range(100)]
     assert factors[0] == pytest.approx(0.1) and max(factors) == pytest.approx(1.0) and factors[10] == pytest.approx(1.0)
     assert all(a >= b for a, b in pairwise(factors[10:80]))
     assert factors[79] < 0.01 and factors[80] == pytest.approx(0.1) and factors[99] < 0.01
