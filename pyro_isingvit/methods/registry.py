@@ -62,9 +62,9 @@ PAPER_ISING = IsingConfig(
 )  # fmt: skip
 PAPER_TRAIN = TrainConfig(
     epochs=71, pilot_fraction=1 / 71, batch_size=20, lr=1e-3, schedule="halving", warmup_fraction=0.0, samples=100,
-    calibrate=False, draws=1, average=0.0, rate_rule="uniform", weight_decay=0.0,
+    calibrate=False, draws=1, average=0.0, rate_rule="uniform", shrinkage=0.0,
 )  # fmt: skip
-PLAIN = TrainConfig(weight_decay=0.05)
+PLAIN = TrainConfig()
 HERE = "pyro_isingvit.methods"
 # Learning rates: of 2e-3, 4e-3 and 6e-3 the one with the lowest NLL on validation images (docs/tuning.md).
 METHODS: dict[str, Row] = {
@@ -81,7 +81,7 @@ METHODS: dict[str, Row] = {
     "mean-field": Row(
         f"{HERE}.ising:IsingMethod",
         IsingConfig(granularity="weight", posterior_scale="learned", kappa_weights=5.0, tau_1=0.3),
-        TrainConfig(pilot_fraction=1.0, lr=2e-3, weight_decay=0.0),
+        TrainConfig(pilot_fraction=1.0, lr=2e-3, shrinkage=0.0),
         knob=("ising", "kappa_weights"),
     ),
     # Without the temperature of its predictions, which every other method has; temperature is the same with it.
@@ -98,11 +98,11 @@ METHODS: dict[str, Row] = {
     "dropconnect": Row(f"{HERE}.dropout:DropConnect", train=PLAIN, knob=("baseline", "drop_rate")),
     "concrete-dropout": Row(
         f"{HERE}.dropout:ConcreteDropout",
-        train=replace(PLAIN, weight_decay=0.0, lr=2e-3),
+        train=replace(PLAIN, shrinkage=0.0, lr=2e-3),
         knob=("baseline", "length_scale"),
     ),
     "sparse-vd": Row(
-        f"{HERE}.sparse:SparseVD", train=replace(PLAIN, weight_decay=0.0), knob=("baseline", "kl_weight")
+        f"{HERE}.sparse:SparseVD", train=replace(PLAIN, shrinkage=0.0), knob=("baseline", "kl_weight")
     ),
     "l0": Row(f"{HERE}.sparse:L0", train=replace(PLAIN, lr=4e-3), knob=("baseline", "l0_penalty")),
     "magnitude": Row(
