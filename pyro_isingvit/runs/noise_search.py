@@ -25,6 +25,7 @@ from pyro_isingvit.runs.session import Session
 log = logging.getLogger(__name__)
 FORK, SHARE = 0.5, 0.15  # of the epochs
 SHORTEST = 8  # epochs; with fewer there is nothing to be seen
+FEW = 20  # training images, of which a tenth is no validation part
 
 
 class NoiseSearch:
@@ -36,7 +37,7 @@ class NoiseSearch:
         train_epoch: trains an epoch, by its number.
 
     Raises:
-        UserError: there are not enough validation images.
+        UserError: there are not enough validation images, though there are images enough to give some.
 
     Attributes:
         at: number of the epoch before which it takes place; None: never, because max_keep is a number or there are
@@ -57,7 +58,10 @@ class NoiseSearch:
             first += epochs
         wanted = self.run.method.noise is not None and config.ising.max_keep == "auto"
         wanted = wanted and settings.epochs >= SHORTEST and first < last
-        if wanted and len(val) < 2:
+        if wanted and len(val) < 2 and session.num_data < FEW:
+            log.warning("max_keep stays %g: so few images leave none to choose it by", USUAL_KEEP)
+            wanted = False
+        elif wanted and len(val) < 2:
             raise UserError(
                 f"`max_keep` auto is chosen by validation images, and there are {len(val)}; give some "
                 f"(`val_fraction`), or set `max_keep` to a number: {USUAL_KEEP} suits most data."

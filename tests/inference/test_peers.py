@@ -45,7 +45,14 @@ TINY = [
 @pytest.fixture
 def job() -> Job:
     settings = replace(
-        OWN["deterministic"].train, epochs=8, lr=5e-3, samples=4, device="cpu", average=0.0, rate_rule="uniform"
+        OWN["deterministic"].train,
+        epochs=8,
+        lr=5e-3,
+        samples=4,
+        device="cpu",
+        average=0.0,
+        rate_rule="uniform",
+        weight_decay=0.05,
     )
     config = RunConfig("digits", "deterministic", DataConfig("digits", train_size=200), SHAPE, train=settings)
     return Job(config, load_data("digits", train_size=200), torch.device("cpu"))

@@ -127,3 +127,9 @@ def test_it_needs_a_validation_part(data) -> None:
     with pytest.raises(UserError, match="`max_keep` auto is chosen by validation images"):
         trainer(empty, config=AUTO)
     assert trainer(empty, config=fixed(0.9)).fit().guide.max_keep == 0.9
+
+
+def test_a_handful_of_images_need_none(data, caplog) -> None:
+    few = replace(data, train=data.train.take(np.arange(15)), val=data.val.take(np.arange(0)))
+    run = trainer(few, config=AUTO, batch_size=5).fit()
+    assert run.guide.max_keep == 0.98 and "max_keep stays 0.98" in caplog.text
