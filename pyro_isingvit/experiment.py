@@ -125,7 +125,7 @@ def fit(
 
         >>> run = fit(vit, data, method="dropout", drop_rate=0.2, epochs=2, progress=False)
         >>> run.config.baseline.drop_rate, run.config.train.lr
-        (0.2, 0.004)
+        (0.2, 0.006)
     """
     need(
         isinstance(data, ImageData),
