@@ -6,7 +6,6 @@ Shapes: S samples, B batch, C classes.
 """
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from inference.peer_network import decayed
 from pyro_isingvit.core.settings import IsingConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.data.batches import count_steps
 from pyro_isingvit.data.split import DataInfo
 from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.methods.registry import METHODS
@@ -95,7 +95,7 @@ def _stepper(
     after: Case = lambda: None,
 ) -> Case:  # fmt: skip
     optimizer = make_optimizer(groups, settings)
-    schedule = make_schedule(optimizer, settings, math.ceil(shape.num_data / shape.batch))
+    schedule = make_schedule(optimizer, settings, count_steps(shape.num_data, shape.batch))
 
     def step() -> None:
         value = loss()
@@ -112,7 +112,7 @@ def _stepper(
 def plain_step(shape: Shape) -> Case:
     """A step of the plain ViT: cross entropy and AdamW as in the deterministic method, without averaging."""
     network, (x, y) = plain_network(shape), _batch(shape)
-    settings = with_decay(replace(METHODS["deterministic"].train, lr=LR), math.ceil(shape.num_data / shape.batch))
+    settings = with_decay(replace(METHODS["deterministic"].train, lr=LR), count_steps(shape.num_data, shape.batch))
     forward = torch.compile(network) if shape.compiled else network
 
     def loss() -> Tensor:

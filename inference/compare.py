@@ -287,7 +287,7 @@ def _record(results: dict[tuple[Any, ...], dict[str, Any]], cell: Cell, outcome:
     row: dict[str, Any] = {
         "dataset": cell.dataset, "train_size": cell.train_size, "method": cell.method, "seed": cell.seed,
         "run": cell.folder.name, "epochs": cell.config.train.epochs + cell.config.train.finetune_epochs,
-        "vit": asdict(cell.config.vit), "config": json.dumps(json.loads(anywhere(cell).to_json())),
+        "vit": asdict(cell.config.vit), "config": json.dumps(asdict(anywhere(cell))),
     }  # fmt: skip
     if isinstance(outcome, Exception):
         text = in_flags(str(outcome), None) or repr(outcome)  # a cell's settings are not flags of the grid

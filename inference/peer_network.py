@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_isingvit.core.settings import RunConfig, TrainConfig
-from pyro_isingvit.data.batches import batches
+from pyro_isingvit.data.batches import batches, count_steps
 from pyro_isingvit.data.images import as_images
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.plain import Plain
@@ -49,8 +49,12 @@ class Job:
     @property
     def train(self) -> TrainConfig:
         """How to train, with the number for `weight_decay` that `shrinkage` stands for."""
-        settings = self.config.train
-        return with_decay(settings, math.ceil(len(self.data.train) / settings.batch_size))
+        return with_decay(self.config.train, self.steps)
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return count_steps(len(self.data.train), self.config.train.batch_size)
 
     def in_chunks(self, images: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
         """Class probabilities (S, B, C) of all images (uint8), on the CPU; ``predict`` takes normalised ones."""
@@ -120,7 +124,7 @@ def train(
     """
     settings, split = job.config.train, job.data.train
     optimizer = make_optimizer(groups, settings)
-    scheduler = make_schedule(optimizer, settings, math.ceil(len(split) / settings.batch_size))
+    scheduler = make_schedule(optimizer, settings, job.steps)
     value = torch.zeros(())
     module.train()
     for epoch in range(settings.epochs):

@@ -28,7 +28,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "8 draws": {"draws": 8},
     "noise on activations": {"noise": "activations"},
 }
-MASKS = replace(METHODS[OURS].ising, granularity="weight", tau_0=1e-3)  # where every way can be taken
+MASKS = replace(METHODS[OURS].ising, granularity="weight", tau_0=1e-3, max_keep=0.98)  # where every way can be taken
 
 
 @dataclass(frozen=True)

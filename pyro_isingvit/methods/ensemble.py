@@ -80,7 +80,7 @@ class Ensemble(Method):
             member.before_step(x, y, phase, step, progress)
 
     def validation_draws(self, settings: TrainConfig) -> int:
-        """``val_samples`` of each member, where members are drawn from without end: each is judged by its own."""
+        """``val_samples`` of each member, where members are drawn from without end: as many as it would have alone."""
         return settings.val_samples * (len(self.networks) if self.max_draws is None else 1)
 
     @property

@@ -50,12 +50,9 @@ class NoiseSearch:
         self.session, self.val, self.train_epoch = session, val, train_epoch
         self.run, config = session.run, session.run.config
         settings = config.train
-        first, last = 0, settings.epochs
-        for name, epochs in self.run.method.phases(settings):
-            if name == "ising":
-                last = first + epochs
-                break
-            first += epochs
+        phases = dict(self.run.method.phases(settings))
+        first = phases.get("pilot", 0)
+        last = first + phases.get("ising", 0)
         wanted = self.run.method.noise is not None and config.ising.max_keep == "auto"
         wanted = wanted and settings.epochs >= SHORTEST and first < last
         if wanted and len(val) < 2 and session.num_data < FEW:

@@ -201,7 +201,9 @@ class Trainer:
             for epoch in range(session.epoch, self.total_epochs):
                 if epoch == self.noise_search.at:
                     self.noise_search.choose()
-                self.run.history.append(self.train_epoch(epoch))
+                record, seconds = self.train_epoch(epoch)
+                self.run.history.append(record)
+                self.epoch_seconds.append(seconds)
                 session.epoch = epoch + 1
                 session.seconds = time.monotonic() - start
                 session.keep()
@@ -225,8 +227,12 @@ class Trainer:
         draws = draw_predictive(self.run, self.data.val.images, CALIBRATION_SAMPLES, seed=self.settings.seed)
         self.run.temperature.fill_(fit_temperature(draws.probs, self.data.val.labels))
 
-    def train_epoch(self, epoch: int) -> dict[str, Any]:
-        """The steps of an epoch, and its validation; returns its record for the history, which is not kept yet."""
+    def train_epoch(self, epoch: int) -> tuple[dict[str, Any], float]:
+        """The steps of an epoch, and its validation.
+
+        Returns:
+            its record for the history, and the seconds of its steps; neither is kept yet.
+        """
         phase, first, last = self.phase(epoch)
         self.averaging.hide()
         if epoch == first:
@@ -260,16 +266,17 @@ class Trainer:
         # No later loss of the epoch would show that its last step spoiled the weights.
         mean_loss = math.nan if not_finite(self.method) else float(averaged(sums)) / count
         self._check_finite(mean_loss, {}, epoch)
-        self.epoch_seconds.append(time.monotonic() - start)
+        seconds = time.monotonic() - start
         self.averaging.show()
         mean_terms = {name: sum(look[name] for look in looks) / len(looks) for name in looks[0]}
         masks = self.run.mask_summary()
         noise = {} if self.method.noise is None else {"max_keep": self.method.noise}
-        return {
+        record = {
             "epoch": epoch + 1, "phase": phase, "loss": mean_loss, **mean_terms,
             "lr": self.scheduler.get_last_lr()[0], "retention": masks["retention_mean"],
             "pruned_fraction": masks["pruned_fraction"], **noise, **self._validate(epoch),
         }  # fmt: skip
+        return record, seconds
 
     def _look(self, terms: Terms, epoch: int) -> dict[str, float]:
         """The terms as numbers, averaged over the processes, in the units of metrics.jsonl; all must be finite."""

@@ -47,6 +47,7 @@ def test_another_level_holds_from_the_fork_on(data, monkeypatch, caplog) -> None
     with caplog.at_level(logging.INFO):
         run = searching.fit()
     assert [record["max_keep"] for record in run.history] == [0.98] * 5 + [0.9] * 5
+    assert len(searching.epoch_seconds) == EPOCHS  # those of the search are not among them
     assert len(run.history) == EPOCHS and [r["epoch"] for r in run.history] == list(range(1, EPOCHS + 1))
     assert set(searching.noise_search.found) == set(LEVELS) and "max_keep 0.9, by the NLL of" in caplog.text
     highest = max(float(run.guide.retention(name).max()) for name in run.guide.layout.sites)
