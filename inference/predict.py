@@ -64,7 +64,8 @@ def predict(arguments: PredictArguments) -> None:
         raise UserError("no CUDA device is available here; use --device cpu or auto.")
     cuda = arguments.device != "cpu" and torch.cuda.is_available()
     run = open_run(arguments.run, "cuda" if cuda else "cpu")
-    inputs = load_inputs(arguments.input, run.info, data_root=arguments.data_root, download=False)
+    size = run.config.data.image_size
+    inputs = load_inputs(arguments.input, run.info, data_root=arguments.data_root, download=False, image_size=size)
     draws = draw_predictive(run, inputs.images, arguments.samples, arguments.chunk, arguments.seed, progress=True)
     labels = inputs.labels if int(inputs.labels.min()) >= 0 else None
     attrs = {"run": str(arguments.run), "input": arguments.input, "config": run.config.to_json()}

@@ -7,7 +7,7 @@ torchrun --nproc-per-node 2 -m inference.train --dataset digits --preset digits 
 
 import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +32,9 @@ class TrainArguments:
     """Network shape to start from; by default the preset for the data set."""
     method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = OURS
     """What to train: the library's Ising posterior, the paper's literal setting, or a method to compare with."""
+    init: str | None = None
+    """Trained network to start from: timm:NAME or torchvision:NAME (--download fetches it), either with @FILE for a
+    file of yours, a .safetensors file of inference.pretrain, or the folder of a run or of a pruned network."""
     overwrite: bool = False
     """Replace the run that the folder holds."""
     full_posterior: bool = False
@@ -59,8 +62,14 @@ def train(arguments: TrainArguments) -> None:
 
     config = RunConfig(
         arguments.preset, arguments.method, arguments.data, arguments.vit, arguments.ising, arguments.train,
-        __version__, arguments.baseline,
+        __version__, arguments.baseline, init=arguments.init,
     )  # fmt: skip
+    usual = replace(preset(arguments.preset), head=arguments.vit.head)
+    if arguments.init is not None and arguments.vit != usual:
+        raise UserError(
+            "--init brings the shape of the network with it; leave --preset and the flags of the shape out."
+        )
+
     if holds_run(arguments.out) and not arguments.overwrite:
         raise UserError(
             f"{arguments.out} already holds a run; continue it with --resume {arguments.out} alone, or replace it with "

@@ -15,6 +15,10 @@ from .experiment import fit as fit
 from .ising.guide import IsingGuide as IsingGuide
 from .ising.memory import training_memory as training_memory
 from .ising.model import IsingViT as IsingViT
+from .nets.backbones import from_timm as from_timm
+from .nets.backbones import from_torchvision as from_torchvision
+from .nets.backbones import start_of as start_of
+from .nets.start import Start as Start
 from .predictive.datatree import load_datatree as load_datatree
 from .predictive.datatree import save_datatree as save_datatree
 from .predictive.draws import PredictiveDraws as PredictiveDraws
@@ -26,6 +30,7 @@ from .runs.predict import attention_margins as attention_margins
 from .runs.predict import draw_predictive as draw_predictive
 from .runs.run import Run as Run
 from .runs.tree import run_to_datatree as run_to_datatree
+from .starts import load_start as load_start
 from .trained import TrainedRun as TrainedRun
 from .trained import load_run as load_run
 from .version import __version__ as __version__

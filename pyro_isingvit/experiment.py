@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,15 @@ from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.evaluation import write_evaluation
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.registry import row
+from pyro_isingvit.nets.start import Start
 from pyro_isingvit.runs.folder import FILES, clear_run, need_folder
+from pyro_isingvit.runs.load import open_run
 from pyro_isingvit.runs.trainer import Trainer
+from pyro_isingvit.starts import load_start
 from pyro_isingvit.trained import TrainedRun
 from pyro_isingvit.version import __version__
+
+log = logging.getLogger(__name__)
 
 
 def train_run(
@@ -59,8 +65,12 @@ def train_run(
         )
     here = config.data.dataset in DATASETS or config.data.dataset.partition(":")[0] in PREFIXES
     need(here or not resume, f"{folder} was trained on images given in memory; it can be loaded, but not resumed.")
-    data = load_data(**dataclasses.asdict(config.data), seed=config.train.seed)
-    trainer = Trainer(config, data, folder, progress)
+    data, start = load_data(**dataclasses.asdict(config.data), seed=config.train.seed), None
+    if config.init is not None and resume:  # the checkpoint has the network, and how its images are normalised
+        data = replace(data, info=open_run(folder).info)
+    elif config.init is not None:
+        config, data, start = begun(config, data, load_start(config.init, download=config.data.download))
+    trainer = Trainer(config, data, folder, progress, start=start)
     if trained is not None:
         trainer.adopt(trained)
     elif resume:
@@ -80,8 +90,30 @@ def train_run(
         raise
 
 
+def begun(config: RunConfig, data: ImageData, start: Start) -> tuple[RunConfig, ImageData, Start]:
+    """Settings, data and start of a training that begins from a trained network.
+
+    Args:
+        config: the settings; of the shape, the head counts alone.
+        data: whose images are normalised as the network had them from now on.
+        start: for any images.
+
+    Raises:
+        UserError: images that the network cannot read.
+    """
+    small = max(data.info.height, data.info.width) < min(start.image_shape[1:])
+    if small and min(start.vit.patch_size * 4, *start.image_shape[1:]) > max(data.info.height, data.info.width):
+        log.warning(
+            "%s was trained on images of %dx%d, these have %dx%d: resize them with `image_size`",
+            start.source, *start.image_shape[1:], data.info.height, data.info.width,
+        )  # fmt: skip
+    start = start.fitted(data.info.image_shape)
+    config = replace(config, vit=replace(start.vit, head=config.vit.head), init=config.init or start.source)
+    return config, replace(data, info=replace(data.info, mean=start.mean, std=start.std)), start
+
+
 def fit(
-    model: IsingViT | ViTConfig | str,
+    model: IsingViT | ViTConfig | Start | str,
     data: ImageData,
     *,
     method: str = "ising",
@@ -94,8 +126,9 @@ def fit(
     """Trains a network on images in memory, by the likelihood-guided Ising posterior or any other method.
 
     Args:
-        model: the name of a preset ("digits", "small", "cifar", ...), the shape of a network, or an ``IsingViT``,
-            whose own parameters are then trained in place.
+        model: the name of a preset ("digits", "small", "cifar", ...), the shape of a network, a trained network to
+            start from (``load_start``, ``start_of``), or an ``IsingViT``, whose own parameters are then trained in
+            place.
         data: what ``load_data`` or ``ImageData.from_arrays`` returns.
         method: a name in ``pyro_isingvit.methods.registry.METHODS``: "ising", "dropout", "ensemble", "laplace", ...
         train: how to train; None: the method's own defaults.
@@ -149,7 +182,12 @@ def fit(
         data=_source(data, parts["train"]), vit=_shape(model), **parts, version=__version__, method=method,
         preset=model if isinstance(model, str) else "custom",
     )  # fmt: skip
-    return _trained(Trainer(config, data, None, progress, given), data)
+    start = None
+    if isinstance(model, Start):
+        config, data, start = begun(config, data, model)
+    elif given is not None and given.vit.centred:  # IsingViT.from_pretrained
+        config, data = replace(config, init="IsingViT.from_pretrained"), replace(data, info=given.info)
+    return _trained(Trainer(config, data, None, progress, given, start=start), data)
 
 
 def _source(data: ImageData, train: TrainConfig) -> DataConfig:
@@ -161,12 +199,17 @@ def _source(data: ImageData, train: TrainConfig) -> DataConfig:
     return source if same else DataConfig(dataset=f"{data.info.dataset} (divided with seed {seed})")
 
 
-def _shape(model: IsingViT | ViTConfig | str) -> ViTConfig:
+def _shape(model: IsingViT | ViTConfig | Start | str) -> ViTConfig:
     if isinstance(model, IsingViT):
         return model.vit.config
+    if isinstance(model, Start):
+        return model.vit
     if isinstance(model, ViTConfig):
         return model
-    need(isinstance(model, str), f"`model` must be a preset's name, a ViTConfig or an IsingViT, not {model!r:.60}.")
+    need(
+        isinstance(model, str),
+        f"`model` must be a preset's name, a ViTConfig, a Start or an IsingViT, not {model!r:.60}.",
+    )
     return preset(model)
 
 

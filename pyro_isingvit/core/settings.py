@@ -23,13 +23,13 @@ class DataConfig:
     data_root: str = "data"
     """Folder of the torchvision data sets; download writes them here."""
     download: bool = False
-    """Fetch a missing torchvision data set into data_root."""
+    """Fetch a missing torchvision data set into data_root, and the weights that `init` names."""
     train_size: int | None = None
     """Train on a stratified, seeded subset of this many images; None: on all except the validation part."""
     val_fraction: float = 0.1
     """Validation images, as a share of the training images."""
     image_size: int | None = None
-    """Resize images of an image folder to squares with this many pixels a side; needed if their sizes differ."""
+    """Resize the images to squares with this many pixels a side; an image folder needs it if its sizes differ."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,33 @@ class ViTConfig:
     mlp_ratio: int = 4
     """Hidden units of an MLP, as a multiple of the width."""
     pool: Literal["mean", "cls"] = "mean"
-    """What the head reads: the mean over tokens, or a CLS token."""
+    """What the head reads: the mean over the patch tokens, or a CLS token."""
     head: Literal["linear", "mlp"] = "linear"
     """A linear head, or the paper's two layers D -> D/2 -> ReLU -> C."""
+    patch_stride: int | None = None
+    """Pixels from one patch to the next; patches overlap where it is below patch_size, its default."""
+    stem: Literal["none", "conv"] = "none"
+    """conv: convolutions halve the image until one vector is left for each patch, and the patch embedding reads it."""
+    registers: int = 0
+    """Learned tokens beside those of the patches, which the mean over tokens leaves out."""
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    """Of the MLPs. quick_gelu is x sigmoid(1.702 x), as in CLIP."""
+    norm_eps: float = 1e-5
+    """Epsilon of the LayerNorms."""
+    norm_pre: bool = False
+    """A LayerNorm of the tokens before the first block, as in CLIP."""
+    final_norm: Literal["tokens", "pooled"] = "tokens"
+    """What the last LayerNorm reads: the tokens, or, with pool mean, their mean."""
+
+    @property
+    def stride(self) -> int:
+        """Pixels from one patch to the next."""
+        return self.patch_size if self.patch_stride is None else self.patch_stride
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before those of the patches: CLS and registers."""
+        return self.registers + (self.pool == "cls")
 
 
 @dataclass(frozen=True)
@@ -58,6 +82,9 @@ class IsingConfig:
 
     granularity: Granularity = "unit"
     """What one selection mask covers: a weight, a unit (output row), an attention head, or a whole branch."""
+    bayesian_blocks: int | None = None
+    """Masks and noise in this many of the last blocks, and in the head; the blocks before them, and the patch
+    embedding, have ordinary weights, and predictions compute them once for all draws. None: everywhere."""
     mask_posterior: str = "likelihood_guided"
     """likelihood_guided: the mean-field equation sets the masks; learned: relaxed-Bernoulli gradients do, with the
     Ising field as prior; hybrid: the equation with learned corrections. The names are in
@@ -86,6 +113,9 @@ class IsingConfig:
     """Standard deviation of the slab."""
     empirical_tau_1: bool = False
     """Set tau_1 per layer by empirical Bayes at each mask update."""
+    centre: Literal["start", "zero"] = "start"
+    """Where the slab is centred if training starts from a trained network: at its weights, or at 0. A fresh network
+    has its slab at 0."""
     posterior_scale: Literal["learned", "shared", "curvature"] = "shared"
     """shared: one frozen posterior scale s for all weights (as in the paper); learned: one per weight; curvature: one
     per weight, set at each update by s^-2 = curvature_factor kappa_weights N h + tau_1^-2."""
@@ -165,6 +195,11 @@ class TrainConfig:
     """Number of micro-batches into which a step's batch is cut: the same loss with less memory."""
     checkpoint_activations: bool = False
     """Keep only the input of each block and recompute the rest in the backward pass: less memory, more time."""
+    layer_decay: float = 1.0
+    """Rates fall by this factor from each block to the one before it; 1: all alike. 0.65 to 0.8 suit trained
+    networks."""
+    frozen_blocks: int = 0
+    """The first blocks that stay as they start, with everything before them; for trained networks."""
     clip_norm: float = 1.0
     """Upper limit of the global gradient norm."""
     average: float = 0.2
@@ -210,6 +245,54 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class PretrainConfig:
+    """How to learn from images without labels, by masked-image modelling."""
+
+    epochs: int = 50
+    """Passes over the images."""
+    batch_size: int = 256
+    """Images per step."""
+    lr: float = 2e-3
+    """Peak learning rate of AdamW for width 64; wider and deeper networks take smaller ones (rate_rule transfer)."""
+    weight_decay: float = 0.05
+    """AdamW's decoupled decay of the weight matrices."""
+    warmup_fraction: float = 0.05
+    """Share of the steps over which the learning rate rises; then it falls to zero as a cosine."""
+    masked: float = 0.75
+    """Share of the patches that the network does not see, and whose pixels it must guess."""
+    decoder_width: int = 64
+    """Width of the decoder, which is thrown away."""
+    decoder_depth: int = 1
+    """Blocks of the decoder."""
+    augment: Literal["none", "crop", "crop-flip"] = "crop"
+    """New views of the images in every epoch: random crops of the zero-padded image, with or without mirroring."""
+    margin: int | None = None
+    """Zero-padding of a random crop in pixels. None: an eighth of the side."""
+    val_fraction: float = 0.02
+    """Share of the images that is held out to watch the loss."""
+    seed: int = 0
+    """Seed of all random numbers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    precision: Literal["32", "bf16"] = "32"
+    """Arithmetic of the forward pass."""
+
+    def check(self) -> None:
+        """Raises UserError where a setting is out of its range."""
+        check_fields(self)
+        for name in ("epochs", "batch_size", "decoder_width", "decoder_depth"):
+            if getattr(self, name) < 1:
+                raise UserError(f"`{name}` must be at least 1, not {getattr(self, name)}.")
+        if not 0 < self.lr <= 1:
+            raise UserError(f"`lr` must lie in (0, 1], not {self.lr}.")
+        for name, most in (("weight_decay", 1e3), ("warmup_fraction", 1.0), ("val_fraction", 0.5)):
+            if not 0 <= getattr(self, name) <= most:
+                raise UserError(f"`{name}` must lie in [0, {most:g}], not {getattr(self, name)}.")
+        if not 0 < self.masked < 1:
+            raise UserError(f"`masked` must lie strictly between 0 and 1, not {self.masked}.")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that makes a run, saved with it."""
 
@@ -222,6 +305,7 @@ class RunConfig:
     version: str = ""
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     format: int = FORMAT
+    init: str | None = None
 
     def to_json(self) -> str:
         """The settings as indented JSON."""

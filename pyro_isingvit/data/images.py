@@ -162,6 +162,34 @@ class Subset(Images):
         return Subset(self.source, self.index[positions(where, len(self)).to(self.index.device)])
 
 
+class Resized(Images):
+    """Other images at another size, resized when they are asked for (bicubic, with antialiasing).
+
+    Args:
+        source: the images.
+        size: height and width, in pixels; another shape of the source is lost.
+    """
+
+    def __init__(self, source: Images, size: int) -> None:
+        self.source, self.size = source, size
+        self.shape, self.device = (*source.shape[:2], size, size), source.device
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The images at ``index`` (n,)."""
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2.functional import resize
+
+        return resize(self.source[index], [self.size, self.size], InterpolationMode.BICUBIC, antialias=True)
+
+    def take(self, where: Where) -> Images:
+        """Some of them, resized in turn."""
+        return Resized(self.source.take(where), self.size)
+
+    def to(self, device: torch.device | str) -> Images:
+        """The source moves where it can."""
+        return Resized(self.source.to(device), self.size)
+
+
 def positions(where: Where, count: int) -> Tensor:
     """Row numbers (n,) int64 that an index of ``count`` rows means; a mask (N,) means its true rows.
 

@@ -21,10 +21,10 @@ from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.files import decode_all, list_images
+from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.data.sources import (
     DATASETS,
     PREFIXES,
-    imagefolder,
     known,
     npz_split,
     read_npz,
@@ -63,7 +63,7 @@ def load_data(
         val_fraction: validation images per training image, 0 to 0.5.
         seed: of the training subset and the validation part; the test part never depends on it.
         download: fetch a missing torchvision data set into ``data_root``.
-        image_size: resize an image folder to this many pixels square.
+        image_size: resize the images to this many pixels square.
 
     Returns:
         training, validation and test part, images (N, C, H, W) uint8, and what a network must know of them.
@@ -120,19 +120,33 @@ def development_data(source: DataConfig, dev_size: int = DEV_SIZE, seed: int = 0
     )
 
 
-def load_inputs(spec: str, info: DataInfo, *, data_root: str | Path = "data", download: bool = False) -> Split:
+def load_inputs(
+    spec: str,
+    info: DataInfo,
+    *,
+    data_root: str | Path = "data",
+    download: bool = False,
+    image_size: int | None = None,
+) -> Split:
     """Images to predict, in the shape of the run that ``info`` describes.
 
     ``spec`` is a data set as for ``load_data`` (its test part), an ``.npz`` file (``images`` or
     ``test_images``, with ``labels`` or ``test_labels`` or without) or a folder of images, nested or not. A
     folder is labelled if every image lies in a subfolder that is called like a class.
 
+    Args:
+        spec: what to read.
+        info: of the run.
+        data_root: folder of the torchvision data sets.
+        download: fetch a missing one.
+        image_size: that the run was trained with, to which all are resized; None: only a folder's images are.
+
     Raises:
         UserError: nothing readable there, or images of another shape than the run's.
     """
     path = Path(spec).expanduser()
     if spec in DATASETS or spec.partition(":")[0] in PREFIXES:
-        size = info.height if spec.startswith("imagefolder:") and info.height == info.width else None
+        size = info.height if spec.startswith("imagefolder:") and info.height == info.width else image_size
         *_, split, classes = load_parts(
             DataConfig(dataset=spec, data_root=str(data_root), download=download, image_size=size)
         )
@@ -153,6 +167,7 @@ def load_inputs(spec: str, info: DataInfo, *, data_root: str | Path = "data", do
         split = npz_split(arrays, f"{start}images", f"{start}labels", path, f"{start}labels" in arrays)
         last, classes = int(split.labels.max()), info.classes
         need(last < len(classes), f"{path} has label {last}, but the run has {len(classes)} classes.")
+        split = split.resized(image_size)
     try:
         info.normalise(split.images[:1])
     except UserError as error:
@@ -180,10 +195,37 @@ def load_parts(source: DataConfig) -> tuple[Split, Split | None, Split, tuple[st
     loader = PREFIXES.get(name) if path else DATASETS.get(spec)
     if loader is None:
         raise UserError(f"unknown data set {spec!r}; known: {known()}.")
-    sizable = size is None or (loader is imagefolder and size > 0)
-    need(sizable, f"`image_size` is a positive number, for imagefolder:PATH alone; got {size} for {spec}.")
+    need(size is None or size > 0, f"`image_size` must be a positive number of pixels, not {size}.")
     train, val, test, classes = loader(source)
+    train = train.resized(size)
+    val, test = (None if part is None else part.resized(size) for part in (val, test))
     need(len(classes) > 1, f"{spec} has only the class {classes[0]!r}; at least two are needed.")
     if test is None:
         train, test = hold_out_test(train, classes, TEST_FRACTION)
     return train, val, test, classes
+
+
+def load_unlabelled(spec: str, *, data_root: str | Path = "data", image_size: int | None = None) -> Images:
+    """Images to learn from without labels; those of an official or held-out test part are left out.
+
+    Args:
+        spec: a data set as for ``load_data`` (its training files), an ``.npz`` file with ``images`` or
+            ``train_images``, or a folder of images, nested or not.
+        data_root: folder of the torchvision data sets.
+        image_size: resize the images to this many pixels square.
+
+    Raises:
+        UserError: nothing readable there.
+    """
+    path = Path(spec).expanduser()
+    need(image_size is None or image_size > 0, f"`image_size` must be a positive number of pixels, not {image_size}.")
+    if spec in DATASETS or spec.partition(":")[0] in PREFIXES:
+        train, *_ = load_parts(DataConfig(dataset=spec, data_root=str(data_root), image_size=image_size))
+        return train.images
+    if path.is_dir():
+        images, _ = decode_all(list_images(path), None if image_size is None else (image_size, image_size))
+        return as_images(images)
+    need(path.suffix == ".npz", f"{spec!r} is no folder, no .npz file and no known data set ({known()}).")
+    arrays = read_npz(path, ["images", "train_images"])
+    key = "images" if "images" in arrays else "train_images"
+    return npz_split(arrays, key, "", path, False).resized(image_size).images

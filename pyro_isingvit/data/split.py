@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.data.arrays import class_numbers, find_classes, is_dataset, read_arrays, read_dataset
-from pyro_isingvit.data.images import Images, Normalise, as_images, copies, statistics
+from pyro_isingvit.data.images import Images, Normalise, Resized, as_images, copies, statistics
 from pyro_isingvit.data.stratify import hold_out, stratified
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,11 @@ class Split:
         rows, names = torch.from_numpy(index), tuple(self.names[i] for i in index if self.names)
         return Split(self.images.take(rows), self.labels[rows.to(self.labels.device)], names)
 
+    def resized(self, size: int | None) -> "Split":
+        """The part with images of ``size`` pixels a side, resized when they are read; None: as it is."""
+        same = size is None or self.images.shape[2:] == (size, size)
+        return self if same else replace(self, images=Resized(self.images, size or 0))
+
     def to(self, device: torch.device | str) -> "Split":
         """The part on a device; images that are made on demand stay where they are made."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
@@ -92,6 +97,11 @@ class DataInfo:
     width: int
     mean: tuple[float, ...]  # (C,), pixels in [0, 1]
     std: tuple[float, ...]  # (C,), at least 1e-3
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return self.channels, self.height, self.width
 
     @property
     def num_classes(self) -> int:

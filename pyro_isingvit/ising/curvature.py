@@ -220,6 +220,7 @@ MOVES = {
     "__get__", "__getitem__", "add", "cat", "dim", "expand", "flatten", "numel", "pad", "permute", "reshape", "size",
     "squeeze", "transpose", "unbind", "unfold", "unsqueeze", "view",
 }  # fmt: skip
+STEM = {"conv2d", "max_pool2d"}  # before the first matrix: nothing is asked for behind them
 
 
 class _Diagonal(torch.autograd.Function):
@@ -242,7 +243,7 @@ class _Recursion(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in RULES:
             return _Diagonal.apply(func, kwargs or {}, *args)
-        if func.__name__ not in MOVES:
+        if func.__name__ not in MOVES | STEM:
             raise NotImplementedError(f"the lm saliency has no rule for {func.__name__}; add one to curvature.RULES.")
         return func(*args, **(kwargs or {}))
 

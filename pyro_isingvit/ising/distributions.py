@@ -63,25 +63,26 @@ def slab_kl(loc: Tensor, scale: Tensor, tau_1: Tensor | float) -> Tensor:
 
 
 class SpikeAndSlab(dist.TorchDistribution):
-    """Prior p(w | xi) = N(0, tau_xi^2): the slab tau_1 where xi = 1 (kept), the spike tau_0 where xi = 0.
+    """Prior p(w | xi): the slab N(m0, tau_1^2) where xi = 1 (kept), the spike N(0, tau_0^2) where xi = 0.
 
     Args:
         mask: xi in {0, 1}, any shape that broadcasts with the weight.
         tau_0: spike standard deviation.
         tau_1: slab standard deviation, a number or a tensor that broadcasts with the mask.
+        centre: m0, which broadcasts with the mask; None: 0.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.real
     has_rsample = True
 
-    def __init__(self, mask: Tensor, tau_0: float, tau_1: Tensor | float) -> None:
-        self.mask_value, self.tau_0, self.tau_1 = mask, tau_0, tau_1
+    def __init__(self, mask: Tensor, tau_0: float, tau_1: Tensor | float, centre: Tensor | None = None) -> None:
+        self.mask_value, self.tau_0, self.tau_1, self.centre = mask, tau_0, tau_1, centre
         super().__init__(mask.shape, validate_args=False)
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> "SpikeAndSlab":
         """The same prior over a larger batch shape."""
-        return SpikeAndSlab(self.mask_value.expand(batch_shape), self.tau_0, self.tau_1)
+        return SpikeAndSlab(self.mask_value.expand(batch_shape), self.tau_0, self.tau_1, self.centre)
 
     @property
     def scale(self) -> Tensor:
@@ -90,11 +91,13 @@ class SpikeAndSlab(dist.TorchDistribution):
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008
         """Draws weights; shape ``sample_shape + mask.shape``."""
-        return torch.randn(self._extended_shape(torch.Size(sample_shape)), device=self.mask_value.device) * self.scale
+        noise = torch.randn(self._extended_shape(torch.Size(sample_shape)), device=self.mask_value.device)
+        return noise * self.scale if self.centre is None else self.mask_value * self.centre + noise * self.scale
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density given the mask, elementwise."""
-        return torch.distributions.Normal(0.0, self.scale, validate_args=False).log_prob(value)
+        loc = 0.0 if self.centre is None else self.mask_value * self.centre
+        return torch.distributions.Normal(loc, self.scale, validate_args=False).log_prob(value)
 
 
 class SpikeAndSlabPosterior(dist.TorchDistribution):
@@ -148,11 +151,12 @@ def _kl_mask(q: SelectionMask, p: torch.distributions.Bernoulli) -> Tensor:
 
 @register_kl(SpikeAndSlabPosterior, SpikeAndSlab)
 def _kl_weight(q: SpikeAndSlabPosterior, p: SpikeAndSlab) -> Tensor:
-    """E_q(xi) KL(q(w | xi) || p(w | xi)) = pi KL(N(m, s^2) || N(0, tau_1^2)): the spikes are equal and cost 0.
+    """E_q(xi) KL(q(w | xi) || p(w | xi)) = pi KL(N(m, s^2) || N(m0, tau_1^2)): the spikes are equal and cost 0.
 
     The expectation over xi is exact (pi, not the sampled xi): the same ELBO, less noise in its gradient.
     """
     if q.tau_0 != p.tau_0:
         raise ValueError(f"the spikes `tau_0` of guide ({q.tau_0}) and model ({p.tau_0}) must be the same.")
-    kl = q.retention * slab_kl(q.loc, q.slab_scale, p.tau_1)
+    moved = q.loc if p.centre is None else q.loc - p.centre
+    kl = q.retention * slab_kl(moved, q.slab_scale, p.tau_1)
     return kl.expand(q.batch_shape)

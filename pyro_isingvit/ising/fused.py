@@ -95,11 +95,11 @@ class FusedELBO(nn.Module):
         model, guide, layout = self.model, self.guide, self.guide.layout
         mask_kl, kl = self.constant_kl()
         for kind in guide.kinds:
-            loc, tau_1 = guide.loc[kind], model.tau_1(kind)
+            loc, tau_1 = guide.moved(model, kind), model.tau_1(kind)
             pi = layout.expand(kind, self._retention)
             if guide.log_scale[kind].requires_grad:
                 kl = kl + (pi * slab_kl(loc, guide.scale(kind), tau_1)).sum()
-            else:  # pi m^2 / (2 tau_1^2), whose gradient is the pull: half the product with it
+            else:  # pi (m - m0)^2 / (2 tau_1^2), whose gradient is the pull: half the product with it
                 pull = (pi * loc.detach()).div_(tau_1**2)
                 product = torch.dot(pull.flatten(), loc.flatten())
                 kl = kl + product - 0.5 * product.detach()

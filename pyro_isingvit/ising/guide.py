@@ -217,12 +217,22 @@ class IsingGuide(nn.Module):
             self._scales[kind] = state, (first if bool((log_scale == first).all()) else log_scale.detach()).exp()
         return self._scales[kind][1]
 
+    def moved(self, model: IsingViT, kind: str) -> Tensor:
+        """m - m0: how far the means of a kind are from the centre of their slab, (layers, out, in)."""
+        centre = model.centre(kind)
+        return self.loc[kind] if centre is None else self.loc[kind] - centre
+
     @torch.no_grad()
     def kl_terms(self, model: IsingViT) -> tuple[float, float]:
         """(weight KL, mask KL) in nats, untempered, summed over the network."""
         weight = sum(
-            (self.weight_retention(kind) * slab_kl(loc, self.log_scale[kind].exp(), model.tau_1(kind))).sum().item()
-            for kind, loc in self.loc.items()
+            (
+                self.weight_retention(kind)
+                * slab_kl(self.moved(model, kind), self.log_scale[kind].exp(), model.tau_1(kind))
+            )
+            .sum()
+            .item()
+            for kind in self.kinds
         )
         return weight, self.masks.kl(model)
 
@@ -277,11 +287,12 @@ class IsingGuide(nn.Module):
         """
         config, layout = self.config, self.layout
         squared = {kind: loc.detach() ** 2 for kind, loc in self.loc.items()}
+        moved = {kind: self.moved(model, kind).detach() ** 2 for kind in self.kinds} if model.centred else squared
         if config.empirical_tau_1:
-            self._fit_slabs(model, squared)
+            self._fit_slabs(model, moved)
         gain = {kind: second_order_gain(self.curvature(kind), loc, self.num_data) for kind, loc in self.loc.items()}
-        cost = {}  # KL_e, which is quadratic in the mean
-        for kind, second in squared.items():
+        cost = {}  # KL_e, which is quadratic in how far the mean is from the slab's
+        for kind, second in moved.items():
             scale, tau_1 = self.scale(kind), model.tau_1(kind)
             cost[kind] = torch.addcmul(slab_kl(torch.zeros_like(scale), scale, tau_1), second, 0.5 / tau_1**2)
         network = Network(squared, model.vit.norm_gain.detach() ** 2, model.vit.readers, config.decay)
@@ -304,9 +315,9 @@ class IsingGuide(nn.Module):
         self.masks.step(model, by_mask(gain), by_mask(cost), sweep, progress)
         follow_first([*self.masks.buffers(), *(model.prior_logits(name) for name in layout.sites)])
 
-    def _fit_slabs(self, model: IsingViT, squared: Weights) -> None:
-        """Empirical Bayes: tau_1^2 = sum pi (m^2 + s^2) / sum pi per layer, kept above the spike."""
-        for kind, second in squared.items():
+    def _fit_slabs(self, model: IsingViT, moved: Weights) -> None:
+        """Empirical Bayes: tau_1^2 = sum pi ((m - m0)^2 + s^2) / sum pi per layer, kept above the spike."""
+        for kind, second in moved.items():
             keep = self.weight_retention(kind)
             total = (keep * (second + (2 * self.log_scale[kind]).exp())).sum((1, 2), keepdim=True)
             floor = 10 * max(

@@ -1,13 +1,17 @@
 """The generative model: selection masks, spike-and-slab weights, a Vision Transformer, class labels.
 
     xi_g        ~ Bernoulli(logits = prior_logit_g)                 docs/method.md, Model
-    w_e | xi_g  ~ N(0, tau_1^2) if xi_g = 1 (kept) else N(0, tau_0^2)
+    w_e | xi_g  ~ N(m0_e, tau_1^2) if xi_g = 1 (kept) else N(0, tau_0^2)
     y_n | x_n, W ~ Categorical(softmax f_W(x_n))
+
+m0 is 0 in a fresh network, and the weight that training starts from in a trained one.
 
 Labels that are probabilities y_nc (mixed images, label smoothing) enter as the factor prod_c softmax(f_W(x_n))_c^y_nc.
 
 One mask site and one weight site per kind of matrix, stacked over depth; both lie outside the data plate.
 """
+
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -15,12 +19,14 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.presets import preset
 from pyro_isingvit.core.settings import IsingConfig, ViTConfig
 from pyro_isingvit.data.split import DataInfo, ImageData
 from pyro_isingvit.ising.distributions import SpikeAndSlab
 from pyro_isingvit.ising.layout import MaskLayout
 from pyro_isingvit.nets.penalties import Penalties, Seen
+from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.vit import ViT, Weights
 
 CERTAIN = 20.0  # a logit at which float32 sampling never flips a mask
@@ -42,6 +48,8 @@ class IsingViT(nn.Module):
         vit: shape of the network.
         info: what the images look like.
         ising: prior settings.
+        centred: training starts from a trained network, around which the slab then lies (``IsingConfig.centre``).
+        frozen: how many of the first blocks stay as they start.
 
     Attributes:
         num_data: N, the size of the training set, by which the data plate scales; set by ``fit``.
@@ -67,10 +75,25 @@ class IsingViT(nn.Module):
         (torch.Size([4, 3]), torch.Size([4, 3, 10]))
     """
 
-    def __init__(self, vit: ViTConfig, info: DataInfo, ising: IsingConfig | None = None) -> None:
+    def __init__(
+        self,
+        vit: ViTConfig,
+        info: DataInfo,
+        ising: IsingConfig | None = None,
+        centred: bool = False,
+        frozen: int = 0,
+    ) -> None:
         super().__init__()
         self.info, self.ising = info, ising or IsingConfig()
-        self.vit = ViT(vit, info.channels, info.height, info.width, info.num_classes)
+        blocks = vit.depth if self.ising.bayesian_blocks is None else self.ising.bayesian_blocks
+        need(0 <= blocks <= vit.depth, f"`bayesian_blocks` {blocks} of {vit.depth} blocks cannot be.")
+        trunk = vit.depth - blocks
+        need(
+            frozen <= trunk,
+            f"`frozen_blocks` {frozen}: masks and noise are in all but the first {trunk} of {vit.depth} blocks; set "
+            f"`bayesian_blocks` to {vit.depth - frozen} or less.",
+        )
+        self.vit = ViT(vit, info.channels, info.height, info.width, info.num_classes, centred, trunk, frozen)
         self.layout = MaskLayout(self.vit, self.ising.granularity)
         self.num_data: int | None = None
         self.kappa_weights = 1.0
@@ -96,6 +119,37 @@ class IsingViT(nn.Module):
         """
         return cls(preset(vit) if isinstance(vit, str) else vit, data.info, ising)
 
+    @classmethod
+    def from_pretrained(cls, start: Start, data: ImageData, ising: IsingConfig | None = None) -> "IsingViT":
+        """A model around a trained network; its head is fresh, and ``IsingGuide`` starts from the network's weights.
+
+        Its ``info`` normalises images as the network had them. ``fit`` trains such a model in place.
+
+        Args:
+            start: what ``load_start`` gives, or ``start_of`` for a network of timm or torchvision.
+            data: the images to train on.
+            ising: prior settings.
+
+        Raises:
+            UserError: channels that do not fit.
+
+        Examples:
+            >>> from torchvision.models import VisionTransformer
+            >>> from pyro_isingvit import IsingViT, fit, load_data, start_of
+            >>> net = VisionTransformer(8, 4, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32)
+            >>> data = load_data("digits", train_size=100)
+            >>> model = IsingViT.from_pretrained(start_of(net), data)
+            >>> model.vit.config.width, model.info.channels, model.centred
+            (16, 1, True)
+            >>> run = fit(model, data, epochs=2, progress=False)
+            >>> run.predict(data.test.images[:2], 3).mean.shape
+            torch.Size([2, 10])
+        """
+        start = start.fitted(data.info.image_shape)
+        model = cls(start.vit, replace(data.info, mean=start.mean, std=start.std), ising, centred=True)
+        start.copy_to(model.vit)
+        return model
+
     @property
     def num_masked_weights(self) -> int:
         """P, the number of weights under a mask."""
@@ -109,6 +163,15 @@ class IsingViT(nn.Module):
         """Slab standard deviations of a kind, (layers, 1, 1)."""
         return self.get_buffer(f"tau_1_{kind}")
 
+    @property
+    def centred(self) -> bool:
+        """Whether the slabs lie around the weights that training started from."""
+        return self.vit.centred and self.ising.centre == "start"
+
+    def centre(self, kind: str) -> Tensor | None:
+        """m0, the means of the slabs of a kind, (layers, out, in); None: 0."""
+        return self.vit.centre(kind) if self.centred else None
+
     def sample_weights(self) -> Weights:
         """Samples every mask and weight site; returns kind -> ([S,] layers, out, in)."""
         masks, weights = {}, {}
@@ -121,7 +184,7 @@ class IsingViT(nn.Module):
             for kind, shape in self.vit.matrix_shapes.items():
                 mask = self.layout.expand(kind, masks)
                 mask = mask.expand(*mask.shape[:-3], *shape)
-                slab = SpikeAndSlab(mask, self.ising.tau_0, self.tau_1(kind)).to_event(3)
+                slab = SpikeAndSlab(mask, self.ising.tau_0, self.tau_1(kind), self.centre(kind)).to_event(3)
                 weight = with_plate_axis(pyro.sample(f"w_{kind}", slab), 3)
                 weights[kind] = weight.squeeze(1) if weight.dim() == 5 else weight
         return weights

@@ -21,6 +21,7 @@ from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.registry import row
 from pyro_isingvit.nets.penalties import Penalties
+from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.vit import ViT, Weights
 
 Terms = dict[str, Tensor]  # name -> its share of the loss, nats per image; the loss is their sum
@@ -88,7 +89,7 @@ class Method(nn.Module):
     @classmethod
     def leaves_unused(cls, config: RunConfig) -> bool:
         """Whether some phase trains without some of the parameters, which DistributedDataParallel must know."""
-        return False
+        return config.train.frozen_blocks > 0
 
     def take_part(self, part: int, parts: int) -> None:
         """Called before ``forward`` with one of several equal parts of a step's batch: its number and their count."""
@@ -127,6 +128,21 @@ class Method(nn.Module):
     def parameter_groups(self, settings: TrainConfig) -> list[dict[str, Any]]:
         """Groups for AdamW."""
         raise NotImplementedError
+
+    def trained_networks(self) -> Sequence[tuple[ViT, nn.ParameterDict]]:
+        """Every network that is trained, with its matrices."""
+        return []
+
+    def start_from(self, start: Start) -> None:
+        """Begins from a trained network instead of random weights; the heads stay fresh.
+
+        Raises:
+            UserError: a network of another shape, or a method that cannot.
+        """
+        networks = self.trained_networks()
+        need(networks, f"method {self.config.method} cannot start from a trained network.")
+        for vit, weights in networks:
+            start.copy_to(vit, weights)
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters whose average over the last steps predicts (runs/averaging.py), by name."""

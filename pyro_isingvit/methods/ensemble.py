@@ -97,6 +97,10 @@ class Ensemble(Method):
         """All members' groups."""
         return [group for member in self.networks for group in member.parameter_groups(settings)]
 
+    def trained_networks(self) -> Sequence[tuple[ViT, nn.ParameterDict]]:
+        """Those of every member; started from one network, they differ by their heads and their noise."""
+        return [network for member in self.networks for network in member.trained_networks()]
+
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
         """Those of each member."""
         return {

@@ -52,7 +52,8 @@ class IsingMethod(Method):
     ) -> None:
         super().__init__(config, info, num_data)
         settings = config.train
-        self.model = model or IsingViT(config.vit, info, config.ising)
+        centred, frozen = config.init is not None, settings.frozen_blocks
+        self.model = model or IsingViT(config.vit, info, config.ising, centred=centred, frozen=frozen)
         self.guide = guide or IsingGuide(self.model, num_data)
         self.model.num_data, self.model.kappa_weights = num_data, self.guide.kappa_weights
         self.model.penalties = self.penalties
@@ -79,7 +80,7 @@ class IsingMethod(Method):
     @classmethod
     def leaves_unused(cls, config: RunConfig) -> bool:
         """Masks that are learned have no gradient before the Ising phase."""
-        return config.ising.mask_posterior != "likelihood_guided"
+        return config.ising.mask_posterior != "likelihood_guided" or super().leaves_unused(config)
 
     def check(self, settings: TrainConfig) -> None:
         """Refuses settings that only the fused engine can honour where the Pyro path is taken."""
@@ -157,15 +158,21 @@ class IsingMethod(Method):
 
     def parameter_groups(self, settings: TrainConfig) -> list[dict[str, Any]]:
         """Weight means with decay, the network's other parameters, scales and mask logits at their own rate."""
-        guide = self.guide
+        guide, vit = self.guide, self.model.vit
+        trunk = set(vit.trunk.parameters())
         scales = [p for p in guide.log_scale.parameters() if p.requires_grad] + list(guide.masks.parameters())
         groups: list[dict[str, Any]] = [
-            *matrix_groups(guide.loc, self.model.vit.readers, settings),
-            {"params": list(self.model.parameters()), "weight_decay": 0.0},
+            *matrix_groups(guide.loc, vit.all_readers, settings),
+            *(matrix_groups(vit.trunk, vit.all_readers, settings) if trunk else ()),
+            {"params": [p for p in self.model.parameters() if p not in trunk], "weight_decay": 0.0},
         ]
         if scales:
             groups.append({"params": scales, "weight_decay": 0.0, "lr": settings.lr * settings.scale_lr_factor})
         return groups
+
+    def trained_networks(self) -> Sequence[tuple[ViT, nn.ParameterDict]]:
+        """The network and its slab means."""
+        return [(self.model.vit, self.guide.loc)]
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
         """Weight means, learned scales and the network's other parameters; masks are as last set, learned or not."""
@@ -189,7 +196,8 @@ class IsingMethod(Method):
     def deployed(self) -> Sequence[tuple[ViT, Weights]]:
         """The slab means, where their masks are kept."""
         kept = self.kept()
-        return [(self.model.vit, {kind: loc * (kept[kind] > 0.5) for kind, loc in self.guide.loc.items()})]
+        weights = {kind: loc * (kept[kind] > 0.5) for kind, loc in self.guide.loc.items()}
+        return [self.model.vit.whole(weights)]
 
     def num_parameters(self) -> int:
         """The guide holds the matrices."""

@@ -36,7 +36,15 @@ class Plain(Method):
         super().__init__(config, info, num_data)
         check_baseline(config.baseline)
         self.settings = config.baseline
-        self.vit = ViT(config.vit, info.channels, info.height, info.width, info.num_classes)
+        self.vit = ViT(
+            config.vit,
+            info.channels,
+            info.height,
+            info.width,
+            info.num_classes,
+            centred=config.init is not None,
+            frozen=config.train.frozen_blocks,
+        )
         self.loc = nn.ParameterDict({k: nn.Parameter(w) for k, w in self.vit.initial_weights().items()})
         self.make_temperature()
 
@@ -71,10 +79,14 @@ class Plain(Method):
         noise = [p for n in self.fast for p in getattr(self, n).parameters()]
         others = [p for name, p in self.named_parameters() if name.split(".")[0] not in names]
         return [
-            *matrix_groups(self.loc, self.vit.readers, settings),
+            *matrix_groups(self.loc, self.vit.all_readers, settings),
             {"params": others, "weight_decay": 0.0},
             {"params": noise, "weight_decay": 0.0, "lr": settings.lr * settings.scale_lr_factor},
         ]
+
+    def trained_networks(self) -> Sequence[tuple[ViT, nn.ParameterDict]]:
+        """The network and its means."""
+        return [(self.vit, self.loc)]
 
     def draw_networks(self, count: int, first: int = 0) -> Networks:
         """Draws ``count`` networks for prediction, after ``first`` others where there is a fixed set."""

@@ -47,7 +47,7 @@ def matrix_groups(weights: nn.ParameterDict, readers: Readers, settings: TrainCo
 
     Args:
         weights: kind -> (layers, out, in).
-        readers: of the network that has them.
+        readers: of the whole network that has them.
         settings: `lr`, `rate_rule` and `weight_decay`, a number once `shrinkage` has set it (runs/optimiser.py); None
             is no decay.
     """

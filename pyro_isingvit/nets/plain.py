@@ -52,9 +52,11 @@ class PlainViT(nn.Module):
     def __init__(self, vit: ViT, dropout: float = 0.0) -> None:
         super().__init__()
         config = vit.config
+        plain = ViTConfig(config.patch_size, config.width, config.heads, config.depth, config.mlp_ratio)
         need(
-            config.pool == "mean" and config.head == "linear",
-            "the comparison with peers needs `pool` mean and `head` linear.",
+            config == plain,
+            "the comparison with peers is for plain networks: `pool` mean, `head` linear, and no stem, registers or "
+            "overlapping patches.",
         )
         self.patch_size, self.padding = config.patch_size, vit.padding
         self.patch = nn.Linear(vit.matrix_shapes["patch"][2], config.width)

@@ -154,7 +154,16 @@ def _kinds(of: Callable[[Space], tuple[Matrix, ...]], spaces: list[Space]) -> tu
 
 
 def vit_readers(
-    *, patch: int, width: int, heads: int, depth: int, hidden: int, classes: int, top: int | None = None
+    *,
+    patch: int,
+    width: int,
+    heads: int,
+    depth: int,
+    hidden: int,
+    classes: int,
+    top: int | None = None,
+    activation: Callable[[Tensor], Tensor] = F.gelu,
+    first: int = 0,
 ) -> Readers:
     """Readers and writers of a pre-norm vision transformer with fused queries, keys and values.
 
@@ -167,6 +176,8 @@ def vit_readers(
         hidden: hidden units of an MLP.
         classes: C.
         top: hidden units of a two-layer head; None: a linear head.
+        activation: of the MLPs.
+        first: leave out the blocks before this one, and with them the patch embedding: the stream has no writer there.
 
     Examples:
         >>> tiny = vit_readers(patch=16, width=8, heads=2, depth=3, hidden=32, classes=10)
@@ -176,15 +187,15 @@ def vit_readers(
         ['qkv 0', 'fc1 0', 'qkv 1', 'fc1 1', 'qkv 2', 'fc1 2', 'head 0']
     """
     stream, logits = Space("stream", width), Space("logits", classes)
-    matrices = [Matrix("patch", 0, Space("image", patch), stream)]
-    for b in range(depth):
+    matrices = [] if first else [Matrix("patch", 0, Space("image", patch), stream)]
+    for b in range(first, depth):
         attention = Space("attention", width, b, heads)
-        mlp = Space("mlp", hidden, b, activation=F.gelu)
+        mlp = Space("mlp", hidden, b, activation=activation)
         matrices += [
-            Matrix("qkv", b, stream, attention, 2 * b, ("head", "head", "own")),
-            Matrix("attn_out", b, attention, stream),
-            Matrix("fc1", b, stream, mlp, 2 * b + 1),
-            Matrix("fc2", b, mlp, stream),
+            Matrix("qkv", b - first, stream, attention, 2 * b, ("head", "head", "own")),
+            Matrix("attn_out", b - first, attention, stream),
+            Matrix("fc1", b - first, stream, mlp, 2 * b + 1),
+            Matrix("fc2", b - first, mlp, stream),
         ]
     last = stream
     if top is not None:

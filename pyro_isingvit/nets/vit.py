@@ -8,6 +8,7 @@ Shapes: S samples, B batch, T tokens, D width, H heads, C classes, L depth, P pi
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import ViTConfig
 from pyro_isingvit.nets.readers import vit_readers
+from pyro_isingvit.nets.shape import ACTIVATIONS, check_shape, patch_grid
+from pyro_isingvit.nets.stem import ConvStem
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +68,19 @@ class ViT(nn.Module):
         height: of the images, in pixels.
         width: of the images, in pixels.
         classes: number of classes C.
+        centred: keep the matrices that training started from; they are 0 until they are filled.
+        trunk: how many of the first blocks, and with any the patch embedding, have ordinary weights of their own, which
+            are not among the matrices that are given. What is drawn many times then computes them once.
+        frozen: how many of the first blocks, and with any everything before them, compute without gradients.
 
     Attributes:
-        readers: who writes and reads which channels.
+        readers: who writes and reads which channels, of the matrices that are given; layers are counted from the first
+            block that has some. ``all_readers`` are those of the whole network.
+        matrix_shapes: of the matrices that are given, kind -> (layers, out, in), from input to output.
+        trunk: the ordinary weights, kind -> (layers, out, in); empty without a trunk.
         checkpoint_activations: where gradients are wanted, keep each block's input alone and compute the block again in
             the backward pass: the same numbers from less memory, for about a third more time.
+        centred: there is a ``centre`` of the matrices, from which training started.
         visible: (images, tokens) numbers of the patch tokens that each image of a batch shows, as many for all; the
             others are dropped once the position is added. None: all of them (nets/tokens.py sets it in training).
 
@@ -77,51 +88,96 @@ class ViT(nn.Module):
         UserError: a width that the heads do not divide, a patch larger than the image, non-positive sizes.
     """
 
-    def __init__(self, config: ViTConfig, channels: int, height: int, width: int, classes: int) -> None:
+    def __init__(
+        self,
+        config: ViTConfig,
+        channels: int,
+        height: int,
+        width: int,
+        classes: int,
+        centred: bool = False,
+        trunk: int = 0,
+        frozen: int = 0,
+    ) -> None:
         super().__init__()
         check_shape(config, height, width, classes)
+        self.trunk_depth, self.frozen = trunk, frozen
         self.config, self.image_shape, self.classes = config, (channels, height, width), classes
-        self.checkpoint_activations = False
+        self.checkpoint_activations, self.centred = False, centred
         self.visible: Tensor | None = None
         patch, dim, depth = config.patch_size, config.width, config.depth
-        self.grid = (-(-height // patch), -(-width // patch))
-        self.padding = (0, self.grid[1] * patch - width, 0, self.grid[0] * patch - height)
+        self.grid, self.padding = patch_grid(height, width, patch, config.stride)
         if any(self.padding):
             log.info(
-                "images of %dx%d are zero-padded to %dx%d, a multiple of the patch size %d",
+                "images of %dx%d are zero-padded to %dx%d, which patches of %d pixels fill",
                 height, width, height + self.padding[3], width + self.padding[1], patch,
             )  # fmt: skip
-        self.readers = vit_readers(
-            patch=channels * patch * patch, width=dim, heads=config.heads, depth=depth, classes=classes,
-            hidden=config.mlp_ratio * dim, top=dim // 2 if config.head == "mlp" else None,
+        self.stem = ConvStem(channels, patch, dim) if config.stem == "conv" else None
+        numbers = channels * patch * patch if self.stem is None else self.stem.out
+        self.all_readers, self.readers = (
+            vit_readers(
+                patch=numbers, width=dim, heads=config.heads, depth=depth, classes=classes,
+                hidden=config.mlp_ratio * dim, top=dim // 2 if config.head == "mlp" else None,
+                activation=ACTIVATIONS[config.activation], first=first,
+            )
+            for first in (0, trunk)
         )  # fmt: skip
-        self.matrix_shapes = self.readers.shapes  # kind -> (layers, out, in), input to output
-        tokens = self.grid[0] * self.grid[1] + (config.pool == "cls")
+        self.matrix_shapes = self.readers.shapes
+        tokens = self.grid[0] * self.grid[1] + config.prefix
         self.bias = nn.ParameterDict(
-            {kind: nn.Parameter(torch.zeros(shape[:2])) for kind, shape in self.matrix_shapes.items()}
+            {kind: nn.Parameter(torch.zeros(shape[:2])) for kind, shape in self.all_readers.shapes.items()}
         )
         self.norm_gain = nn.Parameter(torch.ones(2 * depth + 1, dim))  # rows: block 0 attention, MLP, ..., final
         self.norm_bias = nn.Parameter(torch.zeros(2 * depth + 1, dim))
         self.position = nn.Parameter(0.02 * torch.randn(tokens, dim))
         if config.pool == "cls":
             self.cls = nn.Parameter(0.02 * torch.randn(dim))
+        if config.registers:
+            self.register_tokens = nn.Parameter(0.02 * torch.randn(config.registers, dim))
+        if config.norm_pre:
+            self.pre_gain, self.pre_bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+        for kind, shape in self.matrix_shapes.items() if centred else ():
+            self.register_buffer(f"centre_{kind}", torch.zeros(shape))
+        shapes: dict[str, tuple[int, int, int]] = {}  # of what is not among the matrices that are given
+        for kind, (layers, out, inputs) in self.all_readers.shapes.items():
+            if below := layers - self.matrix_shapes.get(kind, (0,))[0]:
+                shapes[kind] = (below, out, inputs)
+        self.trunk = nn.ParameterDict({kind: nn.Parameter(w) for kind, w in self._xavier(shapes).items()})
+
+    def centre(self, kind: str) -> Tensor:
+        """The matrices of a kind that training started from, (layers, out, in); 0 for a fresh head."""
+        return self.get_buffer(f"centre_{kind}")
 
     def patchify(self, images: Tensor) -> Tensor:
-        """Cuts (B, channels, height, width) into patches (B, T, P)."""
+        """Cuts (B, channels, height, width) into patches (B, T, P), or into the vectors of the stem."""
         images = F.pad(images, self.padding) if any(self.padding) else images
-        size = self.config.patch_size
-        patches = images.unfold(2, size, size).unfold(3, size, size)  # (B, ch, rows, cols, size, size)
+        if self.stem is not None:
+            return self.stem(images).flatten(2).transpose(1, 2)
+        size, stride = self.config.patch_size, self.config.stride
+        patches = images.unfold(2, size, stride).unfold(3, size, stride)  # (B, ch, rows, cols, size, size)
         return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
+    def _prefix(self, x: Tensor) -> Tensor:
+        """CLS token and registers, in this order, before the patch tokens of (..., B, T, D)."""
+        tokens = [self.cls.unsqueeze(0)] if self.config.pool == "cls" else []
+        tokens += [self.register_tokens] if self.config.registers else []
+        return torch.cat([*(each.expand(*x.shape[:-2], -1, -1) for each in tokens), x], dim=-2) if tokens else x
+
     def _shown(self, x: Tensor, visible: Tensor) -> Tensor:
-        """The tokens of (..., B, T, D) that each image shows, (..., B, shown, D); a CLS token always is."""
-        if self.config.pool == "cls":
-            visible = torch.cat([visible.new_zeros(len(visible), 1), visible + 1], dim=-1)
+        """The tokens of (..., B, T, D) that each image shows, (..., B, shown, D); CLS and registers always are."""
+        if prefix := self.config.prefix:
+            always = torch.arange(prefix, device=visible.device).expand(len(visible), -1)
+            visible = torch.cat([always, visible + prefix], dim=-1)
         (*lead, tokens, width), shown = x.shape, visible.shape[-1]
         passes = x.shape[:-2].numel()  # images, or draws times images
         rows = visible.repeat(passes // len(visible), 1) + tokens * torch.arange(passes, device=x.device).unsqueeze(-1)
         # Whole rows of a matrix: two thirds of the time of a gather.
         return x.flatten(0, -2).index_select(0, rows.flatten()).view(*lead, shown, width)
+
+    def _patch_tokens(self, x: Tensor) -> Tensor:
+        """(..., T, D) without CLS and registers."""
+        return x[..., self.config.prefix :, :] if self.config.prefix else x
 
     def _attention(self, x: Tensor, apply: Callable[..., Tensor], layer: int, watch: Watch) -> Tensor:
         heads = self.config.heads
@@ -134,6 +190,13 @@ class ViT(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v)
         mixed = mixed.transpose(1, 2).reshape(*lead, self.config.width)
         return apply("attn_out", layer, mixed)
+
+    def _pooled(self, x: Tensor, norm: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """(..., T, D) to what the head reads, (..., 1, D)."""
+        last, late = 2 * self.config.depth, self.config.final_norm == "pooled"
+        x = x if late else norm(x, last)
+        x = x[..., :1, :] if self.config.pool == "cls" else self._patch_tokens(x).mean(dim=-2, keepdim=True)
+        return norm(x, last) if late else x
 
     def forward(
         self, weights: Weights, images: Tensor, watch: Watch | None = None, layer_rule: Layer = plain
@@ -166,39 +229,58 @@ class ViT(nn.Module):
         matrices = {kind: weight.unbind(-3) for kind, weight in weights.items()}
         biases = {kind: bias.unbind(0) for kind, bias in self.bias.items()}
         gains, offsets = self.norm_gain.unbind(0), self.norm_bias.unbind(0)
+        eps, activate = self.config.norm_eps, ACTIVATIONS[self.config.activation]
 
         def norm(x: Tensor, row: int) -> Tensor:
-            return F.layer_norm(x, x.shape[-1:], gains[row], offsets[row])
+            return F.layer_norm(x, x.shape[-1:], gains[row], offsets[row], eps)
+
+        trunk = {kind: weight.unbind(0) for kind, weight in self.trunk.items()}
 
         def apply(kind: str, layer: int, x: Tensor) -> Tensor:
-            return layer_rule(kind, layer, x, matrices[kind][layer], biases[kind][layer])
+            below = trunk.get(kind, ())
+            if layer < len(below):
+                return linear(x, below[layer], biases[kind][layer])
+            here = layer - len(below)
+            return layer_rule(kind, here, x, matrices[kind][here], biases[kind][layer])
 
         def block(x: Tensor, layer: int) -> Tensor:
             x = x + self._attention(norm(x, 2 * layer), apply, layer, watch)
-            x = x + apply("fc2", layer, F.gelu(apply("fc1", layer, norm(x, 2 * layer + 1))))
+            x = x + apply("fc2", layer, activate(apply("fc1", layer, norm(x, 2 * layer + 1))))
             if "blocks" in watch:
                 watch["blocks"].append(x)
             return x
 
-        x = self.patchify(images.flatten(0, -4))  # (B, T, P)
-        if images.dim() == 5:
-            x = x.unflatten(0, images.shape[:2])  # (S, B, T, P)
-        elif weights["patch"].dim() == 4:
-            x = x.expand(weights["patch"].shape[0], *x.shape)  # (S, B, T, P)
-        x = apply("patch", 0, x)  # (..., B, T, D)
-        if self.config.pool == "cls":
-            x = torch.cat([self.cls.expand(*x.shape[:-2], 1, -1), x], dim=-2)
-        x = x + self.position
-        if self.visible is not None:
-            assert len(self.visible) == images.shape[:-3].numel(), "visible tokens of another batch"
-            x = self._shown(x, self.visible)
-        if "tokens" in watch:
-            watch["tokens"].append(x)
+        head = weights["head"]
+        drawn = head.shape[0] if head.dim() == 4 and images.dim() == 4 else None  # S, of the same images
+
+        def tokens() -> Tensor:
+            x = self.patchify(images.flatten(0, -4))  # (B, T, P)
+            if images.dim() == 5:
+                x = x.unflatten(0, images.shape[:2])  # (S, B, T, P)
+            elif drawn is not None and not self.trunk_depth:
+                x = x.expand(drawn, *x.shape)  # (S, B, T, P)
+            x = apply("patch", 0, x)  # (..., B, T, D)
+            x = self._prefix(x) + self.position
+            if self.visible is not None:
+                assert len(self.visible) == images.shape[:-3].numel(), "visible tokens of another batch"
+                x = self._shown(x, self.visible)
+            if self.config.norm_pre:
+                x = F.layer_norm(x, x.shape[-1:], self.pre_gain, self.pre_bias, eps)
+            if "tokens" in watch:
+                watch["tokens"].append(x)
+            return x
+
         again = self.checkpoint_activations and not watch and torch.is_grad_enabled()
+        with torch.no_grad() if self.frozen else nullcontext():
+            x = tokens()
         for layer in range(self.config.depth):
-            x = checkpoint(block, x, layer, use_reentrant=False) if again else block(x, layer)
-        x = norm(x, 2 * self.config.depth)
-        x = x[..., :1, :] if self.config.pool == "cls" else x.mean(dim=-2, keepdim=True)
+            if layer == self.trunk_depth > 0 and drawn is not None:
+                x = x.expand(drawn, *x.shape)  # (S, B, T, D): so far all draws agree
+            with torch.no_grad() if layer < self.frozen else nullcontext():
+                x = checkpoint(block, x, layer, use_reentrant=False) if again else block(x, layer)
+        if self.trunk_depth == self.config.depth and drawn is not None:
+            x = x.expand(drawn, *x.shape)
+        x = self._pooled(x, norm)
         if self.config.head == "mlp":
             x = F.relu(apply("head_hidden", 0, x))
         if "features" in watch:
@@ -206,30 +288,36 @@ class ViT(nn.Module):
         return apply("head", 0, x).squeeze(-2)
 
     def initial_weights(self) -> Weights:
-        """Xavier-uniform matrices (q, k, v each on its own), kind -> (layers, out, in)."""
+        """Xavier-uniform matrices (q, k, v each on its own), or the centre's; kind -> (layers, out, in)."""
+        weights = self._xavier(self.matrix_shapes)
+        for kind in weights:
+            if self.centred and self.centre(kind).any():
+                weights[kind] = self.centre(kind).clone()
+        return weights
+
+    def _xavier(self, shapes: dict[str, tuple[int, int, int]]) -> Weights:
         weights = {}
-        for kind, shape in self.matrix_shapes.items():
+        for kind, shape in shapes.items():
             weights[kind] = torch.empty(shape)
-            fan_out = shape[1] // len(self.readers.matrix(kind).parts)
+            fan_out = shape[1] // len(self.all_readers.matrix(kind).parts)
             limit = (6.0 / (fan_out + shape[2])) ** 0.5
             nn.init.uniform_(weights[kind], -limit, limit)
         return weights
 
+    @torch.no_grad()
+    def whole(self, weights: Weights) -> "tuple[ViT, Weights]":
+        """The same network with the trunk's weights among the matrices; itself where there is no trunk.
 
-def check_shape(config: ViTConfig, height: int, width: int, classes: int) -> None:
-    """Raises UserError where the network cannot be built for such images."""
-    sizes = ("patch_size", "width", "heads", "depth", "mlp_ratio")
-    for name in sizes:
-        if getattr(config, name) < 1:
-            raise UserError(f"`{name}` must be at least 1, not {getattr(config, name)}.")
-    if config.width % config.heads:
-        raise UserError(f"`width` {config.width} is not divisible by `heads` {config.heads}; change one of them.")
-    if config.head == "mlp" and config.width % 2:
-        raise UserError(f"`head` mlp halves the width, and `width` {config.width} is odd; make it even.")
-    if config.patch_size > min(height, width):
-        raise UserError(
-            f"`patch_size` {config.patch_size} does not fit images of {height}x{width} pixels; "
-            f"choose at most {min(height, width)}."
-        )
-    if classes < 2:
-        raise UserError(f"a classifier needs at least 2 classes, the data have {classes}.")
+        Args:
+            weights: kind -> (layers, out, in).
+
+        Returns:
+            network and matrices of all its layers, on the CPU where something had to be copied.
+        """
+        if not self.trunk:
+            return self, weights
+        vit = ViT(self.config, *self.image_shape, classes=self.classes)
+        own = {n: v for n, v in self.state_dict().items() if not n.startswith(("trunk.", "centre_"))}
+        vit.load_state_dict(own)
+        parts = {kind: [part[kind].cpu() for part in (self.trunk, weights) if kind in part] for kind in self.bias}
+        return vit.eval(), {kind: torch.cat(part).detach() for kind, part in parts.items()}

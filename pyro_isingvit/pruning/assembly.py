@@ -41,6 +41,7 @@ class PosteriorParts:
     index: dict[str, Tensor] | None  # number of the mask within its site, (layers, out or 1, in or 1); None: by weight
     site_of: dict[str, str]
     masks: dict[str, Tensor]  # site -> pi of its masks, 0 where cut, and one 0 more
+    trunk: Mapping[str, int] = field(default_factory=dict)  # kind -> its first layers, which are not drawn
 
 
 @dataclass
@@ -140,7 +141,7 @@ def assemble(vit: ViT, info: DataInfo, weights: Weights, posterior: PosteriorPar
     """The compact network of given matrices, equal to ``vit(weights, x)`` up to rounding.
 
     Args:
-        vit: the network, for its biases, norms, positions and shape.
+        vit: the whole network, for its biases, norms, positions and shape.
         info: what the images look like.
         weights: kind -> (layers, out, in), zeros where masks are off.
         posterior: makes the form ``bayes``; None the form ``mean``.
@@ -235,7 +236,9 @@ class _Assembly:
         sites, posteriors = {}, {}
         if self.posterior is not None:
             sites = {name: tuple(pi.shape) for name, pi in self.posterior.masks.items()}
-            for path, (kind, _, rows, columns) in self.placed.items():
+            for path, (kind, layer, rows, columns) in self.placed.items():
+                if layer < self.posterior.trunk.get(kind, 0):
+                    continue
                 index, site = None, path.replace(".", "_")
                 if self.posterior.index is None:
                     sites[site] = (len(rows), len(columns))
@@ -252,7 +255,9 @@ class _Assembly:
             head_dim=self.readers.matrix("attn_out").reads.head_size, pool=config.pool,
             features=len(self.features), head_hidden=None if self.top is None else len(self.top),
             layers=tuple(plan.shape() for plan in self.plans), form="mean" if self.posterior is None else "bayes",
-            sites=sites, posteriors=posteriors,
+            sites=sites, posteriors=posteriors, patch_stride=config.patch_stride, stem=config.stem,
+            registers=config.registers, activation=config.activation, norm_eps=config.norm_eps,
+            norm_pre=config.norm_pre, final_norm=config.final_norm,
         )  # fmt: skip
 
     def _matrix(self, kind: str, layer: int) -> tuple[Tensor, Tensor]:
@@ -289,7 +294,7 @@ class _Assembly:
         if g is None:
             return torch.zeros(len(weight)), torch.zeros(len(weight))
         g, parts = g.double(), self.posterior
-        if parts is None:
+        if parts is None or layer < parts.trunk.get(kind, 0):
             return (weight @ g).float(), torch.zeros(len(weight))
         scale, pi = parts.scale[kind][layer].double(), parts.retention[kind][layer].double()
         if self._masked_by_row(kind):
@@ -308,6 +313,13 @@ class _Assembly:
         model.position.copy_(vit.position)
         if vit.config.pool == "cls":
             model.cls.copy_(vit.cls)
+        if model.stem is not None and vit.stem is not None:
+            model.stem.load_state_dict(vit.stem.state_dict())
+        if vit.config.registers:
+            model.register_tokens.copy_(vit.register_tokens)
+        if vit.config.norm_pre:
+            model.norm_pre.weight.copy_(vit.pre_gain)
+            model.norm_pre.bias.copy_(vit.pre_bias)
         if model.features is not None:
             model.features.copy_(torch.tensor(self.features))
         for name, pi in () if self.posterior is None else self.posterior.masks.items():
@@ -338,7 +350,7 @@ class _Assembly:
         folds = owns_bias and self._constants(kind, layer) is not None
         if owns_bias:
             linear.bias.copy_(_take(bias[:, None], rows, [0])[:, 0])
-        if self.posterior is None:
+        if self.posterior is None or layer < self.posterior.trunk.get(kind, 0):
             if folds:
                 linear.bias.add_(mean[rows])
             return
@@ -362,7 +374,7 @@ class _Assembly:
 
     def _carry_constants(self) -> None:
         """An empty branch is a constant; whatever wrote to the stream before it adds that constant."""
-        target: Tensor = self.model.position
+        target: Tensor = self.model.norm_pre.bias if self.vit.config.norm_pre else self.model.position
         for layer, plan in enumerate(self.plans):
             here = f"blocks.{layer}"
             writer = f"{here}.attention.{'out' if plan.attending else 'uniform_out'}"

@@ -159,7 +159,8 @@ def from_masks(
 ) -> CompactViT:
     """``compact`` with the masks already chosen."""
     if form == "bayes":
-        model = assemble(run.model.vit, run.info, masked_weights(run, kept), posterior_parts(run, kept))
+        vit, weights = run.model.vit.whole(masked_weights(run, kept))
+        model = assemble(vit, run.info, weights, posterior_parts(run, kept))
         model.temperature.copy_(run.model.temperature)
         return calibrated(model, val)
     names: list[Literal["slab", "mean"]] = ["slab", "mean"] if weighting == "auto" else [weighting]
@@ -167,7 +168,8 @@ def from_masks(
         names = names[:1]
     models = []
     for name in names:
-        model = assemble(run.model.vit, run.info, masked_weights(run, kept, name))
+        vit, weights = run.model.vit.whole(masked_weights(run, kept, name))
+        model = assemble(vit, run.info, weights)
         model.temperature.copy_(run.model.temperature)
         models.append(calibrated(model, val))
     if len(models) == 1:
@@ -194,18 +196,26 @@ def calibrated(model: CompactViT, val: Split | None) -> CompactViT:
 
 @torch.no_grad()
 def posterior_parts(run: Run, kept: Kept) -> PosteriorParts:
-    """Scales, retention and mask numbers of a run's matrices."""
-    guide = guide_of(run)
+    """Scales, retention and mask numbers of a run's matrices, those of its trunk without noise and masks."""
+    guide, trunk = guide_of(run), run.model.vit.trunk
     layout = guide.layout
+    below = {kind: len(weight) for kind, weight in trunk.items()}
+
+    def whole(kind: str, field: Tensor, value: float) -> Tensor:
+        """A field of all layers, with a value in the trunk's."""
+        return F.pad(field, (0, 0, 0, 0, below.get(kind, 0), 0), value=value)
+
     pi = {name: guide.retention(name).detach().cpu() * on for name, on in kept.items()}
     numbers = {name: torch.arange(on.numel()).view(on.shape) for name, on in kept.items()}
     by_weight = layout.granularity == "weight"
     return PosteriorParts(
-        {kind: scale.detach().exp().cpu() for kind, scale in guide.log_scale.items()},
-        {kind: layout.expand(kind, pi).expand_as(loc) for kind, loc in guide.loc.items()},
-        None if by_weight else {kind: layout.expand(kind, numbers) for kind in guide.kinds},
+        {kind: whole(kind, scale.detach().exp().cpu(), 0.0) for kind, scale in guide.log_scale.items()},
+        {kind: whole(kind, layout.expand(kind, pi).expand_as(loc), 1.0) for kind, loc in guide.loc.items()}
+        | {kind: torch.ones(trunk[kind].shape) for kind in below if kind not in guide.kinds},
+        None if by_weight else {kind: whole(kind, layout.expand(kind, numbers), 0) for kind in guide.kinds},
         {kind: layout.site_of[kind].name for kind in guide.kinds},
         {} if by_weight else {name: F.pad(values.flatten(), (0, 1)) for name, values in pi.items()},
+        below,
     )
 
 

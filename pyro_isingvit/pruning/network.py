@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from pyro_isingvit.core.checkpoint import write_atomically, write_text
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.data.images import Images, as_images
+from pyro_isingvit.nets.shape import ACTIVATIONS, patch_grid
+from pyro_isingvit.nets.stem import ConvStem
 from pyro_isingvit.pruning.shapes import CONFIG, CompactConfig, LayerShape, PosteriorShape
 
 WEIGHTS = "compact.safetensors"
@@ -69,14 +71,16 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A pre-norm block. An empty branch is left out; its constant was added to the branch before it."""
 
-    def __init__(self, width: int, shape: LayerShape, head_dim: int) -> None:
+    def __init__(self, config: CompactConfig, shape: LayerShape) -> None:
         super().__init__()
+        width, eps = config.width, config.norm_eps
+        self.activate = ACTIVATIONS[config.activation]
         self.has_attention, self.has_mlp = bool(shape.heads or shape.uniform), bool(shape.hidden)
         if self.has_attention:
-            self.attention_norm = nn.LayerNorm(width)
-            self.attention = Attention(width, shape, head_dim)
+            self.attention_norm = nn.LayerNorm(width, eps)
+            self.attention = Attention(width, shape, config.head_dim)
         if self.has_mlp:
-            self.mlp_norm = nn.LayerNorm(width)
+            self.mlp_norm = nn.LayerNorm(width, eps)
             self.fc1 = nn.Linear(width, shape.hidden)
             self.fc2 = nn.Linear(shape.hidden, width)
 
@@ -85,7 +89,7 @@ class Block(nn.Module):
         if self.has_attention:
             x = x + self.attention(self.attention_norm(x))
         if self.has_mlp:
-            x = x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x))))
+            x = x + self.fc2(self.activate(self.fc1(self.mlp_norm(x))))
         return x
 
 
@@ -150,15 +154,19 @@ class CompactViT(nn.Module):
         self.config = config
         channels, height, width = config.image_shape
         size = config.patch_size
-        self.grid = (-(-height // size), -(-width // size))
-        self.padding = (0, self.grid[1] * size - width, 0, self.grid[0] * size - height)
-        tokens = self.grid[0] * self.grid[1] + (config.pool == "cls")
-        self.patch = nn.Linear(channels * size * size, config.width)
+        self.grid, self.padding = patch_grid(height, width, size, config.stride)
+        tokens = self.grid[0] * self.grid[1] + config.prefix
+        self.stem = ConvStem(channels, size, config.width) if config.stem == "conv" else None
+        self.patch = nn.Linear(channels * size * size if self.stem is None else self.stem.out, config.width)
         self.position = nn.Parameter(torch.zeros(tokens, config.width))
         if config.pool == "cls":
             self.cls = nn.Parameter(torch.zeros(config.width))
-        self.blocks = nn.ModuleList(Block(config.width, shape, config.head_dim) for shape in config.layers)
-        self.norm = nn.LayerNorm(config.width)
+        if config.registers:
+            self.register_tokens = nn.Parameter(torch.zeros(config.registers, config.width))
+        if config.norm_pre:
+            self.norm_pre = nn.LayerNorm(config.width, config.norm_eps)
+        self.blocks = nn.ModuleList(Block(config, shape) for shape in config.layers)
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.features: Tensor | None
         chosen = torch.arange(config.features) if config.features < config.width else None
         self.register_buffer("features", chosen)
@@ -201,21 +209,33 @@ class CompactViT(nn.Module):
         Returns:
             (B, C).
         """
-        size, (rows, columns) = self.config.patch_size, self.grid
-        x = F.pad(x, self.padding) if any(self.padding) else x
-        x = x.unflatten(3, (columns, size)).unflatten(2, (rows, size))  # (B, channels, rows, size, columns, size)
-        x = self.patch(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))  # (B, T, D)
-        if self.config.pool == "cls":
+        config = self.config
+        x = self.patch(self._patches(F.pad(x, self.padding) if any(self.padding) else x))  # (B, T, D)
+        if config.registers:
+            x = torch.cat([self.register_tokens.expand(x.shape[0], -1, -1), x], dim=1)
+        if config.pool == "cls":
             x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
         x = x + self.position
+        x = self.norm_pre(x) if config.norm_pre else x
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x)
-        x = x[:, 0] if self.config.pool == "cls" else x.mean(1)
+        x = x if config.final_norm == "pooled" else self.norm(x)
+        x = x[:, 0] if config.pool == "cls" else x[:, config.registers :].mean(1)
+        x = self.norm(x) if config.final_norm == "pooled" else x
         x = x if self.features is None else x.index_select(-1, self.features)
         if self.config.head_hidden is not None:
             x = F.relu(self.head_hidden(x))
         return self.head(x) / self.temperature
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """(B, channels, height, width), padded, to (B, patches, numbers of a patch)."""
+        size, stride, (rows, columns) = self.config.patch_size, self.config.stride, self.grid
+        if self.stem is not None:
+            return self.stem(x).flatten(2).transpose(1, 2)
+        if stride != size:
+            return F.unfold(x, size, stride=stride).transpose(1, 2)
+        x = x.unflatten(3, (columns, size)).unflatten(2, (rows, size))  # (B, channels, rows, size, columns, size)
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def draw(self, noise: torch.Generator | None = None) -> dict[str, Tensor]:
         """One draw of all matrices and biases, by parameter name, for ``torch.func.functional_call``.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.nets.shape import ACTIVATIONS
 
 FORMAT = 1
 CONFIG = "compact.json"
@@ -48,7 +49,24 @@ class CompactConfig:
     form: str = "mean"
     sites: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # bayes: masks, by site
     posteriors: Mapping[str, "PosteriorShape"] = dataclasses.field(default_factory=dict)  # bayes: by matrix
+    patch_stride: int | None = None
+    stem: str = "none"
+    registers: int = 0
+    activation: str = "gelu"
+    norm_eps: float = 1e-5
+    norm_pre: bool = False
+    final_norm: str = "tokens"
     format: int = FORMAT
+
+    @property
+    def stride(self) -> int:
+        """Pixels from one patch to the next."""
+        return self.patch_size if self.patch_stride is None else self.patch_stride
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before those of the patches: CLS and registers."""
+        return self.registers + (self.pool == "cls")
 
     def to_json(self) -> str:
         """The fields as indented JSON."""
@@ -57,7 +75,8 @@ class CompactConfig:
     def check(self) -> None:
         """Checks that a network can have such fields; raises TypeError or ValueError."""
         layers = [n for layer in self.layers for n in dataclasses.astuple(layer)]
-        for n in (*self.image_shape, self.patch_size, self.width, self.head_dim, self.features, *layers):
+        sizes = (self.patch_size, self.stride, self.width, self.head_dim, self.features, self.registers)
+        for n in (*self.image_shape, *sizes, *layers):
             if type(n) is not int or not 0 <= n < 2**24:
                 raise TypeError(f"{n!r:.60} is no size")
         channels, *_ = self.image_shape
@@ -69,6 +88,14 @@ class CompactConfig:
             raise ValueError("std or names that cannot be")
         if self.pool not in ("mean", "cls") or self.form not in ("mean", "bayes"):
             raise ValueError(f"unknown pool or form {self.pool!r:.20}, {self.form!r:.20}")
+        if self.stem not in ("none", "conv"):
+            raise ValueError(f"unknown stem {self.stem!r:.20}")
+        if self.activation not in ACTIVATIONS or self.final_norm not in ("tokens", "pooled"):
+            raise ValueError(f"unknown activation or final norm {self.activation!r:.20}, {self.final_norm!r:.20}")
+        if not isinstance(self.norm_eps, float) or not 0 < self.norm_eps < 1 or self.norm_pre not in (True, False):
+            raise ValueError("LayerNorms that cannot be")
+        if not 1 <= self.stride <= self.patch_size:
+            raise ValueError("a stride that leaves pixels out")
 
     @classmethod
     def from_json(cls, text: str, where: str | Path = CONFIG) -> "CompactConfig":

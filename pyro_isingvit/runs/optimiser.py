@@ -9,15 +9,20 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.runs.layerwise import LayerwiseAdamW, Networks
 
 
-def make_optimizer(groups: list[dict[str, Any]], settings: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(groups: list[dict[str, Any]], settings: TrainConfig, networks: Networks = ()) -> torch.optim.AdamW:
     """AdamW at the peak learning rate, in its fast form on every device; the numbers are those of the slow one.
 
     Args:
         groups: of parameters, as ``Method.parameter_groups`` gives them.
         settings: ``lr`` is the rate of groups that name none.
+        networks: what is trained, as ``Method.trained_networks`` says; those that started from a trained one decay
+            towards it (runs/layerwise.py).
     """
+    if settings.layer_decay != 1 or any(vit.centred or vit.frozen for vit, _ in networks):
+        return LayerwiseAdamW(groups, networks, settings.lr, settings.layer_decay)
     return torch.optim.AdamW(groups, lr=settings.lr, foreach=True)
 
 

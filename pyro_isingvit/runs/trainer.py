@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.processes import averaged, is_first, on_first, world
 from pyro_isingvit.core.settings import RunConfig, TrainConfig
@@ -26,6 +26,7 @@ from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.base import Terms
 from pyro_isingvit.nets.divergence import first_not_finite, not_finite
 from pyro_isingvit.nets.penalties import PENALTIES
+from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.tokens import TokenMasking
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature
@@ -59,6 +60,8 @@ def check_training(config: TrainConfig) -> None:
     for name in ("lr", "finetune_lr", "clip_norm", "scale_lr_factor"):
         if not 0 < getattr(config, name) <= LARGEST:
             raise UserError(f"`{name}` must be positive and at most {LARGEST:g}, not {getattr(config, name)}.")
+    need(config.frozen_blocks >= 0, f"`frozen_blocks` must not be negative, but is {config.frozen_blocks}.")
+    need(0 < config.layer_decay <= 1, f"`layer_decay` must lie in (0, 1], not {config.layer_decay}.")
     for name in ("pilot_fraction", "warmup_fraction"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"`{name}` must lie in [0, 1], not {getattr(config, name)}.")
@@ -91,6 +94,7 @@ class Trainer:
         progress: show a progress bar.
         model: trained in place; None builds a fresh one.
         on_epoch: called with the trainer after every epoch, when the epoch is kept.
+        start: a trained network to begin from, for these images; None: random weights, or those of ``model``.
 
     Attributes:
         run: what is trained.
@@ -108,6 +112,7 @@ class Trainer:
         progress: bool,
         model: IsingViT | None = None,
         on_epoch: Callable[["Trainer"], object] | None = None,
+        start: Start | None = None,
     ) -> None:
         check_training(config.train)
         if len(data.train) < 1:
@@ -128,6 +133,13 @@ class Trainer:
         self.run = build_run(config, data.info, len(data.train), folder, model)
         self.method = self.run.method
         self.method.check(self.settings)
+        need(
+            not self.settings.frozen_blocks or config.init is not None,
+            "`frozen_blocks` would keep random weights; it is for a training that starts from a trained network.",
+        )
+        if start is not None:
+            self.method.start_from(start)
+        self.method.to(self.fabric.device)  # before there is an optimiser, which may hold views of the parameters
         self.augmentation = Augmentation(self.settings, self.run.info)
         self.masking = TokenMasking(self.settings.token_masking, self.method)
         for module in self.method.modules():
@@ -136,7 +148,7 @@ class Trainer:
         steps = self.steps_per_epoch = count_steps(len(data.train), self.settings.batch_size, self.multiple)
         self.total_epochs = self.settings.epochs + self.settings.finetune_epochs
         groups = self.method.parameter_groups(with_decay(self.settings, steps))
-        optimizer = make_optimizer(groups, self.settings)
+        optimizer = make_optimizer(groups, self.settings, self.method.trained_networks())
         self.scheduler = make_schedule(optimizer, self.settings, steps)
         self.loss, self.optimizer = self.fabric.setup(self.method, optimizer)
         device = self.fabric.device

@@ -142,7 +142,7 @@ def _axes(name: str, layers: int, *dims: str) -> list[str | None]:
 def _posterior(run: Run, samples: int, full: bool, seed: int) -> xr.Dataset:
     """Joint draws of masks and weights, one by one; those of ``draw_predictive`` with this seed."""
     guide, vit, layout = run.guide, run.model.vit, run.guide.layout
-    attention = next(site for site in head_sites(vit.readers) if site.name == "attention")
+    attention = next((site for site in head_sites(vit.readers) if site.name == "attention"), None)
     covered = 4 * vit.config.width**2 / vit.config.heads  # weights of a head: q, k, v, output
     dims: Dims = {"kept_heads": ["layer", "head"]}
     for kind, shape in vit.matrix_shapes.items():
@@ -163,7 +163,8 @@ def _posterior(run: Run, samples: int, full: bool, seed: int) -> xr.Dataset:
             weights = guide.draw()
             fields = {kind: layout.expand(kind, masks).expand_as(weight) for kind, weight in weights.items()}
             drawn = {f"kept_{kind}": field.mean((1, 2)).squeeze(0) for kind, field in fields.items()}
-            drawn["kept_heads"] = layout.reduce(attention, fields) / covered
+            if attention is not None:  # masks in the head alone cover no attention head
+                drawn["kept_heads"] = layout.reduce(attention, fields) / covered
             if full or num_masks < SMALL_MASKS:
                 drawn |= {f"xi_{name}": mask.to(torch.int8).squeeze(0) for name, mask in masks.items()}
             if full:

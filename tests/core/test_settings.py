@@ -75,7 +75,7 @@ def fitted(monkeypatch, vit: str | ViTConfig, **settings: Any) -> RunConfig:
     """The settings that ``fit`` would train with."""
     seen: list[RunConfig] = []
 
-    def caught(config: RunConfig, *_: object) -> None:
+    def caught(config: RunConfig, *_: object, **__: object) -> None:
         seen.append(config)
         raise InterruptedError
 

@@ -435,7 +435,19 @@ def test_resize_is_antialiased(tmp_path):
     assert images.min() > 110 and images.max() < 145
 
 
-@pytest.mark.parametrize(("spec", "size"), [("digits", 16), ("imagefolder:{}", 0), ("imagefolder:{}", -3)])
+def test_any_source_is_resized():
+    data, plain = load_data("digits", train_size=50, image_size=16), load_data("digits", train_size=50)
+    assert (data.info.height, data.info.width) == (16, 16) and data.train.images.shape == (50, 1, 16, 16)
+    small = data.train.images[:20].float().unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2))
+    assert (small - plain.train.images[:20].float()).abs().mean() < 12  # bicubic, with its overshoot cut off
+    index = torch.tensor([3, 1, 3])
+    assert torch.equal(data.train.images.take(index)[:], data.train.images[index])
+    assert torch.equal(data.train.images.to("cpu")[7], data.train.images[7])
+    same = load_data("digits", train_size=50, image_size=8)
+    assert torch.equal(same.train.images[:], plain.train.images[:])
+
+
+@pytest.mark.parametrize(("spec", "size"), [("digits", 0), ("imagefolder:{}", 0), ("imagefolder:{}", -3)])
 def test_bad_image_size(spec, size, folders):
     with pytest.raises(UserError, match="`image_size`"):
         load_data(spec.format(folders), image_size=size)

@@ -1,0 +1,142 @@
+"""A trained network as a start: other sizes and channels, files, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from pyro_isingvit import UserError, ViTConfig
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.methods.base import method_class
+from pyro_isingvit.methods.registry import METHODS, with_defaults
+from pyro_isingvit.nets.start import Start
+from pyro_isingvit.nets.vit import ViT
+
+SHAPE = ViTConfig(patch_size=4, width=16, heads=2, depth=2, mlp_ratio=2, pool="cls", registers=2, norm_pre=True)
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+def network(seed=0, shape=SHAPE, channels=3, size=16):
+    torch.manual_seed(seed)
+    vit = ViT(shape, channels, size, size, classes=5)
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return vit, vit.initial_weights()
+
+
+def start(**changes):
+    vit, weights = network()
+    return replace(Start.of(vit, weights, MEAN, STD, "made"), **changes)
+
+
+def about(channels=3, height=16, width=16, mean=MEAN, std=STD):
+    return DataInfo("made", ("a", "b", "c", "d", "e"), channels, height, width, mean, std)
+
+
+def test_grey_images_are_read_as_if_in_every_channel():
+    vit, weights = network()
+    one = start().fitted((1, 16, 16))
+    grey = torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8)
+    ours = ViT(one.vit, 1, 16, 16, classes=5)
+    matrices = torch.nn.ParameterDict({k: torch.nn.Parameter(w) for k, w in ours.initial_weights().items()})
+    one.copy_to(ours, matrices)
+    with torch.no_grad():
+        matrices["head"].copy_(weights["head"])
+        ours.bias["head"].copy_(vit.bias["head"])
+    x = about(1, mean=one.mean, std=one.std).normalise(grey)
+    assert_close(ours(dict(matrices), x), vit(weights, about().normalise(grey.expand(-1, 3, -1, -1))))
+
+
+def test_positions_are_interpolated_as_timm_does():
+    timm = pytest.importorskip("timm")
+    larger = start().fitted((3, 24, 32))
+    position = start().others["position"][None]
+    wanted = timm.layers.resample_abs_pos_embed(position, new_size=(6, 8), num_prefix_tokens=3)
+    assert_close(larger.others["position"], wanted[0], rtol=1e-5, atol=1e-6)
+    assert larger.image_shape == (3, 24, 32)
+    assert start().fitted(about().image_shape).others["position"] is not None
+
+
+def test_same_images_change_nothing():
+    assert_close(dict(start().fitted(about().image_shape).others), dict(start().others))
+
+
+def test_colours_that_do_not_fit_are_refused():
+    grey = Start.of(*network(channels=1), (0.5,), (0.2,), "grey one")
+    with pytest.raises(UserError, match=r"grey one reads 1 channel\(s\), the images have 3"):
+        grey.fitted(about().image_shape)
+
+
+def test_a_file_gives_back_everything(tmp_path):
+    made = start()
+    made.save(tmp_path / "a.safetensors")
+    again = Start.load(tmp_path / "a.safetensors")
+    assert (again.vit, again.image_shape, again.mean, again.std) == (made.vit, made.image_shape, MEAN, STD)
+    assert_close(dict(again.weights), dict(made.weights), rtol=0, atol=0)
+    assert_close(dict(again.others), dict(made.others), rtol=0, atol=0)
+    assert "head" not in again.weights
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("weights.qkv"), r"lacks 1 tensor\(s\): weights.qkv"),
+    (lambda t: t.update(extra=torch.ones(1)), r"beyond those of the network, 1 tensor\(s\): extra"),
+    (lambda t: t.update({"vit.cls": torch.ones(3)}), r"vit.cls is of shape \(3,\), the network needs \(16,\)"),
+    (lambda t: t["vit.cls"].fill_(torch.nan), "vit.cls is not finite"),
+])  # fmt: skip
+def test_a_file_with_other_tensors_is_refused(tmp_path, change, message):
+    path = tmp_path / "a.safetensors"
+    start().save(path)
+    tensors = load_file(path)
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    change(tensors)
+    save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match=message):
+        Start.load(path)
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no file"):
+        Start.load(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0rubbish!")
+    with pytest.raises(UserError, match="damaged or no start"):
+        Start.load(tmp_path / "bad.safetensors")
+    save_file({"x": torch.ones(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(UserError, match="give the architecture too: timm:NAME@FILE"):
+        Start.load(tmp_path / "foreign.safetensors")
+    start().save(tmp_path / "odd.safetensors")
+    save_file(load_file(tmp_path / "odd.safetensors"), tmp_path / "odd.safetensors",
+              {"format": "pyro-isingvit start 1", "vit": json.dumps({"wings": 2}), "image_shape": "[3, 16, 16]",
+               "mean": "[0]", "std": "[1]"})  # fmt: skip
+    with pytest.raises(UserError, match="damaged or no start"):
+        Start.load(tmp_path / "odd.safetensors")
+
+
+def test_another_shape_is_not_copied_to():
+    vit = ViT(replace(SHAPE, depth=3), 3, 16, 16, classes=2)
+    with pytest.raises(UserError, match="made is another network"):
+        start().copy_to(vit)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "laplace"])  # an extra; it is Plain
+def test_every_method_starts_from_it(name):
+    config = with_defaults(name, RunConfig(vit=SHAPE, init="made"))
+    torch.manual_seed(3)
+    method = method_class(name)(config, about(), 50)
+    method.start_from(start())
+    assert method.trained_networks()
+    for vit, matrices in method.trained_networks():
+        for kind, value in start().weights.items():
+            assert_close(matrices[kind].detach(), value, rtol=0, atol=0)
+            assert_close(vit.centre(kind), value, rtol=0, atol=0)
+        assert not vit.centre("head").any() and matrices["head"].any()
+        assert_close(vit.position.detach(), start().others["position"], rtol=0, atol=0)
+    heads = [matrices["head"] for _, matrices in method.trained_networks()]
+    assert all(not torch.equal(heads[0], head) for head in heads[1:])

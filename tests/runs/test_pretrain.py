@@ -1,0 +1,128 @@
+"""Pretraining without labels: it learns, resumes bit for bit, and a training starts from it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import TINY, make_split
+from torch.testing import assert_close
+
+from pyro_isingvit import UserError, fit
+from pyro_isingvit.core.settings import PretrainConfig
+from pyro_isingvit.nets.start import Start
+from pyro_isingvit.report.pretrain_figure import draw_guesses
+from pyro_isingvit.runs.pretrain import Pretraining, PretrainSettings
+
+TRAIN = PretrainConfig(
+    epochs=3, batch_size=16, masked=0.5, decoder_width=16, margin=1, val_fraction=0.1, device="cpu", lr=5e-3
+)
+SETTINGS = PretrainSettings("made", "data", None, TINY, TRAIN)
+
+
+def images(count=60):
+    return make_split(count, torch.Generator().manual_seed(0)).images
+
+
+def made(folder=None, **changes):
+    return Pretraining(replace(SETTINGS, train=replace(TRAIN, **changes)), images(), folder, progress=False)
+
+
+def test_the_loss_falls_on_images_that_were_held_out():
+    training = made(epochs=40, augment="none")
+    first = training.held_loss()
+    training.run()
+    assert training.history[-1]["held_out_loss"] < 0.8 * first and len(training.history) == 40
+    assert training.held_loss() == training.held_loss()  # the same masks each time
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_it_resumes_bit_for_bit(tmp_path, monkeypatch):
+    whole = made(epochs=4)
+    whole.run()
+    first, epoch = made(tmp_path, epochs=4), Pretraining._epoch
+
+    def stops(self, bar):
+        if self.epoch == 2:
+            raise Stopped
+        return epoch(self, bar)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pretraining, "_epoch", stops)
+        with pytest.raises(Stopped):
+            first.run()
+    again = Pretraining(PretrainSettings.read(tmp_path), images(), tmp_path, progress=False)
+    again.restore()
+    assert again.epoch == 2
+    start = again.run()
+    assert_close(dict(again.network.state_dict()), dict(whole.network.state_dict()), rtol=0, atol=0)
+    assert [line["loss"] for line in again.history] == [line["loss"] for line in whole.history]
+    kept = Start.load(tmp_path / "start.safetensors")
+    assert_close(dict(kept.weights), dict(start.weights), rtol=0, atol=0)
+
+
+def test_an_interruption_says_what_is_kept(tmp_path, monkeypatch):
+    def interrupted(self, bar):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pretraining, "_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="interrupted in epoch 1; nothing is kept"):
+        made(tmp_path).run()
+
+
+def test_a_training_starts_from_it(data):
+    start = made(epochs=1).run()
+    assert "head" not in start.weights
+    run = fit(start, data, epochs=2, batch_size=20, device="cpu", progress=False, samples=2)
+    assert run.config.init == "pretrained on made" and run.info.mean == start.mean
+    assert run.predict(data.test.images[:3], 2).mean.shape == (3, 3)
+
+
+def test_other_images_and_damaged_folders_are_refused(tmp_path):
+    training = made(tmp_path, epochs=1)
+    training.run()
+    other = Pretraining(replace(SETTINGS, train=replace(TRAIN, epochs=1)), images(50), tmp_path, progress=False)
+    with pytest.raises(UserError, match="other images"):
+        other.restore()
+    (tmp_path / "pretrain.json").write_text('{"format": 1}')
+    with pytest.raises(UserError, match="damaged"):
+        PretrainSettings.read(tmp_path)
+    (tmp_path / "pretrain.json").write_text('{"format": 9}')
+    with pytest.raises(UserError, match="format 9"):
+        PretrainSettings.read(tmp_path)
+    with pytest.raises(UserError, match="holds no pretraining"):
+        PretrainSettings.read(tmp_path / "none")
+
+
+def test_too_few_images():
+    with pytest.raises(UserError, match="too few"):
+        Pretraining(SETTINGS, images(1), None)
+
+
+def test_a_loss_that_is_not_finite_is_said(monkeypatch):
+    training = made()
+    with torch.no_grad():
+        training.network.hidden.fill_(float("nan"))
+    with pytest.raises(UserError, match="the loss became nan in epoch 1; lower `lr`"):
+        training.run()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("epochs", 0), ("lr", 0.0), ("lr", 2.0), ("masked", 1.0), ("weight_decay", -1.0), ("val_fraction", 0.6),
+    ("warmup_fraction", 1.5), ("decoder_depth", 0),
+])  # fmt: skip
+def test_settings_out_of_range(name, value):
+    with pytest.raises(UserError, match=f"`{name}`"):
+        made(**{name: value})
+
+
+def test_guesses_are_pictures(tmp_path):
+    training = made()
+    real, seen, guessed = training.guesses(4)
+    x = training.held.images[:4].float() / 255
+    assert_close(real, x, rtol=0, atol=1e-5)
+    shown = seen == real
+    assert shown.float().mean() >= 0.5 and guessed.shape == real.shape
+    assert draw_guesses(training, tmp_path / "a.png").stat().st_size > 1000

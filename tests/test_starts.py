@@ -1,0 +1,199 @@
+"""Where a training may start: libraries, files and folders, by name (pyro_isingvit/starts.py)."""
+
+import pytest
+import torch
+from helpers import TINY, tensors
+from safetensors.torch import save_file
+from torch.testing import assert_close
+from torchvision import models
+
+from pyro_isingvit import IsingViT, Start, UserError, ViTConfig, fit, load_data, load_run, load_start, start_of
+from pyro_isingvit.starts import convertible
+
+VIT = ViTConfig(patch_size=4, width=16, heads=2, depth=2, mlp_ratio=2)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits", train_size=100)
+
+
+@pytest.fixture(scope="module")
+def run(digits):
+    return fit(VIT, digits, epochs=3, device="cpu", target_retention=0.5, max_keep=0.9, progress=False)
+
+
+def same(start, vit, weights):
+    for kind, value in start.weights.items():
+        assert_close(value, weights[kind].detach(), rtol=0, atol=0)
+    own = dict(vit.named_parameters())
+    for name, value in start.others.items():
+        assert_close(value, own[name].detach(), rtol=0, atol=0)
+
+
+def test_a_run_is_a_start_for_other_classes(run, digits, tmp_path):
+    start = load_start(str(run.save(tmp_path / "run")))
+    [(vit, weights)] = run.method.trained_networks()
+    same(start, vit, weights)
+    assert start.mean == run.info.mean and "head" not in start.weights
+    again = fit(start, digits, method="deterministic", epochs=1, lr=1e-9, device="cpu", progress=False)
+    moved = (again.method.loc["qkv"] - weights["qkv"]).abs().max()
+    assert float(moved.detach()) < 1e-6 and again.config.vit == run.config.vit
+
+
+def test_a_pruned_network_is_a_start_and_stays_pruned(run, digits, tmp_path):
+    small = run.prune(keep=0.4)
+    small.save_pretrained(tmp_path)
+    start = load_start(str(tmp_path))
+    empty = ~(start.weights["fc1"].any(2) & start.weights["fc2"].any(1))
+    assert empty.any()
+    again = fit(start, digits, method="deterministic", epochs=3, device="cpu", progress=False)
+    left = again.method.loc["fc1"].detach().any(2) & again.method.loc["fc2"].detach().any(1)
+    assert not left[empty].any()
+
+
+def test_an_ensemble_is_no_start(digits, tmp_path):
+    run = fit(VIT, digits, method="ensemble", members=2, epochs=1, device="cpu", progress=False)
+    with pytest.raises(UserError, match="several networks"):
+        load_start(str(run.save(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("method", ["ising", "dropout"])
+def test_a_started_run_is_saved_and_loaded(method, run, digits, tmp_path):
+    [(vit, weights)] = run.method.trained_networks()
+    start = Start.of(vit, dict(weights), run.info.mean, run.info.std, "made")
+    again = fit(start, digits, method=method, epochs=2, device="cpu", progress=False)
+    loaded = load_run(again.save(tmp_path / "again"))
+    assert loaded.config.init == "made"
+    x = digits.test.images[:5]
+    assert torch.equal(loaded.predict(x, 4).probs, again.predict(x, 4).probs)
+    [(vit, _)] = loaded.method.trained_networks()
+    assert vit.centred and vit.centre("qkv").any()
+    if method == "ising":
+        assert loaded.prune(form="mean").predict(x).shape == (1, 5, 10)
+
+
+def test_a_model_around_a_start_trains_in_place(run, digits):
+    [(vit, weights)] = run.method.trained_networks()
+    start = Start.of(vit, dict(weights), (0.1,), (0.9,), "made")
+    model = IsingViT.from_pretrained(start, digits)
+    assert model.info.mean == (0.1,) and torch.equal(model.vit.centre("qkv"), weights["qkv"].detach())
+    before = {name: value.clone() for name, value in tensors(model).items()}
+    again = fit(model, digits, epochs=2, device="cpu", progress=False)
+    assert again.model is model and again.info.mean == (0.1,)
+    assert torch.equal(model.vit.centre("qkv"), before["vit.centre_qkv"])
+
+
+SMALL = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
+
+
+def test_networks_in_memory_and_what_they_normalise_by(digits):
+    net = models.VisionTransformer(8, 4, **SMALL)
+    start = start_of(net)
+    assert start.mean == (0.485, 0.456, 0.406) and start.source == "VisionTransformer"
+    with pytest.raises(UserError, match="reads 3 channels; give `mean` and `std`"):
+        start_of(net, mean=(0.5,))
+    timm = pytest.importorskip("timm")
+    assert start_of(timm.create_model("vit_tiny_patch16_224")).mean == (0.5, 0.5, 0.5)
+
+
+@pytest.fixture
+def small_vit(monkeypatch):
+    """vit_b_16 of torchvision at a size that a test can afford."""
+    build = models.get_model
+
+    def get_model(name, weights=None, **_):
+        assert weights is None, "nothing is downloaded here"
+        return models.VisionTransformer(224, 16, **SMALL) if name == "vit_b_16" else build(name)
+
+    monkeypatch.setattr(models, "get_model", get_model)
+    return models.VisionTransformer(224, 16, **SMALL)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_file_of_a_library(suffix, small_vit, tmp_path):
+    path = tmp_path / f"weights.{suffix}"
+    state = small_vit.state_dict()
+    save_file(state, path) if suffix == "safetensors" else torch.save({"model": state}, path)
+    start = load_start(f"torchvision:vit_b_16@{path}")
+    assert start.image_shape == (3, 224, 224) and start.std == (0.229, 0.224, 0.225)
+    assert torch.equal(start.weights["qkv"][0], state["encoder.layers.encoder_layer_0.self_attention.in_proj_weight"])
+
+
+def test_files_that_do_not_fit(small_vit, tmp_path):
+    state = small_vit.state_dict()
+    missing = {name: value for name, value in state.items() if name != "class_token"}
+    torch.save(missing, tmp_path / "missing.pth")
+    with pytest.raises(UserError, match=r"lacks 1 tensor\(s\): class_token"):
+        load_start(f"torchvision:vit_b_16@{tmp_path / 'missing.pth'}")
+    torch.save(state | {"more": torch.ones(1)}, tmp_path / "more.pth")
+    with pytest.raises(UserError, match=r"1 tensor\(s\): more"):
+        load_start(f"torchvision:vit_b_16@{tmp_path / 'more.pth'}")
+    torch.save(state | {"class_token": torch.ones(2)}, tmp_path / "shape.pth")
+    with pytest.raises(UserError, match=r"class_token is of shape \(2,\)"):
+        load_start(f"torchvision:vit_b_16@{tmp_path / 'shape.pth'}")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="holds no tensors by name"):
+        load_start(f"torchvision:vit_b_16@{tmp_path / 'list.pth'}")
+
+
+def test_a_pickle_that_runs_code_is_not_loaded(small_vit, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("evil code ran",))
+
+    torch.save({"class_token": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="may run code is not loaded"):
+        load_start(f"torchvision:vit_b_16@{tmp_path / 'evil.pth'}")
+
+
+def test_downloads_happen_only_when_asked_for(monkeypatch):
+    with pytest.raises(UserError, match="set `download` to let the library fetch them, or give a file"):
+        load_start("torchvision:vit_b_16")
+
+    def no_network(name, weights=None, **_):
+        assert weights is not None
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(models, "get_model", no_network)
+    with pytest.raises(UserError, match="could not be downloaded: no route to host"):
+        load_start("torchvision:vit_b_16", download=True)
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("torchvision:resnet18", "no vision transformer 'resnet18'"),
+    ("nothing", "is no folder and no .safetensors file"),
+    ("nothing.safetensors", "there is no file"),
+    ("torchvision:vit_b_16@nothing.pth", "there is no file nothing.pth"),
+])  # fmt: skip
+def test_what_is_not_there(spec, message):
+    with pytest.raises(UserError, match=message):
+        load_start(spec)
+
+
+def test_folders_without_anything(tmp_path):
+    with pytest.raises(UserError, match="neither a run"):
+        load_start(str(tmp_path))
+
+
+def test_timm_by_name():
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match=r"no model 'vit_tiny_patch16_22' \(did you mean vit_tiny_patch16_224"):
+        load_start("timm:vit_tiny_patch16_22")
+    with pytest.raises(UserError, match="not in this package"):
+        load_start("timm:vit_tiny_patch16_224")
+
+
+def test_every_vision_transformer_of_torchvision_works():
+    found = dict(convertible("torchvision"))
+    assert set(found) == {"vit_b_16", "vit_b_32", "vit_h_14", "vit_l_16", "vit_l_32"} and not any(found.values())
+    with pytest.raises(UserError, match="unknown library"):
+        list(convertible("keras"))
+
+
+def test_small_images_are_said(digits, caplog):
+    start = start_of(models.VisionTransformer(224, 16, **SMALL))
+    with pytest.raises(UserError):
+        fit(start, digits, epochs=1, device="cpu", progress=False)
+    assert "resize them with `image_size`" in caplog.text
+    assert TINY.prefix == 0
