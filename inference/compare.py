@@ -65,6 +65,8 @@ class CompareArguments:
     """Cells trained at the same time, each in its own process."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
+    init: str | None = None
+    """Trained network that every method starts from, as inference.train takes it; the shape is then its own."""
     label: str | None = None
     """Name of the data set in the tables; by default that of --dataset."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -127,7 +129,8 @@ def make_cells(arguments: CompareArguments) -> list[Cell]:
     for size, count in zip(arguments.train_sizes, epochs, strict=True):
         for spec in sorted(arguments.methods, key=lambda spec: row(spec.partition(":")[0]).derived_from is not None):
             for seed in arguments.seeds:
-                base = RunConfig(name, OURS, replace(arguments.data, train_size=size), vit, version=__version__)
+                data = replace(arguments.data, train_size=size)
+                base = RunConfig(name, OURS, data, vit, version=__version__, init=arguments.init)
                 train = replace(
                     base.train, seed=seed, batch_size=arguments.batch_size, samples=arguments.samples,
                     device=arguments.device, augment=arguments.augment, margin=arguments.margin,

@@ -114,6 +114,7 @@ def run_trial(trial: "Trial") -> dict[str, Any]:
     from pyro_isingvit.data.load import development_data
     from pyro_isingvit.experiment import fit
     from pyro_isingvit.runs.trainer import TrainingDiverged
+    from pyro_isingvit.starts import load_start
 
     torch.set_num_threads(1)
     config = trial.config
@@ -121,8 +122,8 @@ def run_trial(trial: "Trial") -> dict[str, Any]:
     start = time.monotonic()
     try:
         run = fit(
-            config.vit, data, method=config.method, train=config.train, ising=config.ising, baseline=config.baseline,
-            progress=False,
+            config.vit if config.init is None else load_start(config.init), data, method=config.method,
+            train=config.train, ising=config.ising, baseline=config.baseline, progress=False,
         )  # fmt: skip
     except TrainingDiverged as error:
         return {"error": in_flags(str(error), None).splitlines()[0][:300]}

@@ -26,7 +26,7 @@ DATA = ("train_size", "val_fraction", "image_size")
 KINDS: dict[str, tuple[type, ...]] = {  # key of a trial -> what it holds
     "dataset": (str,), "label": (str,), "name": (str,), "train_size": (int,), "val_fraction": (int, float),
     "image_size": (int,), "dev_size": (int,), "seed": (int,), "method": (str,), "epochs": (int,), "preset": (str,),
-    "vit": (dict,), "settings": (dict,),
+    "vit": (dict,), "settings": (dict,), "init": (str,),
 }  # fmt: skip
 APART = ("seed", "epochs")  # settings of training that are keys of the trial itself
 
@@ -114,7 +114,9 @@ def make_trial(given: Any, data_root: str, device: Device) -> Trial:
     name = given.get("preset", default_preset(source.dataset))
     need(name in PRESETS, f"unknown `preset` {name!r}; known: {', '.join(PRESETS)}.")
     _known("field of `vit`", given.get("vit", {}), [each.name for each in fields(ViTConfig)])
-    base = RunConfig(name, OURS, source, preset(name, **given.get("vit", {})), version=__version__)
+    base = RunConfig(
+        name, OURS, source, preset(name, **given.get("vit", {})), version=__version__, init=given.get("init")
+    )
     config = with_defaults(given.get("method", OURS), base, given.get("epochs"))
     config = replace(config, train=replace(config.train, seed=given.get("seed", 0), samples=SAMPLES, device=device))
     config = _with_settings(config, given.get("settings", {}), given.get("epochs"))

@@ -18,7 +18,7 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.launcher import by_torchrun
 from pyro_isingvit.core.presets import PRESETS, default_preset, preset
 from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
-from pyro_isingvit.methods.registry import METHODS, OURS, row
+from pyro_isingvit.methods.registry import METHODS, OURS, row, started
 from pyro_isingvit.version import __version__
 
 
@@ -128,12 +128,13 @@ def main(argv: list[str] | None = None) -> None:
     peek.add_argument("--dataset", default=DataConfig.dataset)
     peek.add_argument("--preset", default=None)
     peek.add_argument("--method", default=OURS)
+    peek.add_argument("--init", default=None)
     known, _ = peek.parse_known_args(argv)
     name = known.preset or default_preset(known.dataset)
     with_clear_errors(lambda: (preset(name), row(known.method)), TrainArguments)
     default = TrainArguments(
         out=tyro.MISSING, preset=name, method=known.method, vit=preset(name), ising=row(known.method).ising,
-        train=row(known.method).train, baseline=row(known.method).baseline,
+        train=started(row(known.method).train, known.init), baseline=row(known.method).baseline,
     )  # fmt: skip
     run_script(train, TrainArguments, argv, default)
 

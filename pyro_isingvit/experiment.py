@@ -18,7 +18,7 @@ from pyro_isingvit.data.sources import DATASETS, PREFIXES
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.evaluation import write_evaluation
 from pyro_isingvit.ising.model import IsingViT
-from pyro_isingvit.methods.registry import row
+from pyro_isingvit.methods.registry import row, started
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.runs.folder import FILES, clear_run, need_folder
 from pyro_isingvit.runs.load import open_run
@@ -168,7 +168,7 @@ def fit(
     clash = "`model` is an IsingViT with mask settings of its own"
     need(given is None or ising is None, f"{clash}; leave out `ising`.")
     parts: dict[str, Any] = {
-        "train": train or usual.train,
+        "train": train or started(usual.train, "given" if _starts(model) else None),
         "ising": given.ising if given else ising or usual.ising,
         "baseline": baseline or usual.baseline,
     }
@@ -197,6 +197,11 @@ def _source(data: ImageData, train: TrainConfig) -> DataConfig:
     source, seed = data.source
     same = seed == train.seed  # the seed of a run divides its images too
     return source if same else DataConfig(dataset=f"{data.info.dataset} (divided with seed {seed})")
+
+
+def _starts(model: Any) -> bool:
+    """Whether a model has been trained before."""
+    return isinstance(model, Start) or (isinstance(model, IsingViT) and model.vit.centred)
 
 
 def _shape(model: IsingViT | ViTConfig | Start | str) -> ViTConfig:

@@ -44,7 +44,8 @@ def _kept_activations(vit: ViT) -> Iterator[None]:
 def _squared_mean(grads: tuple[Tensor, ...], leaves: Weights, images: int) -> Weights:
     """B g^2 with g the mean gradient of the B images of all processes; all of them have as many."""
     total = images * world()
-    return {kind: total * averaged(grad.float()) ** 2 for kind, grad in zip(leaves, grads, strict=True)}
+    # In place: a large network has no room for a second copy of its weights.
+    return {kind: averaged(grad.float()).square_().mul_(total) for kind, grad in zip(leaves, grads, strict=True)}
 
 
 def gnb(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> Weights:
@@ -217,8 +218,8 @@ RULES: dict[Callable, Rule] = {
 }
 # Operations that only move, copy or add numbers: their Jacobian holds zeros and ones and is its own square.
 MOVES = {
-    "__get__", "__getitem__", "add", "cat", "dim", "expand", "flatten", "numel", "pad", "permute", "reshape", "size",
-    "squeeze", "transpose", "unbind", "unfold", "unsqueeze", "view",
+    "__get__", "__getitem__", "add", "cat", "contiguous", "dim", "expand", "flatten", "numel", "pad", "permute",
+    "reshape", "size", "squeeze", "transpose", "unbind", "unfold", "unsqueeze", "view",
 }  # fmt: skip
 STEM = {"conv2d", "max_pool2d"}  # before the first matrix: nothing is asked for behind them
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from pyro_isingvit.ising.channel_masks import masked_network
 from pyro_isingvit.ising.distributions import bernoulli_kl, slab_kl
 from pyro_isingvit.ising.guide import IsingGuide
+from pyro_isingvit.ising.lean import slab_pull
 from pyro_isingvit.ising.masks import MASK_POSTERIORS
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.nets.penalties import Seen
@@ -95,11 +96,14 @@ class FusedELBO(nn.Module):
         model, guide, layout = self.model, self.guide, self.guide.layout
         mask_kl, kl = self.constant_kl()
         for kind in guide.kinds:
-            loc, tau_1 = guide.moved(model, kind), model.tau_1(kind)
+            tau_1 = model.tau_1(kind)
             pi = layout.expand(kind, self._retention)
             if guide.log_scale[kind].requires_grad:
-                kl = kl + (pi * slab_kl(loc, guide.scale(kind), tau_1)).sum()
+                kl = kl + (pi * slab_kl(guide.moved(model, kind), guide.scale(kind), tau_1)).sum()
+            elif guide.lean:
+                kl = kl + slab_pull(guide.loc[kind], model.centre(kind), pi, tau_1)
             else:  # pi (m - m0)^2 / (2 tau_1^2), whose gradient is the pull: half the product with it
+                loc = guide.moved(model, kind)
                 pull = (pi * loc.detach()).div_(tau_1**2)
                 product = torch.dot(pull.flatten(), loc.flatten())
                 kl = kl + product - 0.5 * product.detach()
@@ -139,6 +143,9 @@ class FusedELBO(nn.Module):
         guide, weights, spikes = self.guide, dict[str, Tensor](), dict[str, Tensor]()
         part, parts = self.part
         masks = draw_all(self._retention, parts * len(x), slice(part * len(x), (part + 1) * len(x)))
+        if guide.lean and not guide.config.tau_0:
+            noise_of = {kind: (guide.scale(kind), int(torch.randint(2**62, ()))) for kind in guide.kinds}
+            return self._network(dict(guide.loc.items()), {}, masks, x, watch, noise_of)
         for kind in guide.kinds:
             noise, tau_0 = torch.randn_like(guide.loc[kind]), guide.config.tau_0
             # xi (m + s e) + (1 - xi) tau_0 e: what a mask multiplies, and what is there without it
@@ -191,10 +198,10 @@ class FusedELBO(nn.Module):
             self._retention = {name: guide.field(name).sigmoid() for name in layout.sites}
             masks = torch.stack([bernoulli_kl(q, p).sum() for q, p in pairs]).sum()
             total = torch.zeros_like(masks)
-            for kind, (log_scale, tau_1) in zip(frozen, slabs, strict=True):
+            for kind, (_, tau_1) in zip(frozen, slabs, strict=True):
                 scale = guide.scale(kind)
                 cost = layout.expand(kind, self._retention) * slab_kl(torch.zeros_like(scale), scale, tau_1)
-                total = total + cost.expand(log_scale.shape).sum()
+                total = total + cost.expand(guide.loc[kind].shape).sum()
             self._constant, self._seen = (masks, total), () if torch.is_inference_mode_enabled() else state
         return self._constant
 

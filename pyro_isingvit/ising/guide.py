@@ -8,7 +8,8 @@ alternation of mask and weight updates.
 """
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import pyro
 import torch
@@ -17,47 +18,20 @@ from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.processes import averaged, follow_first, own_rows, world
-from pyro_isingvit.core.settings import IsingConfig, Tempering
+from pyro_isingvit.core.settings import IsingConfig
 from pyro_isingvit.ising.coupling import COUPLINGS, Network
 from pyro_isingvit.ising.curvature import SALIENCY, second_order_gain
 from pyro_isingvit.ising.distributions import SpikeAndSlabPosterior, log_odds, slab_kl
-from pyro_isingvit.ising.layout import WEIGHT, Spread
+from pyro_isingvit.ising.layout import WEIGHT, MaskSite, Spread
+from pyro_isingvit.ising.lean import Squares, is_large
 from pyro_isingvit.ising.masks import MASK_POSTERIORS, Masks, Move, Phase
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.ising.scales import curvature_log_scale
+from pyro_isingvit.ising.tempering import tempering
 from pyro_isingvit.nets.vit import Weights
 
+Squared = Callable[[str], Tensor]  # kind -> squares, (layers, out, in)
 LEAST_SPIKE = 1e-3  # what empirical Bayes takes for the spike where that has no width
-
-
-def tempering(kappa: Tempering | Literal["auto"], num_weights: int, num_data: int) -> float:
-    """The number behind a tempering setting (docs/method.md, Tempering).
-
-    exact = 1, data_emphasis = max(1, P / N), batch_mean = 1 / N (the likelihood counts as one image), no_kl = 1e30
-    (the KL does not count), auto = 1 to start with.
-
-    Args:
-        kappa: the setting.
-        num_weights: P, masked weights.
-        num_data: N, training images.
-
-    Raises:
-        UserError: not positive.
-
-    Examples:
-        >>> tempering("data_emphasis", 135_000, 6_000)
-        22.5
-        >>> tempering("exact", 135_000, 6_000)
-        1.0
-    """
-    named = {
-        "exact": 1.0, "data_emphasis": max(1.0, num_weights / num_data), "batch_mean": 1.0 / num_data, "no_kl": 1e30,
-        "auto": 1.0,
-    }  # fmt: skip
-    value = named[kappa] if isinstance(kappa, str) else float(kappa)
-    if not value > 0:
-        raise UserError(f"kappa must be positive, not {value}; set `kappa_mask` and `kappa_weights` above 0.")
-    return value
 
 
 class IsingGuide(nn.Module):
@@ -100,19 +74,16 @@ class IsingGuide(nn.Module):
         weights = initial or model.vit.initial_weights()
         self.kinds = tuple(model.vit.matrix_shapes)
         self.loc = nn.ParameterDict({kind: nn.Parameter(weight.clone()) for kind, weight in weights.items()})
-        start = math.log(self.config.init_scale)
-        self.log_scale = nn.ParameterDict(
-            {
-                kind: nn.Parameter(
-                    torch.full_like(weight, start), requires_grad=self.config.posterior_scale == "learned"
-                )
-                for kind, weight in weights.items()
-            }
-        )
+        start, learned = math.log(self.config.init_scale), self.config.posterior_scale == "learned"
+        self.lean = is_large(self.config, model.num_masked_weights)
+        scales = {kind: torch.full((1, 1, 1) if self.lean else w.shape, start) for kind, w in weights.items()}
+        self.log_scale = nn.ParameterDict({k: nn.Parameter(s, requires_grad=learned) for k, s in scales.items()})
         self.masks = MASK_POSTERIORS[self.config.mask_posterior](self.config, self.layout, kappa_mask)
         self.curvature_updates: Tensor
-        for kind, weight in weights.items():
+        for kind, weight in weights.items() if not self.lean else ():
             self.register_buffer(f"curvature_{kind}", torch.zeros_like(weight))
+        for name, site in self.layout.sites.items() if self.lean else ():
+            self.register_buffer(f"saliency_{name}", torch.zeros(site.shape))
         self.register_buffer("curvature_updates", torch.zeros((), dtype=torch.long))
         self._scales: dict[str, tuple[tuple, Tensor]] = {}  # of each frozen kind, and what it was computed from
         # Checkpoints name the masks' tensors as if they were the guide's own.
@@ -173,9 +144,41 @@ class IsingGuide(nn.Module):
         return self.layout.expand(kind, values).expand_as(self.loc[kind])
 
     def curvature(self, kind: str) -> Tensor:
-        """h, the averaged curvature of a kind without its start-up bias, (layers, out, in)."""
-        seen = 1.0 - self.config.curvature_decay ** int(self.curvature_updates)
-        return self.get_buffer(f"curvature_{kind}") / max(seen, 1e-12)
+        """h, the averaged curvature of a kind without its start-up bias, (layers, out, in); not of large networks."""
+        return self.get_buffer(f"curvature_{kind}") / self._seen
+
+    @property
+    def _seen(self) -> float:
+        """Weight of all curvature estimates in their average: 1 after many."""
+        return max(1.0 - self.config.curvature_decay ** int(self.curvature_updates), 1e-12)
+
+    @torch.no_grad()
+    def gains(self) -> Masks:
+        """Dl of every mask, what the data lose without its weights, site -> site shape, nats."""
+        if self.lean:
+            half = 0.5 * self.num_data / self._seen
+            return {name: half * self.get_buffer(f"saliency_{name}").clamp(min=0.0) for name in self.layout.sites}
+        gain = {kind: second_order_gain(self.curvature(kind), loc, self.num_data) for kind, loc in self.loc.items()}
+        return {name: self.layout.reduce(site, gain) for name, site in self.layout.sites.items()}
+
+    @torch.no_grad()
+    def costs(self, model: IsingViT, moved: Squared) -> Masks:
+        """KL of the slabs under every mask, what it takes to describe them, site -> site shape, nats.
+
+        Args:
+            model: for the widths of the slabs.
+            moved: kind -> (m - m0)^2, (layers, out, in).
+        """
+
+        def cost(kind: str) -> Tensor:
+            scale, tau_1 = self.scale(kind), model.tau_1(kind)
+            return torch.addcmul(slab_kl(torch.zeros_like(scale), scale, tau_1), moved(kind), 0.5 / tau_1**2)
+
+        def summed(site: MaskSite) -> Tensor:  # one kind at a time: a large network has no room for all
+            parts = [spread.reduce(cost(kind)) for kind, spread in site.spreads.items()]
+            return sum(parts[1:], start=parts[0])
+
+        return {name: summed(site) for name, site in self.layout.sites.items()}
 
     def forward(self, x: Tensor | None = None, y: Tensor | None = None, rows: Tensor | None = None) -> None:
         """Samples all mask sites, then all weight sites; the arguments are the model's and unused."""
@@ -256,8 +259,15 @@ class IsingGuide(nn.Module):
         count = max(min(self.config.curvature_batch, len(images)), world())
         few = own_rows(count - count % world())  # as many on each process
         estimate = SALIENCY[self.config.saliency](model.vit, dict(self.loc.items()), images[few], labels[few])
-        for kind, curvature in estimate.items():
-            self.get_buffer(f"curvature_{kind}").lerp_(averaged(curvature), 1.0 - self.config.curvature_decay)
+        share = 1.0 - self.config.curvature_decay
+        if self.lean:
+            weighed = {
+                kind: h.mul_(self.loc[kind].detach()).mul_(self.loc[kind].detach()) for kind, h in estimate.items()
+            }
+            for name, site in self.layout.sites.items():
+                self.get_buffer(f"saliency_{name}").lerp_(averaged(self.layout.reduce(site, weighed)), share)
+        for kind, curvature in estimate.items() if not self.lean else ():
+            self.get_buffer(f"curvature_{kind}").lerp_(averaged(curvature), share)
         self.curvature_updates += 1
         if self.config.posterior_scale == "curvature":
             emphasis = self.config.curvature_factor * self.kappa_weights * self.num_data
@@ -286,15 +296,16 @@ class IsingGuide(nn.Module):
                 retention falls from the highest allowed to ``target_retention`` over the first half of it.
         """
         config, layout = self.config, self.layout
-        squared = {kind: loc.detach() ** 2 for kind, loc in self.loc.items()}
-        moved = {kind: self.moved(model, kind).detach() ** 2 for kind in self.kinds} if model.centred else squared
+        made = None if self.lean else {kind: loc.detach() ** 2 for kind, loc in self.loc.items()}
+        squared: Any = made or Squares(self.loc)
+
+        def moved(kind: str) -> Tensor:
+            if made is not None and not model.centred:
+                return made[kind]
+            return self.moved(model, kind).detach() ** 2
+
         if config.empirical_tau_1:
             self._fit_slabs(model, moved)
-        gain = {kind: second_order_gain(self.curvature(kind), loc, self.num_data) for kind, loc in self.loc.items()}
-        cost = {}  # KL_e, which is quadratic in how far the mean is from the slab's
-        for kind, second in moved.items():
-            scale, tau_1 = self.scale(kind), model.tau_1(kind)
-            cost[kind] = torch.addcmul(slab_kl(torch.zeros_like(scale), scale, tau_1), second, 0.5 / tau_1**2)
         network = Network(squared, model.vit.norm_gain.detach() ** 2, model.vit.readers, config.decay)
 
         def sweep(move: Move) -> None:
@@ -309,17 +320,14 @@ class IsingGuide(nn.Module):
 
             COUPLINGS[config.coupling](network, set_site)
 
-        def by_mask(fields: Weights) -> Masks:
-            return {name: layout.reduce(site, fields) for name, site in layout.sites.items()}
-
-        self.masks.step(model, by_mask(gain), by_mask(cost), sweep, progress)
+        self.masks.step(model, self.gains(), self.costs(model, moved), sweep, progress)
         follow_first([*self.masks.buffers(), *(model.prior_logits(name) for name in layout.sites)])
 
-    def _fit_slabs(self, model: IsingViT, moved: Weights) -> None:
+    def _fit_slabs(self, model: IsingViT, moved: Squared) -> None:
         """Empirical Bayes: tau_1^2 = sum pi ((m - m0)^2 + s^2) / sum pi per layer, kept above the spike."""
-        for kind, second in moved.items():
+        for kind in self.kinds:
             keep = self.weight_retention(kind)
-            total = (keep * (second + (2 * self.log_scale[kind]).exp())).sum((1, 2), keepdim=True)
+            total = (keep * (moved(kind) + (2 * self.log_scale[kind]).exp())).sum((1, 2), keepdim=True)
             floor = 10 * max(
                 self.config.tau_0, LEAST_SPIKE
             )  # a layer whose masks all drop would send tau_1 to 0, and the KL to inf

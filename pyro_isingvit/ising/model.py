@@ -25,6 +25,7 @@ from pyro_isingvit.core.settings import IsingConfig, ViTConfig
 from pyro_isingvit.data.split import DataInfo, ImageData
 from pyro_isingvit.ising.distributions import SpikeAndSlab
 from pyro_isingvit.ising.layout import MaskLayout
+from pyro_isingvit.ising.lean import is_large
 from pyro_isingvit.nets.penalties import Penalties, Seen
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.vit import ViT, Weights
@@ -95,6 +96,9 @@ class IsingViT(nn.Module):
         )
         self.vit = ViT(vit, info.channels, info.height, info.width, info.num_classes, centred, trunk, frozen)
         self.layout = MaskLayout(self.vit, self.ising.granularity)
+        if centred and is_large(self.ising, self.num_masked_weights):
+            for kind in self.vit.matrix_shapes:
+                self.vit.register_buffer(f"centre_{kind}", self.vit.centre(kind).bfloat16())
         self.num_data: int | None = None
         self.kappa_weights = 1.0
         self.penalties = Penalties()

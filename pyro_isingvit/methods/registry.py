@@ -5,7 +5,7 @@ No torch here, so that a command line is read before anything heavy is loaded. A
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import BaselineConfig, IsingConfig, RunConfig, TrainConfig
@@ -132,6 +132,20 @@ def ensemble_of(name: str) -> Row:
     )  # fmt: skip
 
 
+# What a training that starts from a trained network does otherwise, whatever the method (docs/starting.md).
+STARTED: dict[str, Any] = {"layer_decay": 0.75}
+
+
+def started(settings: TrainConfig, init: str | None) -> TrainConfig:
+    """A method's settings of training for one that starts from a trained network; as they are where ``init`` is None.
+
+    Args:
+        settings: the method's own.
+        init: where training starts.
+    """
+    return settings if init is None else replace(settings, **STARTED)
+
+
 METHODS["ensemble"] = replace(ensemble_of("deterministic"), train=replace(PLAIN, calibrate=True))
 METHODS["ising-ensemble"] = ensemble_of("ising")
 OURS = "ising"  # the method that comparisons hold against the others
@@ -152,7 +166,7 @@ def with_defaults(spec: str, base: RunConfig, epochs: int | None = None) -> RunC
 
     Args:
         spec: ``name`` or ``name:number``; the number sets the method's knob.
-        base: data, preset and shape of the network, which stay.
+        base: data, preset, shape of the network and where it starts from, which stay.
         epochs: of the training in all; a method that fine-tunes has its own share of them for it. None: its own number.
 
     Raises:
@@ -164,7 +178,7 @@ def with_defaults(spec: str, base: RunConfig, epochs: int | None = None) -> RunC
         chosen = chosen.with_number(number)
     except UserError as error:
         raise UserError(f"{spec!r}: {error}") from error
-    train = chosen.train
+    train = started(chosen.train, base.init)
     if epochs is not None:
         last = round(epochs * train.finetune_epochs / (train.epochs + train.finetune_epochs))
         train = replace(train, epochs=epochs - last, finetune_epochs=last)

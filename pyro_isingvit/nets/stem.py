@@ -1,6 +1,6 @@
 """A convolutional stem: what may stand between the pixels and the patch embedding where data are few.
 
-    x <- maxpool_3x3, stride 2 (gelu(conv_3x3(x)))     log2(patch size) times
+    x <- maxpool_2x2 (gelu(conv_3x3(x)))     log2(patch size) times
 
 One vector is left where a patch would be, and the patch embedding, a matrix like all others, reads it (compact
 convolutional transformers, Hassani et al. 2021). The convolutions are ordinary parameters: no mask covers them, and no
@@ -9,6 +9,7 @@ noise is on them.
 Shapes: B batch, D width.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -56,6 +57,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, height, width) to (B, out, height / patch, width / patch)."""
+        x = x.contiguous(memory_format=torch.channels_last)  # a third less time on a CPU
         for stage in self.stages:
-            x = F.max_pool2d(F.gelu(stage(x)), 3, stride=2, padding=1)
+            x = F.max_pool2d(F.gelu(stage(x)), 2)
         return x

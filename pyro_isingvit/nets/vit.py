@@ -81,6 +81,8 @@ class ViT(nn.Module):
         checkpoint_activations: where gradients are wanted, keep each block's input alone and compute the block again in
             the backward pass: the same numbers from less memory, for about a third more time.
         centred: there is a ``centre`` of the matrices, from which training started.
+        shared: where it is an empty list, the next pass puts what the trunk gives there, (B, T, D), and the passes
+            after it take that for their own images (nets/trunk.py). None: every pass computes it.
         visible: (images, tokens) numbers of the patch tokens that each image of a batch shows, as many for all; the
             others are dropped once the position is added. None: all of them (nets/tokens.py sets it in training).
 
@@ -104,6 +106,7 @@ class ViT(nn.Module):
         self.trunk_depth, self.frozen = trunk, frozen
         self.config, self.image_shape, self.classes = config, (channels, height, width), classes
         self.checkpoint_activations, self.centred = False, centred
+        self.shared: list[Tensor] | None = None
         self.visible: Tensor | None = None
         patch, dim, depth = config.patch_size, config.width, config.depth
         self.grid, self.padding = patch_grid(height, width, patch, config.stride)
@@ -191,6 +194,23 @@ class ViT(nn.Module):
         mixed = mixed.transpose(1, 2).reshape(*lead, self.config.width)
         return apply("attn_out", layer, mixed)
 
+    def _embedded(self, images: Tensor, drawn: int | None, apply: Callable[..., Tensor], watch: Watch) -> Tensor:
+        """What the first block reads, (..., B, T, D); ``drawn`` is S where the same images pass S draws."""
+        x = self.patchify(images.flatten(0, -4))  # (B, T, P)
+        if images.dim() == 5:
+            x = x.unflatten(0, images.shape[:2])  # (S, B, T, P)
+        elif drawn is not None and not self.trunk_depth:
+            x = x.expand(drawn, *x.shape)  # (S, B, T, P)
+        x = self._prefix(apply("patch", 0, x)) + self.position  # (..., B, T, D)
+        if self.visible is not None:
+            assert len(self.visible) == images.shape[:-3].numel(), "visible tokens of another batch"
+            x = self._shown(x, self.visible)
+        if self.config.norm_pre:
+            x = F.layer_norm(x, x.shape[-1:], self.pre_gain, self.pre_bias, self.config.norm_eps)
+        if "tokens" in watch:
+            watch["tokens"].append(x)
+        return x
+
     def _pooled(self, x: Tensor, norm: Callable[[Tensor, int], Tensor]) -> Tensor:
         """(..., T, D) to what the head reads, (..., 1, D)."""
         last, late = 2 * self.config.depth, self.config.final_norm == "pooled"
@@ -253,31 +273,19 @@ class ViT(nn.Module):
         head = weights["head"]
         drawn = head.shape[0] if head.dim() == 4 and images.dim() == 4 else None  # S, of the same images
 
-        def tokens() -> Tensor:
-            x = self.patchify(images.flatten(0, -4))  # (B, T, P)
-            if images.dim() == 5:
-                x = x.unflatten(0, images.shape[:2])  # (S, B, T, P)
-            elif drawn is not None and not self.trunk_depth:
-                x = x.expand(drawn, *x.shape)  # (S, B, T, P)
-            x = apply("patch", 0, x)  # (..., B, T, D)
-            x = self._prefix(x) + self.position
-            if self.visible is not None:
-                assert len(self.visible) == images.shape[:-3].numel(), "visible tokens of another batch"
-                x = self._shown(x, self.visible)
-            if self.config.norm_pre:
-                x = F.layer_norm(x, x.shape[-1:], self.pre_gain, self.pre_bias, eps)
-            if "tokens" in watch:
-                watch["tokens"].append(x)
-            return x
-
         again = self.checkpoint_activations and not watch and torch.is_grad_enabled()
-        with torch.no_grad() if self.frozen else nullcontext():
-            x = tokens()
-        for layer in range(self.config.depth):
+        if self.shared:
+            x = self.shared[0]
+        else:
+            with torch.no_grad() if self.frozen else nullcontext():
+                x = self._embedded(images, drawn, apply, watch)
+        for layer in range(self.trunk_depth if self.shared else 0, self.config.depth):
             if layer == self.trunk_depth > 0 and drawn is not None:
                 x = x.expand(drawn, *x.shape)  # (S, B, T, D): so far all draws agree
             with torch.no_grad() if layer < self.frozen else nullcontext():
                 x = checkpoint(block, x, layer, use_reentrant=False) if again else block(x, layer)
+            if self.shared == [] and layer + 1 == self.trunk_depth:
+                self.shared.append(x)
         if self.trunk_depth == self.config.depth and drawn is not None:
             x = x.expand(drawn, *x.shape)
         x = self._pooled(x, norm)
@@ -292,7 +300,7 @@ class ViT(nn.Module):
         weights = self._xavier(self.matrix_shapes)
         for kind in weights:
             if self.centred and self.centre(kind).any():
-                weights[kind] = self.centre(kind).clone()
+                weights[kind] = self.centre(kind).float()
         return weights
 
     def _xavier(self, shapes: dict[str, tuple[int, int, int]]) -> Weights:

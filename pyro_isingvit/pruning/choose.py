@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.data.split import Split
-from pyro_isingvit.ising.curvature import second_order_gain
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.nets.vit import Weights
 from pyro_isingvit.predictive.calibration import fit_temperature
@@ -76,11 +75,11 @@ def choose_masks(run: Run, threshold: float | None = None, keep: float | None = 
 
 
 def _highest(guide: IsingGuide, retention: Kept, keep: float) -> Kept:
-    gain = {kind: second_order_gain(guide.curvature(kind), loc, guide.num_data) for kind, loc in guide.loc.items()}
+    gain = guide.gains()
     ones = {kind: torch.ones_like(loc) for kind, loc in guide.loc.items()}
     sites = guide.layout.sites
     sizes = {name: guide.layout.reduce(site, ones) for name, site in sites.items()}
-    worth = {name: guide.layout.reduce(site, gain) / sizes[name] for name, site in sites.items()}
+    worth = {name: gain[name] / sizes[name] for name in sites}
     # Damped masks are on their way to a clip that moves: those within 1% of it are equals.
     clipped = {name: pi.clamp(max=0.99 * guide.max_keep) for name, pi in retention.items()}
     flat = [torch.cat([part[name].flatten() for name in sites]).double().cpu().numpy()
@@ -209,7 +208,10 @@ def posterior_parts(run: Run, kept: Kept) -> PosteriorParts:
     numbers = {name: torch.arange(on.numel()).view(on.shape) for name, on in kept.items()}
     by_weight = layout.granularity == "weight"
     return PosteriorParts(
-        {kind: whole(kind, scale.detach().exp().cpu(), 0.0) for kind, scale in guide.log_scale.items()},
+        {
+            kind: whole(kind, scale.detach().exp().cpu().expand(guide.loc[kind].shape), 0.0)
+            for kind, scale in guide.log_scale.items()
+        },
         {kind: whole(kind, layout.expand(kind, pi).expand_as(loc), 1.0) for kind, loc in guide.loc.items()}
         | {kind: torch.ones(trunk[kind].shape) for kind in below if kind not in guide.kinds},
         None if by_weight else {kind: whole(kind, layout.expand(kind, numbers), 0) for kind in guide.kinds},

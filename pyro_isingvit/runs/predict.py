@@ -12,11 +12,13 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.processes import gathered, own_rows
 from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.nets.margins import log_margins
+from pyro_isingvit.nets.trunk import one_trunk, with_trunk
 from pyro_isingvit.nets.vit import Watch
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.runs.run import Run
 
 CHUNK = 2048
+TRUNK_CHUNK = 256  # images whose tokens above the trunk are kept
 MARGIN_BATCH = 64
 
 
@@ -75,6 +77,9 @@ def draw_predictive(
     cuda = [run.device] if run.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
+        if with_trunk(run.method):
+            _images_first(run, images, probs, min(chunk, TRUNK_CHUNK), progress)
+            return PredictiveDraws(gathered(probs, batch, 1, run.device))
         firsts = range(0, num_samples, group)
         unit = "draw" if group == 1 else f"x{group}"
         for first in tqdm(firsts, desc="draw", unit=unit, disable=not progress, dynamic_ncols=True):
@@ -84,6 +89,28 @@ def draw_predictive(
                 logits = networks(x) / run.temperature  # (S, B, C)
                 probs[first : first + size, i * chunk : (i + 1) * chunk] = logits.softmax(-1).cpu()
     return PredictiveDraws(gathered(probs, batch, 1, run.device))
+
+
+def _images_first(run: Run, images: Images, probs: Tensor, chunk: int, progress: bool) -> None:
+    """Fills ``probs`` (S, B, C) chunk by chunk, each with all draws one after another, so that one trunk serves them.
+
+    Draw s is the same for all chunks: the random state from which it comes is kept.
+    """
+    cuda = run.device.type == "cuda"
+    states: list[tuple[Tensor, Tensor | None]] = []
+    bar = tqdm(total=len(images), desc="draw", unit="image", disable=not progress, dynamic_ncols=True)
+    with bar:
+        for i, x in enumerate(images.batches(chunk, run.info.normalise, run.device)):
+            with one_trunk(run.method):
+                for s in range(len(probs)):
+                    if i == 0:
+                        states.append((torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None))
+                    torch.set_rng_state(states[s][0])
+                    if (there := states[s][1]) is not None:
+                        torch.cuda.set_rng_state(there)
+                    logits = run.draw_networks(1, s)(x) / run.temperature
+                    probs[s, i * chunk : i * chunk + len(x)] = logits[0].softmax(-1).cpu()
+            bar.update(len(x))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.split import DataInfo
 from pyro_isingvit.ising.guide import IsingGuide
+from pyro_isingvit.ising.lean import LARGE
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.base import Method, Networks, method_class
 from pyro_isingvit.methods.ising import IsingMethod
@@ -126,12 +127,15 @@ class Run:
     @torch.no_grad()
     def mask_summary(self, threshold: float = 0.5) -> dict[str, float]:
         """retention_mean over all masked weights, pruned_fraction (pi < threshold), masked_weights P."""
-        retention = torch.cat([kept.flatten() for kept in self.kept().values()])
-        return {
-            "retention_mean": float(retention.mean()),
-            "pruned_fraction": float((retention < threshold).float().mean()),
-            "masked_weights": retention.numel(),
-        }
+        kept = self.kept()
+        weights = sum(pi.numel() for pi in kept.values())
+        if weights >= LARGE:  # no copy of all of them
+            mean = sum(float(pi.sum(dtype=torch.double)) for pi in kept.values()) / weights
+            pruned = sum(int((pi < threshold).sum()) for pi in kept.values()) / weights
+        else:
+            retention = torch.cat([pi.flatten() for pi in kept.values()])
+            mean, pruned = float(retention.mean()), float((retention < threshold).float().mean())
+        return {"retention_mean": mean, "pruned_fraction": pruned, "masked_weights": weights}
 
     @torch.no_grad()
     def dropped_layers(self) -> list[tuple[str, int]]:

@@ -231,7 +231,7 @@ def test_method_numbers_set_the_knobs() -> None:
     assert (smooth.label_smoothing, smooth.epochs, smooth.calibrate) == (0.2, 10, True)
     mixed = method_config("cutmix:0.5", 10, base).train
     assert (mixed.mix, mixed.mix_alpha) == ("cutmix", 0.5)
-    assert method_config("label-smoothing", 10, base).train.label_smoothing == 0.05
+    assert method_config("label-smoothing", 10, base).train.label_smoothing == 0.02
     assert method_config("gradual-magnitude:0.9", 10, base).baseline.sparsity == 0.9
     shifted = replace(base, train=replace(base.train, augment="crop", margin=1))
     for spec in ("ising", "dropout:0.3", "ising-paper"):

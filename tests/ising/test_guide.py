@@ -13,10 +13,11 @@ from pyro_isingvit.core.settings import IsingConfig
 from pyro_isingvit.ising.coupling import COUPLINGS
 from pyro_isingvit.ising.curvature import SALIENCY
 from pyro_isingvit.ising.distributions import slab_kl
-from pyro_isingvit.ising.guide import IsingGuide, tempering
+from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.layout import GRANULARITIES
 from pyro_isingvit.ising.masks import LOGIT_BOUND
 from pyro_isingvit.ising.model import IsingViT
+from pyro_isingvit.ising.tempering import tempering
 from pyro_isingvit.methods.registry import PAPER_ISING
 
 X, Y = torch.randn(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])

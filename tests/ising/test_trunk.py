@@ -18,6 +18,7 @@ from pyro_isingvit.methods.base import method_class
 from pyro_isingvit.methods.rates import rate_factors
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.vit import ViT
+from pyro_isingvit.runs import predict
 
 SHAPE = replace(TINY, depth=3, pool="cls", registers=1, norm_pre=True)
 TRAIN = {"epochs": 4, "batch_size": 20, "device": "cpu", "progress": False, "max_keep": 0.9, "target_retention": 0.9,
@@ -55,6 +56,21 @@ def test_draws_share_the_trunk(trunk):
     together = net(stacked, x)
     assert seen[0].shape[0] == 2 and together.shape == (3, 2, 3)
     assert_close(together, torch.stack([net(draw, x) for draw in draws]), rtol=1e-4, atol=1e-5)
+
+
+def test_predictions_compute_the_trunk_once(data, monkeypatch):
+    """As many images pass the trunk as there are; draws are those of networks without a shared trunk."""
+    run = fit(SHAPE, data, bayesian_blocks=1, **TRAIN)
+    x, seen = data.test.images[:7], []
+    net, patchify = run.model.vit, run.model.vit.patchify
+    net.patchify = lambda images: seen.append(len(images)) or patchify(images)
+    draws = run.predict(x, 6)
+    assert sum(seen) == 7
+    monkeypatch.setattr(predict, "TRUNK_CHUNK", 2)
+    assert_close(run.predict(x, 6).probs, draws.probs)
+    monkeypatch.setattr(predict, "with_trunk", lambda _: [])
+    assert_close(run.predict(x, 6).probs, draws.probs)
+    assert net.shared is None
 
 
 def test_a_trunk_is_in_nobodys_masks():

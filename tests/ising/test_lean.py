@@ -1,0 +1,153 @@
+"""Large networks keep less: the same objective, the same gradients from the same noise (ising/lean.py)."""
+
+import pytest
+import torch
+from helpers import INFO, TINY
+from torch.testing import assert_close
+
+from pyro_isingvit import fit, load_run
+from pyro_isingvit.core.settings import IsingConfig
+from pyro_isingvit.ising import lean
+from pyro_isingvit.ising.curvature import gnb
+from pyro_isingvit.ising.fused import FusedELBO
+from pyro_isingvit.ising.guide import IsingGuide
+from pyro_isingvit.ising.model import IsingViT
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Every network counts as large."""
+    monkeypatch.setattr(lean, "LARGE", 1)
+
+
+def pair(centred=False, granularity="unit", **ising):
+    torch.manual_seed(0)
+    model = IsingViT(TINY, INFO, IsingConfig(granularity=granularity, tau_1=0.3, **ising), centred=centred)
+    guide = IsingGuide(model, 50)
+    model.num_data, model.kappa_weights = 50, guide.kappa_weights
+    guide.phase = "ising"
+    for name in guide.layout.sites:
+        guide.field(name).uniform_(-2, 2)
+    if centred:
+        for kind in guide.kinds:
+            model.vit.centre(kind).copy_(guide.loc[kind].detach() + 0.1 * torch.randn_like(guide.loc[kind]))
+    return model, guide
+
+
+def batch():
+    return torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 3
+
+
+def test_only_large_networks_are_lean(large):
+    assert pair()[1].lean
+    assert not pair(granularity="weight")[1].lean and not pair(posterior_scale="learned")[1].lean
+    assert not lean.is_large(IsingConfig(), 0)
+
+
+def test_noise_is_made_again_in_the_backward_pass():
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 3, 5, requires_grad=True), torch.randn(6, 5, requires_grad=True)
+    scale = torch.tensor(0.2)
+    y = lean.noisy_linear(x, weight, scale, 7)
+    wanted = torch.nn.functional.linear(x, weight + scale * lean.seeded_noise(weight, 7))
+    assert_close(y, wanted)
+    grad = torch.randn_like(y)
+    for ours, theirs in zip(
+        torch.autograd.grad(y, [x, weight], grad), torch.autograd.grad(wanted, [x, weight], grad), strict=True
+    ):
+        assert_close(ours, theirs)
+    assert torch.equal(lean.seeded_noise(weight, 7), lean.seeded_noise(weight, 7))
+    assert not torch.equal(lean.seeded_noise(weight, 7), lean.seeded_noise(weight, 8))
+
+
+@pytest.mark.parametrize("centre", [None, "other"])
+def test_the_pull_of_the_slab(centre):
+    torch.manual_seed(0)
+    loc, pi, tau = torch.randn(2, 4, 3, requires_grad=True), torch.rand(2, 4, 1), torch.rand(2, 1, 1) + 0.1
+    m0 = None if centre is None else torch.randn(2, 4, 3)
+    moved = loc if m0 is None else loc - m0
+    wanted = (pi * moved**2 / (2 * tau**2)).sum()
+    found = lean.slab_pull(loc, m0, pi, tau)
+    assert_close(found, wanted)
+    assert_close(*(torch.autograd.grad(3 * value, loc)[0] for value in (found, wanted)))
+
+
+@pytest.mark.parametrize("granularity", ["unit", "head", "block"])
+@pytest.mark.parametrize("centred", [False, True])
+def test_without_noise_it_is_the_fused_elbo(granularity, centred, monkeypatch):
+    """The masks are drawn alike; with a scale next to nothing, loss and gradients agree."""
+    found = []
+    for size in (lean.LARGE, 1):
+        monkeypatch.setattr(lean, "LARGE", size)
+        model, guide = pair(centred, granularity, init_scale=1e-12)
+        torch.manual_seed(3)
+        terms = FusedELBO(model, guide, "image").terms(*batch())
+        loss = torch.stack([*terms.values()]).sum()
+        wanted = [*guide.loc.values(), *model.vit.parameters()]
+        found.append((dict(terms), torch.autograd.grad(loss, wanted)))
+    (plain, plain_grads), (large, large_grads) = found
+    rtol = 2e-3 if centred else 1e-5  # the centre is rounded
+    for name, value in plain.items():
+        assert_close(large[name], value, rtol=rtol, atol=1e-4)
+    for ours, theirs in zip(large_grads, plain_grads, strict=True):
+        assert_close(ours, theirs, rtol=1e-3 if centred else 1e-4, atol=1e-3 if centred else 1e-5)
+
+
+def test_noise_has_its_scale(large):
+    """Mean and spread of many losses agree with weights that are drawn once for a batch."""
+    model, guide = pair(init_scale=0.05)
+    for name in guide.layout.sites:
+        guide.field(name).fill_(30.0)
+    elbo, x, y = FusedELBO(model, guide, "image"), *batch()
+    with torch.no_grad():
+        ours = torch.stack([elbo.terms(x, y)["nll"] for _ in range(400)])
+        theirs = torch.stack(
+            [50 * torch.nn.functional.cross_entropy(model.vit(guide.draw(), x), y) for _ in range(400)]
+        )
+    error = float((ours.var() / 400 + theirs.var() / 400).sqrt())
+    assert abs(float(ours.mean() - theirs.mean())) < 4 * error
+    assert 0.7 < float(ours.std() / theirs.std()) < 1.4
+
+
+def test_saliency_of_a_mask_is_what_its_weights_sum_to(monkeypatch):
+    """With one estimate, and means that have not moved, both averages are the same."""
+    found = []
+    for size in (lean.LARGE, 1):
+        monkeypatch.setattr(lean, "LARGE", size)
+        model, guide = pair()
+        torch.manual_seed(4)
+        guide.observe(model, *batch())
+        guide.update(model)
+        found.append((guide.gains(), {name: guide.field(name).clone() for name in guide.layout.sites}))
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_estimate_is_not_changed_by_working_in_place():
+    model, guide = pair()
+    weights = {kind: loc.detach() for kind, loc in guide.loc.items()}
+    x, y = batch()
+    torch.manual_seed(5)
+    estimate = gnb(model.vit, weights, x, y)
+    torch.manual_seed(5)
+    leaves = {kind: w.clone().requires_grad_() for kind, w in weights.items()}
+    logits = model.vit(leaves, x)
+    noise = torch.empty_like(logits).exponential_().log()
+    loss = torch.nn.functional.cross_entropy(logits, (logits.detach() - noise).argmax(-1))
+    for (kind, h), grad in zip(estimate.items(), torch.autograd.grad(loss, list(leaves.values())), strict=True):
+        assert torch.equal(h, 6 * grad**2), kind
+
+
+def test_training_saving_and_pruning(large, data, tmp_path):
+    settings = {"epochs": 4, "batch_size": 20, "device": "cpu", "progress": False, "max_keep": 0.9,
+                "target_retention": 0.6, "pilot_fraction": 0.25}  # fmt: skip
+    run = fit(TINY, data, **settings)
+    assert run.guide.lean and run.guide.log_scale["qkv"].shape == (1, 1, 1)
+    x = data.test.images[:4]
+    loaded = load_run(run.save(tmp_path / "run"))
+    assert torch.equal(loaded.predict(x, 5).probs, run.predict(x, 5).probs)
+    assert run.prune(keep=0.5).predict(x).shape == (1, 4, 3)
+    assert run.prune(form="bayes").predict(x, 3).shape == (3, 4, 3)
+    assert run.evaluate(data.test)["pruned_fraction"] >= 0
+    last = run.history[-1]
+    assert last["weight_kl"] > 0
