@@ -72,7 +72,7 @@ def _timm(name: str, file: str, download: bool, spec: str) -> Start:
     timm = _import_timm()
     need(
         timm.is_model(name),
-        f"timm has no model {name!r}{_close(name, timm.list_models())}; inference.backbones lists what works.",
+        f"timm has no model {name!r}{_close(name, timm.list_models())}; ``convertible`` lists what works.",
     )
     net: Any = _built(lambda fetch: timm.create_model(name, pretrained=fetch), file, download, spec)
     about = net.pretrained_cfg

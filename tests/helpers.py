@@ -127,7 +127,7 @@ SCRIPTS = {
     "inference.compare": "CompareArguments", "inference.peers": "PeersArguments", "analysis.report": "Arguments",
     "inference.benchmark": "BenchmarkArguments", "inference.variance": "VarianceArguments",
     "inference.search": "SearchArguments", "inference.pretrain": "PretrainArguments",
-    "inference.backbones": "BackbonesArguments",
+    "inference.backbones": "BackbonesArguments", "inference.start_cost": "CostArguments",
     "inference.rates": "RatesArguments", "analysis.rates": "Arguments", "analysis.benchmark": "BenchmarkFigures",
     "analysis.ood": "Arguments", "analysis.corruptions": "Arguments", "analysis.comparison": "Arguments",
     "analysis.trials": "Arguments", "analysis.tutorial": "Arguments", "analysis.method_figure": "Arguments",

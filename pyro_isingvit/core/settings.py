@@ -82,9 +82,6 @@ class IsingConfig:
 
     granularity: Granularity = "unit"
     """What one selection mask covers: a weight, a unit (output row), an attention head, or a whole branch."""
-    bayesian_blocks: int | None = None
-    """Masks and noise in this many of the last blocks, and in the head; the blocks before them, and the patch
-    embedding, have ordinary weights, and predictions compute them once for all draws. None: everywhere."""
     mask_posterior: str = "likelihood_guided"
     """likelihood_guided: the mean-field equation sets the masks; learned: relaxed-Bernoulli gradients do, with the
     Ising field as prior; hybrid: the equation with learned corrections. The names are in
@@ -113,9 +110,6 @@ class IsingConfig:
     """Standard deviation of the slab."""
     empirical_tau_1: bool = False
     """Set tau_1 per layer by empirical Bayes at each mask update."""
-    centre: Literal["start", "zero"] = "start"
-    """Where the slab is centred if training starts from a trained network: at its weights, or at 0. A fresh network
-    has its slab at 0."""
     posterior_scale: Literal["learned", "shared", "curvature"] = "shared"
     """shared: one frozen posterior scale s for all weights (as in the paper); learned: one per weight; curvature: one
     per weight, set at each update by s^-2 = curvature_factor kappa_weights N h + tau_1^-2."""
@@ -141,6 +135,12 @@ class IsingConfig:
     """Decay of the exponential average of the curvature, per update."""
     mask_damping: float = 0.2
     """Share of the new mask logit taken at each update; 1 takes all of it."""
+    bayesian_blocks: int | None = None
+    """Masks and noise in this many of the last blocks, and in the head; the blocks before them, and the patch
+    embedding, have ordinary weights, and predictions compute them once for all draws. None: everywhere."""
+    centre: Literal["start", "zero"] = "start"
+    """Where the slab is centred if training starts from a trained network: at its weights, or at 0. A fresh network
+    has its slab at 0."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ MARGIN_DIMS: Dims = {
 }  # fmt: skip
 
 
-LARGE_NETWORK = 5_000_000  # more masked weights than this: only layer means of the retention are stored
+LARGE_NETWORK = 5_000_000  # more masked weights than this: masks, rows and layers are summarised
 PIXEL_BYTES = 50_000_000  # at most this many bytes of images are stored
 MARGIN_IMAGES = 200  # attention margins are stored for at most this many of them
 MARGIN_WORK = 100_000_000  # and for fewer, or none, where their matrices would have more entries: a few seconds
@@ -198,11 +198,17 @@ def _variational(run: Run) -> xr.Dataset:
     guide, arrays, dims = run.guide, {}, {}
     small = run.model.num_masked_weights <= LARGE_NETWORK
     if not small:
-        log.info("the network is large: only layer means of the retention are stored, not single weights")
+        log.info("the network is large: masks, rows and layers are summarised, single weights are not stored")
     for kind, shape in run.model.vit.matrix_shapes.items():
         retention = guide.weight_retention(kind)
         values = {"retention": retention, "loc": guide.loc[kind], "scale": guide.log_scale[kind].exp()}
         for name, x in (values if small else {"retention_mean": retention.mean((1, 2))}).items():
             dims[f"{name}_{kind}"] = _axes(kind, shape[0], *("layer", "out", "in")[: x.dim()])
             arrays[f"{name}_{kind}"] = x.squeeze(0)  # does nothing where there are several layers
+        if not small:
+            dims[f"loc_norm_{kind}"] = _axes(kind, shape[0], "layer", "out")
+            arrays[f"loc_norm_{kind}"] = guide.loc[kind].norm(dim=-1).squeeze(0)
+    for name, site in guide.layout.sites.items() if not small and guide.config.granularity != "weight" else ():
+        dims[f"mask_retention_{name}"] = _axes(name, site.shape[0], *site.dims)
+        arrays[f"mask_retention_{name}"] = guide.retention(name).squeeze(0)
     return make_group(arrays, dims, None)

@@ -104,6 +104,7 @@ def required(script: str, folder: Path) -> list[str]:
         "inference.variance": ["--out", str(folder / "out")],
         "inference.search": ["--trials", missing, "--records", str(folder / "out")],
         "inference.pretrain": ["--images", "digits", "--out", str(folder / "out"), "--device", "cpu"],
+        "inference.start_cost": ["--out", str(folder / "out")],
         "inference.backbones": ["--library", "torchvision"],
         "inference.rates": ["--out", str(folder / "out")],
         "analysis.rates": ["--results", missing],

@@ -90,7 +90,7 @@ def start_of_same_shape():
 @pytest.mark.parametrize("name", ["dropout", "ising"])
 def test_decay_pulls_to_the_start(name):
     """Without a gradient, m - m0 shrinks by 1 - lr decay; a fresh head goes to 0."""
-    method = trained(name, init="made")
+    method = trained(name, init="made", layer_decay=1.0)
     method.start_from(start_of_same_shape())
     settings = method.config.train
     optimizer = make_optimizer(method.parameter_groups(settings), settings, method.trained_networks())

@@ -384,13 +384,19 @@ def test_large_networks_store_less(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="pyro_isingvit.runs.tree"):
         tree = run_to_datatree(run, split, draws)
     assert all(str(name).startswith("kept_") for name in tree.posterior.data_vars)
-    assert all(str(name).startswith("retention_mean_") for name in tree.variational.data_vars)
+    summaries = ("retention_mean_", "loc_norm_", "mask_retention_")
+    assert all(str(name).startswith(summaries) for name in tree.variational.data_vars)
+    assert tree.variational["loc_norm_fc1"].dims == ("out_fc1",)
+    norms = run.guide.loc["fc1"][0].detach().norm(dim=-1)
+    np.testing.assert_allclose(tree.variational["loc_norm_fc1"], norms, rtol=1e-5)
+    if run.guide.config.granularity != "weight":
+        assert tree.variational["mask_retention_fc1"].dims == ("out_fc1",)
     assert tree.variational["retention_mean_qkv"].dims == ()  # one layer
     assert tree.posterior["kept_qkv"].dims == ("sample",)
     assert tree.posterior["kept_heads"].dims == ("sample", "layer", "head")
     expected = run.guide.weight_retention("fc1").mean()
     assert float(tree.variational["retention_mean_fc1"]) == pytest.approx(float(expected), rel=1e-5)
-    assert "layer means" in caplog.text
+    assert "layers are summarised" in caplog.text
 
 
 def test_images_are_thinned(monkeypatch, caplog):

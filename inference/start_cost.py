@@ -1,0 +1,256 @@
+"""What it costs to put a posterior around a pretrained network: a training step and predictions, against plain AdamW.
+
+python -m inference.start_cost --init torchvision:vit_b_16 --out runs/start-cost.json
+
+The networks have random numbers; nothing is downloaded. Every case runs in a fresh process. Memory is the peak that the
+training added to what the process held when everything was built, parameters and optimiser included.
+"""
+
+import multiprocessing
+import resource
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inference.cli import print_table, run_script
+from pyro_isingvit.core.errors import UserError, need
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PLAIN = "plain AdamW"
+
+
+@dataclass(frozen=True)
+class CostArguments:
+    """What to measure."""
+
+    out: Path
+    """JSON file of the numbers."""
+    init: str = "torchvision:vit_b_16"
+    """Architecture: timm:NAME or torchvision:NAME."""
+    batch_size: int = 4
+    """Images per step."""
+    steps: int = 4
+    """Steps that are timed, after as many to warm up."""
+    bayesian_blocks: int = 4
+    """Last blocks with masks and noise in the partly Bayesian cases."""
+    draws: int = 8
+    """Draws of the predictions."""
+    classes: int = 10
+    """Classes of the new head."""
+    overwrite: bool = False
+    """Replace the file that is there."""
+
+
+def cost(arguments: CostArguments) -> None:
+    """Measure steps, memory and predictions of a posterior around a pretrained network."""
+    from pyro_isingvit.core.checkpoint import write_json
+
+    need(arguments.overwrite or not arguments.out.exists(), f"{arguments.out} exists; add --overwrite to replace it.")
+    need(min(arguments.batch_size, arguments.steps, arguments.draws) >= 1 and arguments.classes >= 2,
+         "--batch-size, --steps and --draws must be at least 1, --classes at least 2.")  # fmt: skip
+    need(arguments.init.partition(":")[0] in ("timm", "torchvision"), "--init takes timm:NAME or torchvision:NAME.")
+    k = arguments.bayesian_blocks
+    cases: dict[str, dict[str, Any]] = {
+        PLAIN: {},
+        "ising": {"bayesian_blocks": None},
+        f"ising, last {k} blocks": {"bayesian_blocks": k},
+        f"ising, last {k} blocks, others frozen": {"bayesian_blocks": k, "frozen": True},
+    }
+    rows = {name: _apart(training, arguments, case) for name, case in cases.items()}
+    plain = rows[PLAIN]
+    for row in rows.values():
+        row |= {f"{what}_ratio": row[what] / plain[what] for what in ("step_s", "peak_mb")}
+    draws = {
+        "all of it": _apart(predictions, arguments, None),
+        f"last {k} blocks, trunk each time": _apart(predictions, arguments, k, False),
+        f"last {k} blocks, one trunk": _apart(predictions, arguments, k, True),
+    }
+    write_json(arguments.out, {"arguments": {**asdict(arguments), "out": arguments.out.name}, "training": rows,
+                               "predictions": draws})  # fmt: skip
+    print_table(
+        f"{arguments.init}, batches of {arguments.batch_size}: a step, peak memory, both against plain AdamW",
+        {name: f"{row['step_s']:.2f} s  {row['peak_mb']:,.0f} MB  {row['step_s_ratio']:.2f}  {row['peak_mb_ratio']:.2f}"
+         for name, row in rows.items()},
+    )  # fmt: skip
+    print_table(
+        f"{arguments.draws} draws of {arguments.batch_size} images", {n: f"{s:.2f} s" for n, s in draws.items()}
+    )
+    print(f"numbers: {arguments.out}")
+
+
+def _apart(function: Any, *args: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def _network(spec: str) -> "nn.Module":
+    library, _, name = spec.partition(":")
+    try:
+        if library == "timm":
+            import timm
+
+            return timm.create_model(name)
+        from torchvision.models import get_model
+
+        return get_model(name)
+    except Exception as error:
+        raise UserError(f"{spec} cannot be built: {error}") from error
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _reset_peak() -> float:
+    """Starts the count of the peak again, where Linux allows it; what is held now, MB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _peak_mb()
+
+
+def training(arguments: CostArguments, case: dict[str, Any]) -> dict[str, float]:
+    """Median seconds of a step, and the memory that parameters, optimiser and steps take together."""
+    import torch
+
+    torch.manual_seed(0)
+    before = _reset_peak()
+    step = _ising_step(arguments, **case) if case else _plain_step(arguments)
+    for _ in range(arguments.steps):
+        step()
+    taken = []
+    for _ in range(arguments.steps):
+        start = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - start)
+    return {"step_s": statistics.median(taken), "peak_mb": _peak_mb() - before}
+
+
+def _images(arguments: CostArguments, shape: tuple[int, ...], count: int) -> Any:
+    import torch
+
+    return torch.randint(0, 256, (count, *shape), dtype=torch.uint8), torch.arange(count) % arguments.classes
+
+
+def _plain_step(arguments: CostArguments) -> Any:
+    """Fine-tuning as one would write it: the library's network, AdamW, clipped gradients."""
+    import torch
+    from torch.nn import functional as F
+
+    network: Any = _network(arguments.init)
+    head = network.heads.head if hasattr(network, "heads") else network.head
+    new = torch.nn.Linear(head.in_features, arguments.classes)
+    if hasattr(network, "heads"):
+        network.heads.head = new
+    else:
+        network.head = new
+    size = getattr(network, "image_size", None) or network.patch_embed.img_size[0]
+    images, labels = _images(arguments, (3, size, size), arguments.batch_size)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(network(images.float() / 255), labels).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def _ising_step(arguments: CostArguments, bayesian_blocks: int | None, frozen: bool = False) -> Any:
+    """One step of the trainer itself, updates of the masks included at their usual rate."""
+    from pyro_isingvit.core.settings import RunConfig
+    from pyro_isingvit.data.split import UNLABELLED, DataInfo, ImageData, Split
+    from pyro_isingvit.experiment import begun
+    from pyro_isingvit.methods.registry import started, with_defaults
+    from pyro_isingvit.nets.backbones import start_of
+    from pyro_isingvit.runs.trainer import Trainer
+
+    start = start_of(_network(arguments.init))
+    images, labels = _images(arguments, start.image_shape, 10 * arguments.batch_size)
+    names = tuple(map(str, range(arguments.classes)))
+    part = Split(images, labels)
+    none = Split(images[:0], labels[:0] * 0 + UNLABELLED)
+    data = ImageData(part, none, part, DataInfo("random", names, *start.image_shape, start.mean, start.std))
+    config = with_defaults("ising", RunConfig(init=arguments.init))
+    depth = start.vit.depth
+    train = replace(
+        started(config.train, arguments.init), batch_size=arguments.batch_size, average=0.0, pilot_fraction=0.0,
+        epochs=100, device="cpu", frozen_blocks=depth - (bayesian_blocks or 0) if frozen else 0,
+    )  # fmt: skip
+    ising = replace(config.ising, max_keep=0.98, bayesian_blocks=bayesian_blocks)
+    config, data, start = begun(replace(config, train=train, ising=ising), data, start)
+    trainer = Trainer(config, data, None, False, start=start)
+    del start
+    return trainer_step(trainer)
+
+
+def trainer_step(trainer: Any) -> Any:
+    """A function that does one step of a trainer's epoch each time it is called."""
+    from pyro_isingvit.data.batches import batches
+    from pyro_isingvit.runs.steps import backward
+
+    method, settings = trainer.method, trainer.settings
+    method.begin("ising")
+    order = iter(batches(trainer.data.train, settings.batch_size, settings.seed, 0, trainer.multiple))
+    count = 0
+
+    def step() -> None:
+        nonlocal order, count
+        import torch
+
+        drawn = next(order, None)
+        if drawn is None:
+            order = iter(batches(trainer.data.train, settings.batch_size, settings.seed, count, trainer.multiple))
+            drawn = next(order)
+        x, labels = trainer.augmentation(drawn[0], drawn[1])
+        trainer.optimizer.zero_grad(set_to_none=True)
+        method.before_step(x, labels, "ising", count, 0.5)
+        backward(trainer.fabric, trainer.loss, method, x, labels, drawn[2], 1)
+        for part in method.clipped():
+            torch.nn.utils.clip_grad_norm_(part.parameters(), settings.clip_norm)
+        trainer.optimizer.step()
+        count += 1
+
+    return step
+
+
+def predictions(arguments: CostArguments, bayesian_blocks: int | None, shared: bool = True) -> float:
+    """Seconds of all draws of a batch, the second time."""
+    import torch
+
+    from pyro_isingvit.core.settings import IsingConfig, RunConfig
+    from pyro_isingvit.data.split import DataInfo
+    from pyro_isingvit.nets.backbones import start_of
+    from pyro_isingvit.runs import predict
+    from pyro_isingvit.runs.run import build_run
+
+    torch.manual_seed(0)
+    start = start_of(_network(arguments.init))
+    names = tuple(map(str, range(arguments.classes)))
+    info = DataInfo("random", names, *start.image_shape, start.mean, start.std)
+    config = RunConfig(vit=start.vit, init=arguments.init, ising=IsingConfig(bayesian_blocks=bayesian_blocks))
+    run = build_run(config, info, 100)
+    run.method.start_from(start)
+    run.guide.start_masks()
+    images, _ = _images(arguments, start.image_shape, arguments.batch_size)
+    if not shared:
+        predict.with_trunk = lambda module: []
+    taken = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        predict.draw_predictive(run, images, arguments.draws)
+        taken = time.perf_counter() - began
+    return taken
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the command line."""
+    run_script(cost, CostArguments, argv)
+
+
+if __name__ == "__main__":
+    main()
