@@ -123,7 +123,7 @@ def markdown(frame: pd.DataFrame) -> str:
         lines += [
             f"### {dataset}, {size:,} training images", "",
             f"{seeds} seeds, {', '.join(map(str, epochs))} epochs; mean ± standard deviation, best mean in bold.", "",
-            _table([
+            to_table([
                 ["method", *(heading for heading, _, _ in SHOWN.values())],
                 *([method, *_row(cell, method)] for method in _order(cell.index)),
             ]), "",
@@ -152,7 +152,7 @@ def to_markdown(table: pd.DataFrame, decimals: int = 4) -> str:
             return "yes" if value else "no"
         return f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
 
-    return _table([list(table.columns), *([word(value) for value in row] for _, row in table.iterrows())]) + "\n"
+    return to_table([list(table.columns), *([word(value) for value in row] for _, row in table.iterrows())]) + "\n"
 
 
 def short_table(frame: pd.DataFrame, ours: str = OURS) -> str:
@@ -173,7 +173,7 @@ def short_table(frame: pd.DataFrame, ours: str = OURS) -> str:
             np.mean([part.loc[method, (key, "mean")] for part in cells.values()]) for key in ("ece", "pruned_fraction")
         )
         rows.append([f"`{method}`", *row, f"{ece:.3f}", f"{100 * pruned:.0f}%"])
-    return _table(rows)
+    return to_table(rows)
 
 
 def page_tables(frame: pd.DataFrame, ours: str = OURS) -> str:
@@ -202,7 +202,7 @@ def _by_cell(frame: pd.DataFrame, metric: str, means: tuple[str, ...] = ()) -> s
             here = cells[dataset, size].loc[dataset, size]
             row.append(_mean(here, method, 3, SHOWN[metric][2]) if method in here.index else "")
         rows.append([*row, *(_cost(name, last.loc[method, name]) for name in means)])
-    return _table(rows)
+    return to_table(rows)
 
 
 def _cost(name: str, value: Any) -> str:
@@ -233,24 +233,29 @@ def _verdicts(best: pd.DataFrame, ensemble: pd.DataFrame) -> str:
             ratios = dict(zip(here["against"], here["NLL ratio"], strict=True))
             row += [f"{ratios[method]:.2f}" if method in ratios else MISSING for method in several]
         rows.append(row)
-    return _table(rows)
+    return to_table(rows)
 
 
-def _table(rows: list[list[str]]) -> str:
+def to_table(rows: list[list[str]]) -> str:
     """Markdown of a table, the first row its heading."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "| --- |" + " --- |" * (len(rows[0]) - 1), *lines[1:]])
 
 
-def write_between(path: Path, table: str) -> None:
-    """Puts a table between the two markers.
+def write_between(path: Path, table: str, markers: tuple[str, str] = MARKERS) -> None:
+    """Puts a table between two markers.
+
+    Args:
+        path: of the page.
+        table: in Markdown.
+        markers: lines of the page; what stands between them is replaced.
 
     Raises:
         UserError: the file has no such markers.
     """
     text = path.read_text() if path.is_file() else ""
-    start, end = (re.escape(marker) for marker in MARKERS)
+    start, end = (re.escape(marker) for marker in markers)
     if not re.search(f"{start}.*{end}", text, re.S):
-        raise UserError(f"{path} lacks the lines {MARKERS[0]} and {MARKERS[1]}, between which the table goes.")
-    block = f"{MARKERS[0]}\n\n{table}\n\n{MARKERS[1]}"
+        raise UserError(f"{path} lacks the lines {markers[0]} and {markers[1]}, between which the table goes.")
+    block = f"{markers[0]}\n\n{table}\n\n{markers[1]}"
     write_text(path, re.sub(f"{start}.*{end}", lambda _: block, text, flags=re.S))

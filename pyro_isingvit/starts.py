@@ -1,9 +1,9 @@
 """Where a training may start: a pretrained network of timm or torchvision, a file, or an earlier run.
 
-timm:NAME, torchvision:NAME           downloaded, only where that is asked for
-timm:NAME@FILE, torchvision:NAME@FILE the weights of that architecture in a file of yours
-FILE.safetensors                      what `inference.pretrain` or ``Start.save`` wrote
-FOLDER                                a run, or a pruned network
+- ``timm:NAME``, ``torchvision:NAME``: downloaded, only where that is asked for
+- ``timm:NAME@FILE``, ``torchvision:NAME@FILE``: the weights of that architecture in a file of yours
+- ``FILE.safetensors``: what a pretraining (runs/pretrain.py) or ``Start.save`` wrote
+- ``FOLDER``: a run, or a pruned network
 """
 
 from collections.abc import Iterator

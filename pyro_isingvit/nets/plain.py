@@ -55,7 +55,7 @@ class PlainViT(nn.Module):
         plain = ViTConfig(config.patch_size, config.width, config.heads, config.depth, config.mlp_ratio)
         need(
             config == plain,
-            "the comparison with peers needs `pool` mean and `head` linear, and plain networks: no stem, no registers, no "
+            "the comparison with peers needs `pool` mean and `head` linear, and plain networks: no stem, registers or "
             "overlapping patches.",
         )
         self.patch_size, self.padding = config.patch_size, vit.padding

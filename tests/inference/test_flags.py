@@ -86,6 +86,7 @@ def test_wrong_words(script: str, capsys) -> None:
         "analysis.tutorial",
         "analysis.method_figure",
         "analysis.rates",
+        "analysis.starts",
     )  # paths alone
     for words in ([], ["--nope"], ["stray"], ["--run"]):
         outcome(script, words, capsys)
@@ -108,6 +109,7 @@ def required(script: str, folder: Path) -> list[str]:
         "inference.backbones": ["--library", "torchvision"],
         "inference.rates": ["--out", str(folder / "out")],
         "analysis.rates": ["--results", missing],
+        "analysis.starts": ["--nothing", missing, "--started", missing],
         "analysis.trials": ["--records", missing],
         "analysis.benchmark": ["--results", missing],
         "analysis.report": ["--run", missing],
