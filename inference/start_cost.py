@@ -165,7 +165,7 @@ def _ising_step(arguments: CostArguments, bayesian_blocks: int | None, frozen: b
     from pyro_isingvit.core.settings import RunConfig
     from pyro_isingvit.data.split import UNLABELLED, DataInfo, ImageData, Split
     from pyro_isingvit.experiment import begun
-    from pyro_isingvit.methods.registry import started, with_defaults
+    from pyro_isingvit.methods.registry import with_defaults
     from pyro_isingvit.nets.backbones import start_of
     from pyro_isingvit.runs.trainer import Trainer
 
@@ -178,7 +178,7 @@ def _ising_step(arguments: CostArguments, bayesian_blocks: int | None, frozen: b
     config = with_defaults("ising", RunConfig(init=arguments.init))
     depth = start.vit.depth
     train = replace(
-        started(config.train, arguments.init), batch_size=arguments.batch_size, average=0.0, pilot_fraction=0.0,
+        config.train, batch_size=arguments.batch_size, average=0.0, pilot_fraction=0.0,
         epochs=100, device="cpu", frozen_blocks=depth - (bayesian_blocks or 0) if frozen else 0,
     )  # fmt: skip
     ising = replace(config.ising, max_keep=0.98, bayesian_blocks=bayesian_blocks)

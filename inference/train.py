@@ -132,9 +132,10 @@ def main(argv: list[str] | None = None) -> None:
     known, _ = peek.parse_known_args(argv)
     name = known.preset or default_preset(known.dataset)
     with_clear_errors(lambda: (preset(name), row(known.method)), TrainArguments)
+    usual = started(row(known.method), known.init)
     default = TrainArguments(
-        out=tyro.MISSING, preset=name, method=known.method, vit=preset(name), ising=row(known.method).ising,
-        train=started(row(known.method).train, known.init), baseline=row(known.method).baseline,
+        out=tyro.MISSING, preset=name, method=known.method, vit=preset(name), ising=usual.ising, train=usual.train,
+        baseline=usual.baseline,
     )  # fmt: skip
     run_script(train, TrainArguments, argv, default)
 

@@ -164,11 +164,12 @@ def fit(
         isinstance(data, ImageData),
         f"`data` must be an ImageData, not {type(data).__name__}: use `load_data` or `ImageData.from_arrays`.",
     )
-    usual, given = row(method), model if isinstance(model, IsingViT) else None
+    usual = started(row(method), "given" if _starts(model) else None)
+    given = model if isinstance(model, IsingViT) else None
     clash = "`model` is an IsingViT with mask settings of its own"
     need(given is None or ising is None, f"{clash}; leave out `ising`.")
     parts: dict[str, Any] = {
-        "train": train or started(usual.train, "given" if _starts(model) else None),
+        "train": train or usual.train,
         "ising": given.ising if given else ising or usual.ising,
         "baseline": baseline or usual.baseline,
     }

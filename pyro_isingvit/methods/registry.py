@@ -136,14 +136,21 @@ def ensemble_of(name: str) -> Row:
 STARTED: dict[str, Any] = {"lr": 2e-3, "layer_decay": 0.75}
 
 
-def started(settings: TrainConfig, init: str | None) -> TrainConfig:
-    """A method's settings of training for one that starts from a trained network; as they are where ``init`` is None.
+def started(chosen: Row, init: str | None) -> Row:
+    """A method's row for a training that starts from a trained network; as it is where ``init`` is None.
+
+    The width of the slab, how far weights may move from the start, is then learned; not where masks are on single
+    weights, as in the paper.
 
     Args:
-        settings: the method's own.
+        chosen: the row.
         init: where training starts.
     """
-    return settings if init is None else replace(settings, **STARTED)
+    if init is None:
+        return chosen
+    learned = chosen.ising.empirical_tau_1 or chosen.ising.granularity != "weight"
+    ising = replace(chosen.ising, empirical_tau_1=learned)
+    return replace(chosen, train=replace(chosen.train, **STARTED), ising=ising)
 
 
 METHODS["ensemble"] = replace(ensemble_of("deterministic"), train=replace(PLAIN, calibrate=True))
@@ -173,12 +180,12 @@ def with_defaults(spec: str, base: RunConfig, epochs: int | None = None) -> RunC
         UserError: an unknown method, no number, or a number for a method without a knob.
     """
     name, _, number = spec.partition(":")
-    chosen = row(name)
+    chosen = started(row(name), base.init)
     try:
         chosen = chosen.with_number(number)
     except UserError as error:
         raise UserError(f"{spec!r}: {error}") from error
-    train = started(chosen.train, base.init)
+    train = chosen.train
     if epochs is not None:
         last = round(epochs * train.finetune_epochs / (train.epochs + train.finetune_epochs))
         train = replace(train, epochs=epochs - last, finetune_epochs=last)
