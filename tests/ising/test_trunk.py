@@ -17,6 +17,7 @@ from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.base import method_class
 from pyro_isingvit.methods.rates import rate_factors
 from pyro_isingvit.nets.start import Start
+from pyro_isingvit.nets.trunk import one_trunk, with_trunk
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.runs import predict
 
@@ -70,6 +71,17 @@ def test_predictions_compute_the_trunk_once(data, monkeypatch):
     assert_close(run.predict(x, 6).probs, draws.probs)
     monkeypatch.setattr(predict, "with_trunk", lambda _: [])
     assert_close(run.predict(x, 6).probs, draws.probs)
+    assert net.shared is None
+
+
+def test_a_shared_trunk_is_forgotten_even_after_an_error():
+    net = vit(1)
+    assert with_trunk(net) == [net] and not with_trunk(vit())
+    x = torch.randn(2, 1, 4, 4)
+    with pytest.raises(RuntimeError), one_trunk(net):
+        net(net.initial_weights(), x)
+        assert net.shared is not None and net.shared[0].shape == (2, 6, 8)
+        raise RuntimeError
     assert net.shared is None
 
 
