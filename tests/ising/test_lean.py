@@ -11,7 +11,10 @@ from pyro_isingvit.ising import lean
 from pyro_isingvit.ising.curvature import gnb
 from pyro_isingvit.ising.fused import FusedELBO
 from pyro_isingvit.ising.guide import IsingGuide
+from pyro_isingvit.ising.memory import training_memory
 from pyro_isingvit.ising.model import IsingViT
+from pyro_isingvit.nets.start import Start
+from pyro_isingvit.nets.vit import ViT
 
 
 @pytest.fixture
@@ -136,6 +139,27 @@ def test_the_estimate_is_not_changed_by_working_in_place():
     loss = torch.nn.functional.cross_entropy(logits, (logits.detach() - noise).argmax(-1))
     for (kind, h), grad in zip(estimate.items(), torch.autograd.grad(loss, list(leaves.values())), strict=True):
         assert torch.equal(h, 6 * grad**2), kind
+
+
+def test_training_from_a_start(large, data, tmp_path):
+    """The centre is rounded, the means start from the network itself; what lasts is counted to the byte."""
+    vit = ViT(TINY, 1, 4, 4, classes=3)
+    start = Start.of(vit, vit.initial_weights(), INFO.mean, INFO.std, "made")
+    settings = {"epochs": 3, "batch_size": 20, "device": "cpu", "progress": False, "max_keep": 0.9}
+    run = fit(start, data, **settings)
+    model, guide = run.model, run.guide
+    assert all(model.vit.centre(kind).dtype == torch.bfloat16 for kind in guide.kinds)
+    assert_close(model.vit.centre("qkv").float(), start.weights["qkv"], rtol=4e-3, atol=0)
+    x = data.test.images[:4]
+    assert torch.equal(load_run(run.save(tmp_path / "run")).predict(x, 5).probs, run.predict(x, 5).probs)
+    taken = training_memory(model, guide, run.config.train)
+
+    def size(tensors):
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    assert taken["centre"] == size(model.vit.centre(kind) for kind in guide.kinds)
+    assert taken["posterior_scale"] == size(guide.log_scale.values())
+    assert taken["curvature"] == size(guide.get_buffer(f"saliency_{name}") for name in guide.layout.sites)
 
 
 def test_training_saving_and_pruning(large, data, tmp_path):
