@@ -29,9 +29,9 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
     the gradients' own memory. Noise on activations is not covered. The curvature pass and the sweep of the masks come
     before the draws and take less.
 
-    A large network (ising/lean.py), with K kinds of matrices, the largest of N numbers over its layers, has 4 K for
-    the scales, 4 G for the curvature, 2 P for the centre, 4 (masks + G) for the draws, which are made layer by layer, and
-    4 N for their gradients: 20 to 22 bytes a masked weight without averaging, where plain AdamW takes 16.
+    A large network (ising/lean.py), with K kinds of matrices, the largest of N numbers over its layers, has 4 K for the
+    scales, 4 G for the curvature, 2 P for the centre, 4 (masks + G) for the draws, made layer by layer, and 4 N for
+    their gradients: 20 to 22 bytes a masked weight without averaging, where plain AdamW takes 16.
 
     Args:
         model: the generative model.
