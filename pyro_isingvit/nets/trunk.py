@@ -1,4 +1,4 @@
-"""A trunk that is computed once for many draws of what lies above it."""
+"""A trunk, or a stem, that is computed once for many draws of what lies above it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +9,14 @@ from pyro_isingvit.nets.vit import ViT
 
 
 def with_trunk(module: nn.Module) -> list[ViT]:
-    """The networks in a module that have a trunk."""
-    return [each for each in module.modules() if isinstance(each, ViT) and each.trunk_depth]
+    """The networks in a module whose first part is the same in every draw: a trunk, or a convolutional stem."""
+    networks = [each for each in module.modules() if isinstance(each, ViT)]
+    return [each for each in networks if each.trunk_depth or each.stem is not None]
 
 
 @contextmanager
 def one_trunk(module: nn.Module) -> Iterator[None]:
-    """Within it, every network with a trunk computes the trunk for the first images that it gets, and no more.
+    """Within it, every network computes its trunk or stem for the first images that it gets, and no more.
 
     All passes within it must be of the same images.
     """

@@ -81,8 +81,9 @@ class ViT(nn.Module):
         checkpoint_activations: where gradients are wanted, keep each block's input alone and compute the block again in
             the backward pass: the same numbers from less memory, for about a third more time.
         centred: there is a ``centre`` of the matrices, from which training started.
-        shared: where it is an empty list, the next pass puts what the trunk gives there, (B, T, D), and the passes
-            after it take that for their own images (nets/trunk.py). None: every pass computes it.
+        shared: where it is an empty list, the next pass puts what the trunk gives there, (B, T, D), or without a trunk
+            the patches, and the passes after it take that for their own images (nets/trunk.py). None: every pass
+            computes it.
         visible: (images, tokens) numbers of the patch tokens that each image of a batch shows, as many for all; the
             others are dropped once the position is added. None: all of them (nets/tokens.py sets it in training).
 
@@ -194,9 +195,17 @@ class ViT(nn.Module):
         mixed = mixed.transpose(1, 2).reshape(*lead, self.config.width)
         return apply("attn_out", layer, mixed)
 
+    def _patches(self, images: Tensor) -> Tensor:
+        """``patchify``, once for all passes that share it."""
+        if self.shared is None or self.trunk_depth:
+            return self.patchify(images)
+        if not self.shared:
+            self.shared.append(self.patchify(images))
+        return self.shared[0]
+
     def _embedded(self, images: Tensor, drawn: int | None, apply: Callable[..., Tensor], watch: Watch) -> Tensor:
         """What the first block reads, (..., B, T, D); ``drawn`` is S where the same images pass S draws."""
-        x = self.patchify(images.flatten(0, -4))  # (B, T, P)
+        x = self._patches(images.flatten(0, -4))  # (B, T, P)
         if images.dim() == 5:
             x = x.unflatten(0, images.shape[:2])  # (S, B, T, P)
         elif drawn is not None and not self.trunk_depth:
@@ -274,18 +283,19 @@ class ViT(nn.Module):
         drawn = head.shape[0] if head.dim() == 4 and images.dim() == 4 else None  # S, of the same images
 
         again = self.checkpoint_activations and not watch and torch.is_grad_enabled()
-        if self.shared:
-            x = self.shared[0]
+        ready = self.shared if self.trunk_depth else None
+        if ready:
+            x = ready[0]
         else:
             with torch.no_grad() if self.frozen else nullcontext():
                 x = self._embedded(images, drawn, apply, watch)
-        for layer in range(self.trunk_depth if self.shared else 0, self.config.depth):
+        for layer in range(self.trunk_depth if ready else 0, self.config.depth):
             if layer == self.trunk_depth > 0 and drawn is not None:
                 x = x.expand(drawn, *x.shape)  # (S, B, T, D): so far all draws agree
             with torch.no_grad() if layer < self.frozen else nullcontext():
                 x = checkpoint(block, x, layer, use_reentrant=False) if again else block(x, layer)
-            if self.shared == [] and layer + 1 == self.trunk_depth:
-                self.shared.append(x)
+            if ready is not None and layer + 1 == self.trunk_depth and not ready:
+                ready.append(x)
         if self.trunk_depth == self.config.depth and drawn is not None:
             x = x.expand(drawn, *x.shape)
         x = self._pooled(x, norm)

@@ -15,6 +15,7 @@ from pyro_isingvit.nets.shape import patch_grid
 from pyro_isingvit.nets.stem import ConvStem
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.pruning.export import run_onnx
+from pyro_isingvit.runs import predict
 
 OVERLAPPING = replace(TINY, patch_size=3, patch_stride=1)
 STEM = replace(TINY, stem="conv")
@@ -58,6 +59,18 @@ def test_everything_after_training_works(vit, saliency, data, tmp_path):
     assert_close(small(z), net(weights, z) / small.temperature, rtol=1e-4, atol=1e-5)
     export_onnx(small, tmp_path / "a.onnx")
     assert_close(run_onnx(tmp_path / "a.onnx", z), small(z).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ising", "dropout", "ensemble"])
+def test_draws_share_the_stem(method, data, monkeypatch):
+    run = fit(STEM, data, method=method, epochs=2, batch_size=20, device="cpu", progress=False)
+    x, seen = data.test.images[:7], []
+    forward = ConvStem.forward
+    monkeypatch.setattr(ConvStem, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    shared = run.predict(x, 5).probs
+    assert sum(seen) == 7 * (5 if method == "ensemble" else 1)  # each member has a stem of its own
+    monkeypatch.setattr(predict, "with_trunk", lambda _: [])
+    assert torch.equal(run.predict(x, 5).probs, shared)
 
 
 @pytest.mark.parametrize("change, message", [
