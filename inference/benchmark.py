@@ -36,7 +36,7 @@ class BenchmarkArguments:
     """Folder for benchmark.json."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run."""
-    preset: Literal["digits", "small", "cifar"] = "small"
+    preset: Literal["digits", "small", "cifar-linear"] = "small"
     """Shape of the network; the plain one has mean pooling and a linear head."""
     depth: int | None = None
     """Number of blocks; by default the preset's."""

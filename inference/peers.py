@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from inference.cli import results_file, run_script
 from pyro_isingvit.core.errors import need, why
-from pyro_isingvit.core.presets import default_preset, preset
+from pyro_isingvit.core.presets import default_preset, preset, without_stem
 from pyro_isingvit.core.settings import DataConfig, RunConfig
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.version import __version__
@@ -87,7 +87,7 @@ def make_config(arguments: PeersArguments) -> RunConfig:
     modules = [KNOWN[name].module for name in arguments.peers]
     found = [module for module in modules if module and importlib.util.find_spec(module)]
     need(found, f"none of {', '.join(arguments.peers)} is installed: {INSTALL}.")
-    name = arguments.preset or default_preset(arguments.data.dataset)
+    name = arguments.preset or without_stem(default_preset(arguments.data.dataset))
     vit = preset(name, **{key: getattr(arguments, key) for key in ("depth", "patch_size", "width")})
     train = replace(
         METHODS[REFERENCE].train, epochs=arguments.epochs, batch_size=arguments.batch_size,

@@ -1,7 +1,7 @@
 """Learn from images without labels, by masked-image modelling; training then starts from the result.
 
 python -m inference.pretrain --images fashion-mnist --preset small --out runs/pretrained
-python -m inference.pretrain --images photos/ --image-size 32 --preset cifar --out runs/pretrained
+python -m inference.pretrain --images photos/ --image-size 32 --preset cifar-linear --out runs/pretrained
 python -m inference.pretrain --resume runs/pretrained
 python -m inference.train --init runs/pretrained/start.safetensors --dataset fashion-mnist --train-size 300 --out runs/a
 
@@ -18,7 +18,7 @@ import tyro
 
 from inference.cli import print_table, run_script, with_clear_errors
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.core.presets import PRESETS, default_preset, preset
+from pyro_isingvit.core.presets import PRESETS, default_preset, preset, without_stem
 from pyro_isingvit.core.settings import PretrainConfig, ViTConfig
 
 
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     peek.add_argument("--images", default="digits")
     peek.add_argument("--preset", default=None)
     known, _ = peek.parse_known_args(argv)
-    name = known.preset or default_preset(known.images)
+    name = known.preset or without_stem(default_preset(known.images))
     with_clear_errors(lambda: preset(name), PretrainArguments)
     default = PretrainArguments(images=tyro.MISSING, out=tyro.MISSING, preset=name, vit=preset(name))
     run_script(pretrain, PretrainArguments, argv, default)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_isingvit.ising.layout import MaskLayout
-from pyro_isingvit.ising.lean import noisy_linear
+from pyro_isingvit.ising.lean import Noise, noisy_linear
 from pyro_isingvit.nets.vit import ViT, Watch, Weights
 
 
@@ -27,7 +27,7 @@ def masked_network(
     masks: dict[str, Tensor],
     images: Tensor,
     watch: Watch | None = None,
-    noise: dict[str, tuple[Tensor, int]] | None = None,
+    noise: tuple[dict[str, float], Noise] | None = None,
 ) -> Tensor:
     """Logits (B, C) of images under masks of their own.
 
@@ -39,7 +39,7 @@ def masked_network(
         masks: zeros and ones, site -> (B, *site shape).
         images: (B, channels, height, width), normalised.
         watch: see ``ViT.forward``.
-        noise: kind -> (s, seed) of Gaussian noise that is added to the weights of each layer when they are used
+        noise: s of every kind, and the Gaussian noise that is added to the weights of each layer when they are used
             (``lean.noisy_linear``); needs tau_0 = 0. None: ``weights`` has it.
     """
     factors: dict[tuple[str, int], Tensor] = {}  # (kind, layer) -> (B, 1, channels): for every token the same
@@ -50,9 +50,9 @@ def masked_network(
     def rule(kind: str, layer: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         mask = factors[kind, layer].to(x.dtype)
         if noise is not None:
-            scale, seed = noise[kind]
+            window, sign = noise[1].of(kind, layer, weight)
             inward = layout.site_of[kind].spreads[kind].side == "in"
-            y = noisy_linear(x * mask if inward else x, weight, scale, seed + layer)
+            y = noisy_linear(x * mask if inward else x, weight, window, sign * noise[0][kind])
             return y + bias.to(y.dtype) if inward else torch.addcmul(bias.to(y.dtype), y, mask.to(y.dtype))
         spike = spikes[kind][layer] if spikes else None
         if layout.site_of[kind].spreads[kind].side == "in":

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pyro_isingvit.ising.channel_masks import masked_network
 from pyro_isingvit.ising.distributions import bernoulli_kl, slab_kl
 from pyro_isingvit.ising.guide import IsingGuide
-from pyro_isingvit.ising.lean import slab_pull
+from pyro_isingvit.ising.lean import Noise, slab_pull
 from pyro_isingvit.ising.masks import MASK_POSTERIORS
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.nets.penalties import Seen
@@ -144,8 +144,8 @@ class FusedELBO(nn.Module):
         part, parts = self.part
         masks = draw_all(self._retention, parts * len(x), slice(part * len(x), (part + 1) * len(x)))
         if guide.lean and not guide.config.tau_0:
-            noise_of = {kind: (guide.scale(kind), int(torch.randint(2**62, ()))) for kind in guide.kinds}
-            return self._network(dict(guide.loc.items()), {}, masks, x, watch, noise_of)
+            pool = {kind: float(guide.scale(kind)) for kind in guide.kinds}, Noise.draw(dict(guide.loc.items()))
+            return self._network(dict(guide.loc.items()), {}, masks, x, watch, pool)
         for kind in guide.kinds:
             noise, tau_0 = torch.randn_like(guide.loc[kind]), guide.config.tau_0
             # xi (m + s e) + (1 - xi) tau_0 e: what a mask multiplies, and what is there without it

@@ -23,7 +23,7 @@ from pyro_isingvit.ising.coupling import COUPLINGS, Network
 from pyro_isingvit.ising.curvature import SALIENCY, second_order_gain
 from pyro_isingvit.ising.distributions import SpikeAndSlabPosterior, log_odds, slab_kl
 from pyro_isingvit.ising.layout import WEIGHT, MaskSite, Spread
-from pyro_isingvit.ising.lean import Squares, is_large
+from pyro_isingvit.ising.lean import QUARTER, Squares, is_large
 from pyro_isingvit.ising.masks import MASK_POSTERIORS, Masks, Move, Phase
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.ising.scales import curvature_log_scale
@@ -256,7 +256,8 @@ class IsingGuide(nn.Module):
             images: (B, channels, height, width), normalised.
             labels: (B,) or (B, C), which hutchinson and empirical_fisher read.
         """
-        count = max(min(self.config.curvature_batch, len(images)), world())
+        most = -(-len(images) // QUARTER) if self.lean else len(images)
+        count = max(min(self.config.curvature_batch, most), world())
         few = own_rows(count - count % world())  # as many on each process
         estimate = SALIENCY[self.config.saliency](model.vit, dict(self.loc.items()), images[few], labels[few])
         share = 1.0 - self.config.curvature_decay

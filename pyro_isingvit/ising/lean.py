@@ -5,15 +5,18 @@ shared. Then
 
     curvature     the average is of sum_e h_e m_e^2 over each mask, not of h_e
     scale         one number for each kind of matrices
-    noise         m + s e is made for one layer at a time, and again in the backward pass, from the seed of e
+    noise         m + s e is made for one layer at a time, and again in the backward pass, with e from a small pool
     weight KL     its gradient pi (m - m0) / tau_1^2 is made in the backward pass
     centre        m0 in bfloat16: rounded by at most 0.4%
 
-It is the same objective, drawn with other random numbers.
+and a curvature estimate looks at a quarter of a batch at most. It is the same objective, drawn with other random
+numbers.
 
 Shapes: B batch, T tokens.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from torch.nn import functional as F
 from pyro_isingvit.core.settings import IsingConfig
 
 LARGE = 5_000_000  # masked weights
+QUARTER = 4  # a curvature estimate looks at this part of a batch at most: it costs as much as its part of a step
 
 
 def is_large(config: IsingConfig, weights: int) -> bool:
@@ -58,55 +62,90 @@ class _Layers:
         return self.weight[layer] ** 2
 
 
-def seeded_noise(like: Tensor, seed: int) -> Tensor:
-    """Standard normal numbers of a tensor's shape, the same for the same seed."""
-    generator = torch.Generator(device=like.device).manual_seed(seed)
-    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+@dataclass(frozen=True)
+class Noise:
+    """Standard normal numbers for the layers of one step, from one pool that is drawn once.
+
+    A layer takes a window of the pool, at a place of its own and with a sign of its own. Each number is N(0, 1); those
+    of a layer are independent, those of two layers uncorrelated. One for every weight would take a third of a step.
+
+    Attributes:
+        pool: N(0, 1), of twice as many numbers as the largest layer has.
+        places: layers, in the order of use, -> start of the window.
+        signs: likewise, -> 1.0 or -1.0.
+    """
+
+    pool: Tensor
+    places: dict[tuple[str, int], int]
+    signs: dict[tuple[str, int], float]
+
+    @classmethod
+    def draw(cls, weights: Mapping[str, Tensor]) -> "Noise":
+        """Noise for matrices, kind -> (layers, out, in)."""
+        first = next(iter(weights.values()))
+        size = max(weight[0].numel() for weight in weights.values())
+        keys = [(kind, layer) for kind, weight in weights.items() for layer in range(len(weight))]
+        places = torch.randint(size, (len(keys),)).tolist()
+        signs = (2.0 * torch.randint(2, (len(keys),)) - 1.0).tolist()
+        pool = torch.randn(2 * size, device=first.device)
+        return cls(pool, dict(zip(keys, places, strict=True)), dict(zip(keys, signs, strict=True)))
+
+    def of(self, kind: str, layer: int, like: Tensor) -> tuple[Tensor, float]:
+        """The window of a layer, of its matrix's shape, and its sign."""
+        start = self.places[kind, layer]
+        return self.pool[start : start + like.numel()].view(like.shape), self.signs[kind, layer]
 
 
 class _NoisyLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, seed: int) -> Tensor:
-        ctx.save_for_backward(x, weight, scale)
-        ctx.seed = seed
-        return F.linear(x, _drawn(weight, scale, seed).to(x.dtype))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, window: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(x, weight, window)
+        ctx.scale = scale
+        return F.linear(x, torch.add(weight.detach(), window, alpha=scale).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (grad,), (x, weight, scale) = grads, ctx.saved_tensors
-        for_x = grad @ _drawn(weight, scale, ctx.seed).to(grad.dtype) if ctx.needs_input_grad[0] else None
-        flat = grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype) if ctx.needs_input_grad[1] else None
-        return for_x, None if flat is None else flat.to(weight.dtype), None, None
+        (grad,), (x, weight, window) = grads, ctx.saved_tensors
+        for_x = for_weight = None
+        if ctx.needs_input_grad[0]:
+            for_x = grad @ torch.add(weight.detach(), window, alpha=ctx.scale).to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            for_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
+        return for_x, for_weight, None, None
 
 
-def _drawn(weight: Tensor, scale: Tensor, seed: int) -> Tensor:
-    return seeded_noise(weight, seed).mul_(scale.view(())).add_(weight.detach())
-
-
-def noisy_linear(x: Tensor, weight: Tensor, scale: Tensor, seed: int) -> Tensor:
-    """x (m + s e)^T with e from a seed; neither e nor the sum is kept for the backward pass.
+def noisy_linear(x: Tensor, weight: Tensor, window: Tensor, scale: float) -> Tensor:
+    """x (m + s e)^T; the sum is made again in the backward pass, not kept.
 
     Args:
         x: (B, T, in).
         weight: m, (out, in).
-        scale: s, one number, to which no gradient flows.
-        seed: of e.
+        window: e, (out, in), of a pool that all layers share.
+        scale: s times the sign, to which no gradient flows.
     """
-    return _NoisyLinear.apply(x, weight, scale, seed)
+    return _NoisyLinear.apply(x, weight, window, scale)
 
 
 class _SlabPull(torch.autograd.Function):
+    """Layer by layer, so that what is made on the way stays in the cache."""
+
     @staticmethod
     def forward(ctx: Any, loc: Tensor, centre: Tensor | None, pi: Tensor, tau_1: Tensor) -> Tensor:
         ctx.save_for_backward(loc, centre, pi, tau_1)
-        moved = loc if centre is None else loc - centre
-        return 0.5 * (pi * (moved / tau_1) ** 2).sum()
+        total = torch.zeros((), device=loc.device)
+        for layer in range(len(loc)):
+            moved = loc[layer] if centre is None else loc[layer] - centre[layer]
+            total += 0.5 * torch.dot((moved * pi[layer]).flatten(), moved.flatten()) / tau_1[layer, 0, 0] ** 2
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         loc, centre, pi, tau_1 = ctx.saved_tensors
-        moved = loc.clone() if centre is None else loc - centre
-        return moved.mul_(pi / tau_1**2).mul_(grads[0]), None, None, None
+        pull = torch.empty_like(loc)
+        for layer in range(len(loc)):
+            moved = loc[layer] if centre is None else loc[layer] - centre[layer]
+            torch.mul(moved, pi[layer] * (grads[0] / tau_1[layer] ** 2), out=pull[layer])
+        return pull, None, None, None
 
 
 def slab_pull(loc: Tensor, centre: Tensor | None, pi: Tensor, tau_1: Tensor) -> Tensor:

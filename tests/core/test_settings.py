@@ -22,9 +22,9 @@ from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.registry import METHODS
 
 CONFIG = RunConfig(
-    preset="cifar",
+    preset="cifar-linear",
     data=DataConfig("npz:x.npz", train_size=7),
-    vit=preset("cifar"),
+    vit=preset("cifar-linear"),
     ising=IsingConfig(kappa_mask=3.5, granularity="head"),
     train=TrainConfig(epochs=3, precision="bf16"),
     version="0.5.0",
@@ -106,5 +106,5 @@ def test_scripts_and_python_train_at_the_same_rate(name: str, method: str, monke
 
 def test_peers_share_one_rate_by_the_width(monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
-    for name, lr, expected in (("small", None, 2e-3), ("cifar", None, 2e-3 / 3), ("cifar", 0.01, 0.01)):
+    for name, lr, expected in (("small", None, 2e-3), ("cifar-linear", None, 2e-3 / 3), ("cifar-linear", 0.01, 0.01)):
         assert make_config(PeersArguments(Path("x"), preset=name, lr=lr)).train.lr == pytest.approx(expected)

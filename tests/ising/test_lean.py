@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from pyro_isingvit import fit, load_run
 from pyro_isingvit.core.settings import IsingConfig
+from pyro_isingvit.ising import guide as guide_module
 from pyro_isingvit.ising import lean
 from pyro_isingvit.ising.curvature import gnb
 from pyro_isingvit.ising.fused import FusedELBO
@@ -50,17 +51,30 @@ def test_only_large_networks_are_lean(large):
 def test_noise_is_made_again_in_the_backward_pass():
     torch.manual_seed(0)
     x, weight = torch.randn(4, 3, 5, requires_grad=True), torch.randn(6, 5, requires_grad=True)
-    scale = torch.tensor(0.2)
-    y = lean.noisy_linear(x, weight, scale, 7)
-    wanted = torch.nn.functional.linear(x, weight + scale * lean.seeded_noise(weight, 7))
+    window = torch.randn(6, 5)
+    y = lean.noisy_linear(x, weight, window, -0.2)
+    wanted = torch.nn.functional.linear(x, weight - 0.2 * window)
     assert_close(y, wanted)
     grad = torch.randn_like(y)
     for ours, theirs in zip(
         torch.autograd.grad(y, [x, weight], grad), torch.autograd.grad(wanted, [x, weight], grad), strict=True
     ):
         assert_close(ours, theirs)
-    assert torch.equal(lean.seeded_noise(weight, 7), lean.seeded_noise(weight, 7))
-    assert not torch.equal(lean.seeded_noise(weight, 7), lean.seeded_noise(weight, 8))
+
+
+def test_noise_of_two_layers_is_uncorrelated():
+    """Each is N(0, 1), whatever windows they share."""
+    weights = {"a": torch.zeros(2, 3, 4), "b": torch.zeros(1, 2, 2)}
+    found = []
+    for seed in range(4000):
+        torch.manual_seed(seed)
+        noise = lean.Noise.draw(weights)
+        layers = [("a", 0), ("a", 1), ("b", 0)]
+        drawn = [sign * window.flatten() for window, sign in (noise.of(k, n, weights[k][n]) for k, n in layers)]
+        found.append(torch.cat(drawn))
+    covariance = torch.stack(found).T.cov()
+    assert_close(covariance, torch.eye(28), rtol=0, atol=0.1)
+    assert torch.stack(found).mean(0).abs().max() < 0.07
 
 
 @pytest.mark.parametrize("centre", [None, "other"])
@@ -117,6 +131,7 @@ def test_saliency_of_a_mask_is_what_its_weights_sum_to(monkeypatch):
     found = []
     for size in (lean.LARGE, 1):
         monkeypatch.setattr(lean, "LARGE", size)
+        monkeypatch.setattr(guide_module, "QUARTER", 1)
         model, guide = pair()
         torch.manual_seed(4)
         guide.observe(model, *batch())

@@ -98,7 +98,9 @@ def test_images_of_another_shape_are_refused() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_build(name: str) -> None:
-    side, channels = {"digits": (8, 1), "cifar": (32, 3), "paper-32": (32, 3)}.get(name, (28, 1))
+    side, channels = {"digits": (8, 1), "cifar": (32, 3), "cifar-linear": (32, 3), "paper-32": (32, 3)}.get(
+        name, (28, 1)
+    )
     vit = ViT(preset(name), channels, side, side, 10)
     assert not any(vit.padding)
     assert vit(vit.initial_weights(), torch.randn(2, channels, side, side)).shape == (2, 10)

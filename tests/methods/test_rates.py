@@ -35,7 +35,7 @@ def test_narrow_presets_have_the_rates_of_the_methods(name: str) -> None:
 
 def test_wide_and_deep_networks() -> None:
     inner = dict.fromkeys(["qkv", "attn_out", "fc1", "fc2"], pytest.approx(1 / 3 * 2 / 3))
-    assert factors(preset("cifar")) == inner | {"patch": 1.0, "head": pytest.approx(1 / 3)}
+    assert factors(preset("cifar-linear")) == inner | {"patch": 1.0, "head": pytest.approx(1 / 3)}
     paper = factors(preset("paper-32"))  # 16 hidden units for each channel
     assert paper.pop("patch") == 1.0 and paper.pop("fc2") == 0.5 / 8
     assert set(paper.values()) == {0.5} and "head_hidden" in paper
