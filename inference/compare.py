@@ -152,7 +152,10 @@ def _same_settings(cell: Cell) -> bool:
     """Whether the cell's folder holds a run with the cell's settings, whichever version wrote it."""
     from pyro_isingvit.runs.folder import read_config
 
-    return replace(read_config(cell.folder), version="") == replace(cell.config, version="")
+    found = replace(read_config(cell.folder), version="")
+    if cell.config.init is not None:  # the start has brought its own shape
+        found = replace(found, vit=cell.config.vit)
+    return found == replace(cell.config, version="")
 
 
 def finished(cell: Cell) -> dict[str, Any] | None:

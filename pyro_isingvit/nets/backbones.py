@@ -143,8 +143,7 @@ Shape = tuple[ViTConfig, int, int, int, int]
 
 
 def _timm_shape(net: Any) -> Shape:
-    from timm.layers import Attention, Mlp
-    from timm.models.vision_transformer import Block, VisionTransformer
+    from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
 
     exact = type(net) is VisionTransformer and all(type(block) is Block for block in net.blocks)
     kinds = {type(net).__name__, *(type(block).__name__ for block in getattr(net, "blocks", ()))}

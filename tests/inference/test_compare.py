@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers import ROOT, here, refused, script
 from kills import untimed
 from scipy import stats
@@ -29,6 +30,7 @@ from analysis.comparison_tables import (
 from inference.compare import (
     CompareArguments,
     _record,
+    finished,
     make_cells,
     method_config,
     recorded,
@@ -37,8 +39,10 @@ from inference.compare import (
     sibling,
 )
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import DataConfig, RunConfig
+from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
 from pyro_isingvit.methods.registry import METHODS
+from pyro_isingvit.nets.start import Start
+from pyro_isingvit.nets.vit import ViT
 
 GRID = ["--dataset", "digits", "--methods", "ising", "deterministic", "temperature", "ensemble:2", "--train-sizes", 60,
         "--seeds", 0, 1, "--epochs", 2, "--samples", 3, "--depth", 1, "--width", 16, "--device", "cpu"]  # fmt: skip
@@ -88,6 +92,24 @@ def test_a_second_call_trains_nothing_and_a_killed_grid_goes_on(grid: Path) -> N
     assert {path for path in kept if path.stat().st_mtime_ns != kept[path]} == {lost}
     after = json.loads(lost.read_text())
     assert untimed(after) == pytest.approx(untimed(before))
+
+
+def test_a_grid_starts_from_a_trained_network(tmp_path: Path) -> None:
+    """Its shape is that of the start, and a finished cell is found again by its folder alone."""
+    torch.manual_seed(0)
+    vit = ViT(ViTConfig(patch_size=4, width=16, heads=2, depth=1, mlp_ratio=2), 1, 8, 8, classes=2)
+    Start.of(vit, vit.initial_weights(), (0.3,), (0.4,), "made").save(tmp_path / "start.safetensors")
+    arguments = CompareArguments(
+        tmp_path / "grid", ("deterministic",), (100,), (0,), (1,), init=str(tmp_path / "start.safetensors"),
+        samples=2, device="cpu",
+    )  # fmt: skip
+    (cell,) = make_cells(arguments)
+    assert cell.config.train.layer_decay < 1
+    metrics = run_cell(cell, 1)
+    assert json.loads((cell.folder / "config.json").read_text())["vit"]["width"] == 16
+    assert finished(cell) == json.loads((cell.folder / "metrics.json").read_text()) and metrics["accuracy"] > 0
+    (fresh,) = make_cells(replace(arguments, init=None))
+    assert finished(fresh) is None
 
 
 def test_a_failed_cell_is_reported_and_the_rest_runs(tmp_path: Path) -> None:
