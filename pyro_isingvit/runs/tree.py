@@ -138,6 +138,12 @@ def _axes(name: str, layers: int, *dims: str) -> list[str | None]:
     return [f"{dim}_{name}" if dim in ("out", "in") else dim for dim in kept]
 
 
+def _layers(run: Run) -> dict[str, np.ndarray] | None:
+    """Numbers of the blocks that have masks, where those before them have none."""
+    vit = run.model.vit
+    return {"layer": np.arange(vit.trunk_depth, vit.config.depth)} if 0 < vit.trunk_depth < vit.config.depth else None
+
+
 @torch.no_grad()
 def _posterior(run: Run, samples: int, full: bool, seed: int) -> xr.Dataset:
     """Joint draws of masks and weights, one by one; those of ``draw_predictive`` with this seed."""
@@ -173,7 +179,7 @@ def _posterior(run: Run, samples: int, full: bool, seed: int) -> xr.Dataset:
                 if s == 0:
                     stored[name] = torch.empty(samples, *values.shape, dtype=values.dtype)
                 stored[name][s] = values
-    return make_group(stored, dims, None, "sample")
+    return make_group(stored, dims, _layers(run), "sample")
 
 
 def _margin_images(run: Run, index: np.ndarray) -> np.ndarray:
@@ -211,4 +217,4 @@ def _variational(run: Run) -> xr.Dataset:
     for name, site in guide.layout.sites.items() if not small and guide.config.granularity != "weight" else ():
         dims[f"mask_retention_{name}"] = _axes(name, site.shape[0], *site.dims)
         arrays[f"mask_retention_{name}"] = guide.retention(name).squeeze(0)
-    return make_group(arrays, dims, None)
+    return make_group(arrays, dims, _layers(run))

@@ -151,6 +151,8 @@ def test_everything_after_training_works(blocks, data, tmp_path):
     assert np.isfinite(metrics["nll"])
     tree = run_to_datatree(run, data.test, run.predict(data.test.images, 4))
     assert "retention_head" in tree["variational"]
+    if blocks:
+        assert tree["posterior"]["kept_heads"]["layer"].values.tolist() == list(range(3 - blocks, 3))
     start = Start.of(*_network(run), run.info.mean, run.info.std, "made")
     again = fit(start, data, bayesian_blocks=1, **{**TRAIN, "epochs": 1})
     assert again.model.vit.trunk["qkv"].shape[0] == 2
