@@ -149,6 +149,11 @@ def results_file(folder: Path, name: str, overwrite: bool) -> Path:
     return path
 
 
+def resumes(argv: list[str]) -> bool:
+    """Whether a command line asks to continue what a folder holds, with the settings of the folder."""
+    return any(word == "--resume" or word.startswith("--resume=") for word in argv)
+
+
 def print_table(title: str, rows: Mapping[str, object]) -> None:
     """Prints names and values as a table; floats with four decimals."""
     from rich.console import Console

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import tyro
 
-from inference.cli import print_table, run_script, with_clear_errors
+from inference.cli import print_table, resumes, run_script, with_clear_errors
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.presets import PRESETS, default_preset, preset, without_stem
 from pyro_isingvit.core.settings import PretrainConfig, ViTConfig
@@ -114,7 +114,7 @@ def _run(training) -> None:  # type: ignore[no-untyped-def]
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line. The preset sets the defaults of the shape."""
     argv = sys.argv[1:] if argv is None else argv
-    if any(word == "--resume" or word.startswith("--resume=") for word in argv):
+    if resumes(argv):
         run_script(resume, ResumeArguments, argv)
         return
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -139,9 +139,7 @@ def compare_peers(run: Run, data: ImageData, model: CompactViT, epochs: int, rep
 
 def check_peers(config: ViTConfig) -> None:
     """Raises UserError if the comparison does not support this network."""
-    plain = ViTConfig(config.patch_size, config.width, config.heads, config.depth, config.mlp_ratio)
-    fits = config == plain
-    need(fits, "the comparison with peers is written for mean pooling and a linear head; leave out `peers`.")
+    need(config.plain, "the comparison with peers is written for mean pooling and a linear head; leave out `peers`.")
 
 
 @torch.no_grad()

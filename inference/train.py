@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from inference.cli import REPORTS, print_table, run_script, with_clear_errors
+from inference.cli import REPORTS, print_table, resumes, run_script, with_clear_errors
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.launcher import by_torchrun
 from pyro_isingvit.core.presets import PRESETS, default_preset, preset
@@ -121,7 +121,7 @@ def _how_to_go_on(folder: Path) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line. The preset sets the defaults of the shape, the method those of the training."""
     argv = sys.argv[1:] if argv is None else argv
-    if any(word == "--resume" or word.startswith("--resume=") for word in argv):
+    if resumes(argv):
         run_script(resume, ResumeArguments, argv)
         return
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

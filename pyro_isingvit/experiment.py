@@ -101,8 +101,7 @@ def begun(config: RunConfig, data: ImageData, start: Start) -> tuple[RunConfig, 
     Raises:
         UserError: images that the network cannot read.
     """
-    small = max(data.info.height, data.info.width) < min(start.image_shape[1:])
-    if small and min(start.vit.patch_size * 4, *start.image_shape[1:]) > max(data.info.height, data.info.width):
+    if max(data.info.height, data.info.width) < min(4 * start.vit.patch_size, *start.image_shape[1:]):
         log.warning(
             "%s was trained on images of %dx%d, these have %dx%d: resize them with `image_size`",
             start.source, *start.image_shape[1:], data.info.height, data.info.width,

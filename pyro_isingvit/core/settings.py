@@ -32,8 +32,27 @@ class DataConfig:
     """Resize the images to squares with this many pixels a side; an image folder needs it if its sizes differ."""
 
 
+class Tokens:
+    """What follows from how a network, whole or compact, makes its tokens."""
+
+    patch_size: int
+    patch_stride: int | None
+    registers: int
+    pool: str
+
+    @property
+    def stride(self) -> int:
+        """Pixels from one patch to the next."""
+        return self.patch_size if self.patch_stride is None else self.patch_stride
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before those of the patches: CLS and registers."""
+        return self.registers + (self.pool == "cls")
+
+
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(Tokens):
     """Shape of the pre-norm vision transformer."""
 
     patch_size: int = 7
@@ -66,14 +85,9 @@ class ViTConfig:
     """What the last LayerNorm reads: the tokens, or, with pool mean, their mean."""
 
     @property
-    def stride(self) -> int:
-        """Pixels from one patch to the next."""
-        return self.patch_size if self.patch_stride is None else self.patch_stride
-
-    @property
-    def prefix(self) -> int:
-        """Tokens before those of the patches: CLS and registers."""
-        return self.registers + (self.pool == "cls")
+    def plain(self) -> bool:
+        """Whether sizes alone describe it: mean pooling, a linear head, nothing between or beside the patches."""
+        return self == ViTConfig(self.patch_size, self.width, self.heads, self.depth, self.mlp_ratio)
 
 
 @dataclass(frozen=True)

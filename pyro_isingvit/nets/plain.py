@@ -52,9 +52,8 @@ class PlainViT(nn.Module):
     def __init__(self, vit: ViT, dropout: float = 0.0) -> None:
         super().__init__()
         config = vit.config
-        plain = ViTConfig(config.patch_size, config.width, config.heads, config.depth, config.mlp_ratio)
         need(
-            config == plain,
+            config.plain,
             "the comparison with peers needs `pool` mean and `head` linear, and plain networks: no stem, registers or "
             "overlapping patches.",
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.settings import Tokens
 from pyro_isingvit.nets.shape import ACTIVATIONS
 
 FORMAT = 1
@@ -31,7 +32,7 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
-class CompactConfig:
+class CompactConfig(Tokens):
     """Everything but the numbers: images, classes, shapes."""
 
     dataset: str
@@ -57,16 +58,6 @@ class CompactConfig:
     norm_pre: bool = False
     final_norm: str = "tokens"
     format: int = FORMAT
-
-    @property
-    def stride(self) -> int:
-        """Pixels from one patch to the next."""
-        return self.patch_size if self.patch_stride is None else self.patch_stride
-
-    @property
-    def prefix(self) -> int:
-        """Tokens before those of the patches: CLS and registers."""
-        return self.registers + (self.pool == "cls")
 
     def to_json(self) -> str:
         """The fields as indented JSON."""
