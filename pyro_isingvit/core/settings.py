@@ -256,6 +256,11 @@ class TrainConfig:
     """Fit the temperature of the predictions on the validation part after training."""
     samples: int = 50
     """Posterior predictive draws of the final evaluation on the test part."""
+    early_learning: float = 0.0
+    """Weight of early-learning regularisation, which holds an image to what the network said of it before it learned
+    its label by heart; for labels of which many are wrong, 3 is usual. 0: none."""
+    early_learning_momentum: float = 0.7
+    """Share of an image's earlier predictions that stays each time it is seen again."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Method(nn.Module):
     def __init__(self, config: RunConfig, info: DataInfo, num_data: int) -> None:
         super().__init__()
         self.config, self.info, self.num_data = config, info, num_data
-        self.penalties = Penalties(config.train)
+        self.penalties = Penalties(config.train, num_data, info.num_classes)
 
     # Training ---------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from pyro_isingvit.data.split import DataInfo
 from pyro_isingvit.methods.base import Method, Networks, Terms, method_class
 from pyro_isingvit.methods.plain import check_baseline
 from pyro_isingvit.methods.registry import row
+from pyro_isingvit.nets.penalties import Penalties
 from pyro_isingvit.nets.vit import ViT, Weights
 
 
@@ -32,6 +33,7 @@ class Ensemble(Method):
     def __init__(self, config: RunConfig, info: DataInfo, num_data: int) -> None:
         super().__init__(config, info, num_data)
         check_baseline(config.baseline)
+        self.penalties = Penalties()  # each member has its own, with what they remember of its predictions
         kind = member_class(config.method)
         self.networks = [kind(config, info, num_data) for _ in range(config.baseline.members)]
         self.members = nn.ModuleList(self.networks)

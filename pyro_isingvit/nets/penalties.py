@@ -3,16 +3,20 @@
     loss = NLL + (the method's own terms) + sum_k weight_k penalty_k(seen)        nats per image
 
 A new term is a function of what one training pass showed (``Seen``), a row in ``PENALTIES``, and a field of that name
-in ``TrainConfig``. Every method then has it: the Ising posterior on both engines, and every baseline.
+in ``TrainConfig``. Every method then has it: the Ising posterior on both engines, and every baseline. A term may
+remember tensors from step to step (``Penalty.memory``); checkpoints keep them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.processes import gathered, own_rows
 from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.nets.early_learning import early_learning, first_targets
 from pyro_isingvit.nets.margins import log_barrier
 from pyro_isingvit.nets.vit import Watch
 
@@ -26,12 +30,16 @@ class Seen:
         labels: (B,) class numbers, or (B, C) probabilities.
         rows: (B,) numbers of the images within the training part; None where the caller did not say.
         watched: what the network recorded at the places that the penalties asked for (``ViT.forward``, ``watch``).
+        settings: of training.
+        memory: what the penalty's ``memory`` made, as the steps before left it; the term writes to it in place.
     """
 
     logits: Tensor
     labels: Tensor
     rows: Tensor | None = None
     watched: Watch = field(default_factory=dict)
+    settings: TrainConfig = field(default_factory=TrainConfig)
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,10 +49,15 @@ class Penalty:
     Attributes:
         term: nats per image, a scalar; (S,) where the logits have a sample axis.
         watches: places of the network that it looks at.
+        memory: (N, C) -> tensors that last from step to step, by name, as they are before the first; None: nothing.
+        agree: (memory, rows (B,) of the whole step's batch) -> None: called after each step that several processes
+            share out; it must leave the memory the same on all, though each saw its ``own_rows`` of the batch alone.
     """
 
     term: Callable[[Seen], Tensor]
     watches: tuple[str, ...] = ()
+    memory: Callable[[int, int], dict[str, Tensor]] | None = None
+    agree: Callable[[dict[str, Tensor], Tensor], None] | None = None
 
 
 def attention_log_barrier(seen: Seen) -> Tensor:
@@ -52,19 +65,44 @@ def attention_log_barrier(seen: Seen) -> Tensor:
     return log_barrier(seen.watched["attention"])
 
 
-PENALTIES: dict[str, Penalty] = {"log_barrier": Penalty(attention_log_barrier, ("attention",))}
+def remembered_predictions(seen: Seen) -> Tensor:
+    """Early-learning regularisation by the images' own row numbers (nets/early_learning.py)."""
+    need(seen.rows is not None, "`early_learning` needs the row numbers of the images in the training part.")
+    assert seen.rows is not None
+    return early_learning(seen.logits, seen.memory["targets"], seen.rows, seen.settings.early_learning_momentum)
 
 
-class Penalties:
-    """The loss terms that the settings switch on.
+def exchange_targets(memory: dict[str, Tensor], rows: Tensor) -> None:
+    """Every process takes the targets that the others computed for their images of the batch."""
+    targets = memory["targets"]
+    targets[rows] = gathered(targets[rows[own_rows(len(rows))]], len(rows), 0, targets.device)
+
+
+PENALTIES: dict[str, Penalty] = {
+    "log_barrier": Penalty(attention_log_barrier, ("attention",)),
+    "early_learning": Penalty(remembered_predictions, memory=first_targets, agree=exchange_targets),
+}
+
+
+class Penalties(nn.Module):
+    """The loss terms that the settings switch on, with what they remember as buffers.
 
     Args:
         settings: of training; a field named like a row of ``PENALTIES`` is its weight, and 0 switches it off.
+        num_data: N, training images.
+        num_classes: C.
     """
 
-    def __init__(self, settings: TrainConfig | None = None) -> None:
-        weights: dict[str, Any] = {} if settings is None else {name: getattr(settings, name, 0.0) for name in PENALTIES}
+    def __init__(self, settings: TrainConfig | None = None, num_data: int = 0, num_classes: int = 0) -> None:
+        super().__init__()
+        self.settings = settings or TrainConfig()
+        weights: dict[str, Any] = {name: getattr(settings, name, 0.0) for name in PENALTIES if settings is not None}
         self.weights: dict[str, float] = {name: weight for name, weight in weights.items() if weight}
+        for name in self.weights:
+            self.add_module(name, memory := nn.Module())
+            start = PENALTIES[name].memory
+            for part, tensor in ({} if start is None else start(num_data, num_classes)).items():
+                memory.register_buffer(part, tensor)
 
     def __bool__(self) -> bool:
         """Whether there is any."""
@@ -75,6 +113,20 @@ class Penalties:
         places = {place for name in self.weights for place in PENALTIES[name].watches}
         return {place: [] for place in sorted(places)} or None
 
+    def memory(self, name: str) -> dict[str, Tensor]:
+        """The tensors that a penalty remembers, not copies."""
+        return dict(self.get_submodule(name).named_buffers())
+
     def terms(self, seen: Seen, scale: float = 1.0) -> dict[str, Tensor]:
         """scale * weight * penalty of each, a scalar or (S,); nats per image at scale 1, over all images at scale N."""
-        return {name: scale * weight * PENALTIES[name].term(seen) for name, weight in self.weights.items()}
+        terms = {}
+        for name, weight in self.weights.items():
+            told = replace(seen, settings=self.settings, memory=self.memory(name))
+            terms[name] = scale * weight * PENALTIES[name].term(told)
+        return terms
+
+    def agree(self, rows: Tensor) -> None:
+        """Makes what is remembered the same on all processes, after a step with the images ``rows`` (B,)."""
+        for name in self.weights:
+            if (agree := PENALTIES[name].agree) is not None:
+                agree(self.memory(name), rows)

@@ -68,7 +68,7 @@ def check_training(config: TrainConfig) -> None:
     for name in ("finetune_epochs", "weight_decay", "shrinkage", "margin", *PENALTIES):
         if not (getattr(config, name, None) or 0.0) >= 0:
             raise UserError(f"`{name}` must not be negative, but is {getattr(config, name)}.")
-    for name in ("average", "token_masking", "label_smoothing"):
+    for name in ("average", "token_masking", "label_smoothing", "early_learning_momentum"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"`{name}` must be at least 0 and below 1, not {getattr(config, name)}.")
     # Below, gamma variates underflow, and a share comes out as 1/2 where it should be 0 or 1.
@@ -76,6 +76,11 @@ def check_training(config: TrainConfig) -> None:
         raise UserError(
             f"`mix_alpha` must lie in [0.001, 1000], not {config.mix_alpha}; 0.2 to 1 are usual, 10 to 20 for regmixup."
         )
+    need(
+        not config.early_learning or config.mix == "none",
+        f"`early_learning` remembers what is said of each image, which `mix` {config.mix} does not show by itself; set "
+        "`mix` to none.",
+    )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is available here; set `device` to cpu or auto.")
 
