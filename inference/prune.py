@@ -86,8 +86,9 @@ def prune(arguments: PruneArguments) -> None:
         _print_frontier([candidate.point for candidate in found], full)
 
     def improved(model: "CompactViT") -> "CompactViT":
-        tuned = finetune(model, data.train, arguments.finetune, rate, run.config.train.batch_size, seed)
-        return calibrated(tuned, data.val)
+        size, balanced = run.config.train.batch_size, run.balanced
+        tuned = finetune(model, data.train, arguments.finetune, rate, size, seed, balanced)
+        return calibrated(tuned, data.val, balanced)
 
     if masks is None:
         need(found, "--max-accuracy-drop needs a validation part, and this run has none (--val-fraction 0).")

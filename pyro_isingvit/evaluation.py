@@ -73,7 +73,7 @@ def evaluate(
     val_labels = None if val is None else val.labels
     temperature = float(run.temperature)
     plain = temper(draws.probs, 1.0 / temperature)  # at T = 1
-    fitted = temperature if run.config.train.calibrate else _fit(val_draws, val_labels)
+    fitted = temperature if run.config.train.calibrate else _fit(val_draws, val_labels, run.balanced)
     at_one, calibrated = (
         classification_metrics(probs.mean(0), split.labels) for probs in (plain, temper(plain, fitted))
     )
@@ -124,6 +124,6 @@ def write_evaluation(run: Run, evaluation: Evaluation, folder: Path, full: bool 
     write_json(folder / METRICS, evaluation.metrics)
 
 
-def _fit(val_draws: PredictiveDraws | None, labels: Tensor | None) -> float:
+def _fit(val_draws: PredictiveDraws | None, labels: Tensor | None, balanced: bool) -> float:
     """The temperature that a method trained without one would get; 1 without a validation part."""
-    return 1.0 if val_draws is None or labels is None else fit_temperature(val_draws.probs, labels)
+    return 1.0 if val_draws is None or labels is None else fit_temperature(val_draws.probs, labels, balanced)

@@ -12,6 +12,7 @@ from torch.distributions import Beta
 
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.data.balance import class_weights
 from pyro_isingvit.data.split import DataInfo
 
 PADDING = 8  # a crop's margin is the side over this where the settings leave it open, as 4 pixels of CIFAR's 32
@@ -103,6 +104,7 @@ class Augmentation:
 
         crop, flip, RandAugment on uint8   ->   normalise   ->   x' = l x + (1 - l) x_other,  l ~ Beta(alpha, alpha)
         y' = (1 - e) y + e / K,   e = label_smoothing, y mixed as the images are
+        balance loss: y' is that of each mixed image times its weight w (``class_weights``), summed in the same shares
 
     Crops and flips are drawn for every image. RandAugment (Cubuk et al. 2020: 2 of 14 operations at magnitude 9 of
     0 to 30) is torchvision's, which draws once for all images that it is given; it is given ``GROUPS`` parts of a batch
@@ -115,7 +117,7 @@ class Augmentation:
     Random numbers are torch's global ones, which checkpoints keep. Without augmentation none are drawn.
 
     Args:
-        settings: ``augment``, ``margin``, ``mix``, ``mix_alpha`` and ``label_smoothing``, checked by
+        settings: ``augment``, ``margin``, ``mix``, ``mix_alpha``, ``label_smoothing`` and ``balance``, checked by
             ``check_training``.
         info: what the images look like.
 
@@ -129,6 +131,7 @@ class Augmentation:
     def __init__(self, settings: TrainConfig, info: DataInfo) -> None:
         self.kind, self.info, self.margin = settings.augment, info, settings.margin
         self.smoothing, self.clean = settings.label_smoothing, slice(None, None, group_size(settings))
+        self.weights = class_weights(info.counts) if settings.balance == "loss" else None
         side = min(info.height, info.width)
         need(
             self.kind == "none" or self.margin is None or self.margin < side,
@@ -169,8 +172,8 @@ class Augmentation:
             labels: (B,) class numbers.
 
         Returns:
-            x (B, C, H, W) float32, normalised; y: the labels as they are, or (B, K) probabilities where images mix or
-            labels are smoothed.
+            x (B, C, H, W) float32, normalised; y: the labels as they are, or (B, K) probabilities where images mix,
+            labels are smoothed or images weigh differently; an image's sum is its weight.
 
         Raises:
             UserError: images of another shape or type than in ``info``.
@@ -178,7 +181,11 @@ class Augmentation:
         x = self.info.normalise(self.images(images))
         if self.mix is not None:
             x, labels = self.mix(x, labels)
+        classes = self.info.num_classes
+        weight: Tensor | float = 1.0
+        if self.weights is not None:  # before labels are smoothed, each share of a mixture is that of a class
+            labels = probabilities(labels, classes) * self.weights.to(labels.device)
+            weight = labels.sum(-1, keepdim=True)
         if self.smoothing:
-            classes = self.info.num_classes
-            labels = (1 - self.smoothing) * probabilities(labels, classes) + self.smoothing / classes
+            labels = (1 - self.smoothing) * probabilities(labels, classes) + self.smoothing / classes * weight
         return x, labels

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pyro_isingvit.data.balance import balanced_order
 from pyro_isingvit.data.split import Split
 
 
@@ -19,7 +20,9 @@ def count_steps(count: int, size: int, parts: int = 1) -> int:
     return math.ceil(_usable(count, size, parts) / size)
 
 
-def batches(split: Split, size: int, seed: int, epoch: int, parts: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def batches(
+    split: Split, size: int, seed: int, epoch: int, parts: int = 1, balanced: bool = False
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Shuffled batches of an epoch; the order depends on ``seed`` and ``epoch`` alone.
 
     Args:
@@ -28,12 +31,14 @@ def batches(split: Split, size: int, seed: int, epoch: int, parts: int = 1) -> I
         seed: of the order.
         epoch: counted from 0.
         parts: the last short batch is cut to a multiple of this, so that it can be shared out equally.
+        balanced: every class is drawn alike often, in as many steps (``balanced_order``).
 
     Yields:
         images (B, C, H, W) uint8, labels (B,) and the row numbers (B,) of the images in ``split``, all on the device
         of the labels.
     """
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = balanced_order(split.labels, generator) if balanced else torch.randperm(len(split), generator=generator)
     order = order[: _usable(len(order), size, parts)]
     images, device = split.images, split.labels.device
     for start in range(0, len(order), size):

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_isingvit.core.processes import averaged, rank, world
 from pyro_isingvit.nets.vit import ViT, Weights
 
+ROUNDING = 1e-4  # probabilities of mixed images do not quite sum to 1
 Estimator = Callable[[ViT, Weights, Tensor, Tensor], Weights]
 
 
@@ -48,18 +49,28 @@ def _squared_mean(grads: tuple[Tensor, ...], leaves: Weights, images: int) -> We
     return {kind: averaged(grad.float()).square_().mul_(total) for kind, grad in zip(leaves, grads, strict=True)}
 
 
+def image_weights(labels: Tensor) -> Tensor | None:
+    """What each image counts in the likelihood, (B,): the sum of its label; None where all count 1.
+
+    Args:
+        labels: (B,) class numbers, or (B, C) probabilities times the weight of the image.
+    """
+    weights = labels.sum(-1) if labels.dim() == 2 else None
+    return None if weights is None or bool(((weights - 1).abs() < ROUNDING).all()) else weights
+
+
 def gnb(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> Weights:
     """Gauss-Newton-Bartlett: labels drawn from the model's own softmax, h = B g^2 with g the batch-mean gradient.
 
     Unbiased for the diagonal of the Gauss-Newton (Fisher) matrix, also through softmax and LayerNorm. With the
     true labels instead it would vanish as the training loss does. Bartlett's estimator as in Sophia (Liu et al.
-    2023), equation (12).
+    2023), equation (12). An image of weight w has its gradient times sqrt(w), and the square counts it w times.
 
     Args:
         vit: the network.
         weights: kind -> (layers, out, in).
         images: (B, channels, height, width), normalised.
-        labels: unused.
+        labels: read for the weights of the images alone.
 
     Returns:
         kind -> (layers, out, in), non-negative, nats per example per squared weight.
@@ -70,7 +81,12 @@ def gnb(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> Weights:
         # Gumbel-max: unlike multinomial, it accepts NaN logits. Numbers for the images of all processes, in step.
         noise = logits.new_empty(world() * len(logits), logits.shape[1]).exponential_().log().chunk(world())[rank()]
         drawn = (logits.detach() - noise).argmax(-1)
-        grads = torch.autograd.grad(F.cross_entropy(logits, drawn), list(leaves.values()))
+        counted = image_weights(labels)
+        if counted is None:
+            loss = F.cross_entropy(logits, drawn)
+        else:
+            loss = (counted.sqrt() * F.cross_entropy(logits, drawn, reduction="none")).mean()
+        grads = torch.autograd.grad(loss, list(leaves.values()))
     return _squared_mean(grads, leaves, len(images))
 
 
@@ -106,7 +122,7 @@ def hutchinson(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> We
         vit: the network.
         weights: kind -> (layers, out, in).
         images: (B, channels, height, width), normalised.
-        labels: (B,), true classes, or (B, C), their probabilities.
+        labels: (B,), true classes, or (B, C), their probabilities times the weight of the image.
 
     Returns:
         kind -> (layers, out, in), of either sign, nats per example per squared weight.
@@ -126,13 +142,13 @@ def exact(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> Weights
     """The full Gauss-Newton diagonal, C backward passes per image: the others' reference, for small networks only.
 
     h = mean over images of sum_c p_c J_c^2 - (sum_c p_c J_c)^2, with J_c the gradient of logit c: the diagonal of
-    J^T (diag(p) - p p^T) J.
+    J^T (diag(p) - p p^T) J, times the weight of the image.
 
     Args:
         vit: the network.
         weights: kind -> (layers, out, in).
         images: (B, channels, height, width), normalised; each costs C times the memory of the weights in turn.
-        labels: unused.
+        labels: read for the weights of the images alone.
 
     Returns:
         kind -> (layers, out, in), non-negative, nats per example per squared weight.
@@ -140,7 +156,8 @@ def exact(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> Weights
     point = {kind: weight.detach() for kind, weight in weights.items()}
     total = {kind: torch.zeros_like(weight) for kind, weight in point.items()}
     with _kept_activations(vit), sdpa_kernel(SDPBackend.MATH):  # the only kernel that vmap, inside jacrev, supports
-        for image in images:
+        counted = image_weights(labels)
+        for image, weight in zip(images, [1.0] * len(images) if counted is None else counted.tolist(), strict=True):
 
             def logits(at: Weights, image: Tensor = image) -> tuple[Tensor, Tensor]:
                 row = vit(at, image[None])[0]
@@ -150,7 +167,7 @@ def exact(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> Weights
             p = row.softmax(-1)
             for kind, rows in jacobian.items():
                 mean = torch.einsum("c,cloi->loi", p, rows)
-                total[kind] += torch.einsum("c,cloi->loi", p, (rows - mean) ** 2) / len(images)
+                total[kind] += torch.einsum("c,cloi->loi", p, (rows - mean) ** 2) * (weight / len(images))
     return total
 
 
@@ -262,7 +279,7 @@ def lm(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> Weights:
         vit: the network.
         weights: kind -> (layers, out, in).
         images: (B, channels, height, width), normalised.
-        labels: unused.
+        labels: read for the weights of the images alone.
 
     Returns:
         kind -> (layers, out, in), non-negative, nats per example per squared weight.
@@ -274,8 +291,10 @@ def lm(vit: ViT, weights: Weights, images: Tensor, labels: Tensor) -> Weights:
     with torch.enable_grad():
         with _Recursion(), _kept_activations(vit):
             logits = vit(leaves, images)
-        p = logits.detach().softmax(-1)
-        diagonals = torch.autograd.grad(logits, list(leaves.values()), grad_outputs=p * (1 - p) / len(images))
+        p, counted = logits.detach().softmax(-1), image_weights(labels)
+        start = p * (1 - p) / len(images)
+        start = start if counted is None else start * counted.unsqueeze(-1)
+        diagonals = torch.autograd.grad(logits, list(leaves.values()), grad_outputs=start)
     return {kind: diagonal.float() for kind, diagonal in zip(leaves, diagonals, strict=True)}
 
 

@@ -112,7 +112,7 @@ class FusedELBO(nn.Module):
         logits = (self._by_images if self.draws == "image" else path)(x, watch).float()
         size = len(x) if model.num_data is None else model.num_data
         return {
-            "nll": size * F.cross_entropy(logits, y),
+            "nll": size * model.likelihood.nll(logits, y),
             "weight_kl": kl / model.kappa_weights,
             "mask_kl": mask_kl / model.kappa_weights,
             **model.penalties.terms(Seen(logits, y, rows, watch or {}), size),

@@ -254,12 +254,14 @@ class IsingGuide(nn.Module):
         Args:
             model: the model, for its network.
             images: (B, channels, height, width), normalised.
-            labels: (B,) or (B, C), which hutchinson and empirical_fisher read.
+            labels: (B,) or (B, C), which hutchinson and empirical_fisher read; the others take the images' weights
+                from them.
         """
         most = -(-len(images) // QUARTER) if self.lean else len(images)
         count = max(min(self.config.curvature_batch, most), world())
         few = own_rows(count - count % world())  # as many on each process
-        estimate = SALIENCY[self.config.saliency](model.vit, dict(self.loc.items()), images[few], labels[few])
+        network: Any = model.likelihood.network(model.vit)
+        estimate = SALIENCY[self.config.saliency](network, dict(self.loc.items()), images[few], labels[few])
         share = 1.0 - self.config.curvature_decay
         if self.lean:
             weighed = {

@@ -6,7 +6,8 @@
 
 m0 is 0 in a fresh network, and the weight that training starts from in a trained one.
 
-Labels that are probabilities y_nc (mixed images, label smoothing) enter as the factor prod_c softmax(f_W(x_n))_c^y_nc.
+Labels that are probabilities y_nc (mixed images, label smoothing), perhaps times the weight of the image, enter as the
+factor prod_c softmax(f_W(x_n))_c^y_nc. With logit adjustment (nets/likelihood.py) softmax(f) is softmax(f + log pi).
 
 One mask site and one weight site per kind of matrix, stacked over depth; both lie outside the data plate.
 """
@@ -26,6 +27,7 @@ from pyro_isingvit.data.split import DataInfo, ImageData
 from pyro_isingvit.ising.distributions import SpikeAndSlab
 from pyro_isingvit.ising.layout import MaskLayout
 from pyro_isingvit.ising.lean import is_large
+from pyro_isingvit.nets.likelihood import Likelihood
 from pyro_isingvit.nets.penalties import Penalties, Seen
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.vit import ViT, Weights
@@ -58,6 +60,7 @@ class IsingViT(nn.Module):
             (predictive/calibration.py).
         kappa_weights: the KL is weighted by 1/kappa_weights in the objective; set by ``fit``.
         penalties: further loss terms (nets/penalties.py); none unless training asks for some.
+        likelihood: of labels that are given (nets/likelihood.py); the softmax unless training asks for another.
 
     Raises:
         UserError: a shape that does not fit the images, or an unknown granularity.
@@ -101,7 +104,7 @@ class IsingViT(nn.Module):
                 self.vit.register_buffer(f"centre_{kind}", self.vit.centre(kind).bfloat16())
         self.num_data: int | None = None
         self.kappa_weights = 1.0
-        self.penalties = Penalties()
+        self.penalties, self.likelihood = Penalties(), Likelihood()
         self.temperature: Tensor
         self.register_buffer("temperature", torch.ones(()))
         for name, site in self.layout.sites.items():
@@ -202,7 +205,8 @@ class IsingViT(nn.Module):
             rows: (B,) numbers of the images within the training part, which some penalties read.
 
         Returns:
-            logits (B, C), or (S, B, C) under a vectorised sample plate; divided by T where y is None.
+            logits (B, C), or (S, B, C) under a vectorised sample plate; divided by T where y is None, otherwise those
+            of the likelihood.
         """
         watch = None if y is None else self.penalties.watch()
         logits = self.vit(self.sample_weights(), x, watch).float()
@@ -213,6 +217,7 @@ class IsingViT(nn.Module):
             seen = Seen(logits, y, rows, watch or {})
             for name, term in self.penalties.terms(seen, -size).items():
                 pyro.factor(name, with_plate_axis(term, 0))
+        logits = logits if y is None else self.likelihood.adjusted(logits)
         with pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device)):
             if y is None:
                 pyro.deterministic("probs", logits.softmax(-1), event_dim=1)

@@ -20,6 +20,7 @@ from pyro_isingvit.data.split import DataInfo
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.registry import row
+from pyro_isingvit.nets.likelihood import Likelihood
 from pyro_isingvit.nets.penalties import Penalties
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.vit import ViT, Weights
@@ -40,6 +41,7 @@ class Method(nn.Module):
         info: what the images look like.
         num_data: N.
         penalties: further loss terms that the training settings ask for.
+        likelihood: what the labels are taken for in training.
         temperature: T of the predictions, a scalar buffer.
         image_noise: the noise of a step is drawn for each image, not for the batch; equal parts of a batch then need
             different random numbers, otherwise the same.
@@ -54,6 +56,7 @@ class Method(nn.Module):
         super().__init__()
         self.config, self.info, self.num_data = config, info, num_data
         self.penalties = Penalties(config.train, num_data, info.num_classes)
+        self.likelihood = Likelihood(config.train, info.shares)
 
     # Training ---------------------------------------------------------------------------------------------------
 
@@ -62,7 +65,7 @@ class Method(nn.Module):
 
         Args:
             x: (B, channels, height, width), normalised.
-            y: (B,) class numbers, or (B, C) probabilities.
+            y: (B,) class numbers, or (B, C) probabilities times the weight of the image.
             rows: (B,) numbers of the images within the training part.
 
         Returns:

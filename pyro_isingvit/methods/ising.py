@@ -56,7 +56,7 @@ class IsingMethod(Method):
         self.model = model or IsingViT(config.vit, info, config.ising, centred=centred, frozen=frozen)
         self.guide = guide or IsingGuide(self.model, num_data)
         self.model.num_data, self.model.kappa_weights = num_data, self.guide.kappa_weights
-        self.model.penalties = self.penalties
+        self.model.penalties, self.model.likelihood = self.penalties, self.likelihood
         self.image_noise = settings.noise == "activations"
         self.fused = settings.engine != "pyro" and fusible(self.model)
         self._elbo: list[FusedELBO] = []  # a list, not a submodule: its parameters are this module's already

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.settings import RunConfig, TrainConfig
 from pyro_isingvit.data.split import DataInfo
 from pyro_isingvit.methods.base import Networks
 from pyro_isingvit.methods.plain import Plain
@@ -33,6 +33,15 @@ class LastLayerLaplace(Plain):
         self.heads: Tensor
         self.register_buffer("heads", torch.zeros(self.max_draws, classes * width + classes))
 
+    def check(self, settings: TrainConfig) -> None:
+        """Refuses ways to balance classes that the curvature of the training images would not know of."""
+        super().check(settings)
+        need(
+            settings.balance in ("none", "logit"),
+            f"method laplace measures its posterior on the training images as they are, unlike `balance` "
+            f"{settings.balance}; set `balance` to logit.",
+        )
+
     def _features(self, x: Tensor) -> Tensor:
         """What the last layer reads, (B, width)."""
         watch: Watch = {"features": []}
@@ -48,7 +57,7 @@ class LastLayerLaplace(Plain):
         head = nn.Linear(features.shape[1], self.loc["head"].shape[1], device=features.device)
         with torch.no_grad():
             head.weight.copy_(self.loc["head"][0])
-            head.bias.copy_(self.vit.bias["head"][0])
+            head.bias.copy_(self.likelihood.adjusted(self.vit.bias["head"][0]))
         loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(features, labels), batch_size=512)
         posterior = laplace(head, "classification", subset_of_weights="all", hessian_structure="kron")
         posterior.fit(loader)
@@ -56,6 +65,8 @@ class LastLayerLaplace(Plain):
             warnings.simplefilter("ignore", UserWarning)  # about a link function that sampling does not use
             posterior.optimize_prior_precision(method="marglik")
         self.heads.copy_(posterior.sample(len(self.heads)))
+        if self.likelihood.shift is not None:  # predictions are those without the shares of the classes
+            self.heads[:, -len(self.likelihood.shift) :] -= self.likelihood.shift
 
     def draw_networks(self, count: int, first: int = 0) -> Networks:
         """``count`` of the kept last layers, in a cycle; all read the same features."""

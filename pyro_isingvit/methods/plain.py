@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import BaselineConfig, RunConfig, TrainConfig
@@ -64,7 +63,7 @@ class Plain(Method):
         """Cross entropy, and the method's own penalty as ``penalty``."""
         watch = self.penalties.watch()
         logits = self.vit(self.weights(), x, watch, self.layer_rule).float()
-        terms, own = {"nll": F.cross_entropy(logits, y)}, self.penalty()
+        terms, own = {"nll": self.likelihood.nll(logits, y)}, self.penalty()
         if own is not None:
             terms["penalty"] = own / self.num_data
         return terms | self.penalties.terms(Seen(logits, y, rows, watch or {}))

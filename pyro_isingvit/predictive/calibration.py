@@ -6,7 +6,8 @@ posterior predictive is underconfident by construction. Pooling first and calibr
 
     p_T(y | x) = (1/S) sum_s softmax(f_{W_s}(x) / T),
 
-which leaves every draw's ranking of the classes as it is.
+which leaves every draw's ranking of the classes as it is. Where training has made the classes equal (docs/skew.md), p_T
+is multiplied by the classes' shares in the validation part while T is fitted.
 
 Shapes: S samples, B batch, C classes.
 """
@@ -27,12 +28,36 @@ def temper(probs: Tensor, temperature: float) -> Tensor:
     return (probs.clamp(min=TINY).log() / temperature).softmax(-1)
 
 
-def fit_temperature(probs: Tensor, labels: Tensor) -> float:
+def with_shares_of(labels: Tensor, probs: Tensor) -> Tensor:
+    """Probabilities under equal classes as they are under the shares that the classes have in ``labels``.
+
+    p(y | x) proportional to p_equal(y | x) n_y, with n_y the number of labels y: Bayes' rule with another prior.
+
+    Args:
+        labels: (n,) class numbers.
+        probs: (..., C), rows sum to 1.
+
+    Returns:
+        the same shape, rows sum to 1.
+
+    Examples:
+        >>> with_shares_of(torch.tensor([0, 0, 0, 1]), torch.tensor([[0.5, 0.5]]))
+        tensor([[0.7500, 0.2500]])
+    """
+    moved = probs * torch.bincount(labels, minlength=probs.shape[-1]).to(probs)
+    return moved / moved.sum(-1, keepdim=True).clamp(min=TINY)
+
+
+def fit_temperature(probs: Tensor, labels: Tensor, balanced: bool = False) -> float:
     """The T that gives the labels the highest posterior: -sum log p_T(y) + (log T)^2 / (2 PRIOR_WIDTH^2).
+
+    Probabilities under equal classes are first brought to the shares that the classes have in ``labels``: otherwise T
+    would be raised to make up for predictions of rare classes that only the other shares make look wrong.
 
     Args:
         probs: (S, B, C) draws at T = 1.
         labels: (B,).
+        balanced: the probabilities are those under equal classes (``Run.balanced``).
 
     Returns:
         T in [0.1, 10]; 1 where there are no labels.
@@ -41,12 +66,14 @@ def fit_temperature(probs: Tensor, labels: Tensor) -> float:
 
     if len(labels) == 0:
         return 1.0
+    labels = labels.cpu()
     logs = probs.double().clamp(min=TINY).log()
     rows = torch.arange(len(labels))
 
     def cost(log_t: float) -> float:
         mean = (logs / math.exp(log_t)).softmax(-1).mean(0)  # (B, C)
-        nll = -mean[rows, labels.cpu()].clamp(min=TINY).log().sum()
+        mean = with_shares_of(labels, mean) if balanced else mean
+        nll = -mean[rows, labels].clamp(min=TINY).log().sum()
         return float(nll) + log_t**2 / (2 * PRIOR_WIDTH**2)
 
     return math.exp(minimize_scalar(cost, bounds=(-LIMIT, LIMIT), method="bounded", options={"xatol": 1e-4}).x)

@@ -16,7 +16,7 @@ from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.nets.vit import Weights
-from pyro_isingvit.predictive.calibration import fit_temperature
+from pyro_isingvit.predictive.calibration import fit_temperature, with_shares_of
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.pruning.assembly import PosteriorParts, assemble
 from pyro_isingvit.pruning.network import CompactViT
@@ -161,7 +161,7 @@ def from_masks(
         vit, weights = run.model.vit.whole(masked_weights(run, kept))
         model = assemble(vit, run.info, weights, posterior_parts(run, kept))
         model.temperature.copy_(run.model.temperature)
-        return calibrated(model, val)
+        return calibrated(model, val, run.balanced)
     names: list[Literal["slab", "mean"]] = ["slab", "mean"] if weighting == "auto" else [weighting]
     if val is None or len(val) == 0:
         names = names[:1]
@@ -170,11 +170,13 @@ def from_masks(
         vit, weights = run.model.vit.whole(masked_weights(run, kept, name))
         model = assemble(vit, run.info, weights)
         model.temperature.copy_(run.model.temperature)
-        models.append(calibrated(model, val))
+        models.append(calibrated(model, val, run.balanced))
     if len(models) == 1:
         return models[0]
     assert val is not None
-    scores = [classification_metrics(model.predict(val.images)[0], val.labels)["nll"] for model in models]
+    means = [model.predict(val.images)[0] for model in models]
+    means = [with_shares_of(val.labels, mean) for mean in means] if run.balanced else means
+    scores = [classification_metrics(mean, val.labels)["nll"] for mean in means]
     return models[int(np.argmin(scores))]
 
 
@@ -185,11 +187,17 @@ def dense_network(run: Run, val: Split | None) -> CompactViT:
 
 
 @torch.no_grad()
-def calibrated(model: CompactViT, val: Split | None) -> CompactViT:
-    """The model with its temperature fitted on validation images; as it is where there are none."""
+def calibrated(model: CompactViT, val: Split | None, balanced: bool = False) -> CompactViT:
+    """The model with its temperature fitted on validation images; as it is where there are none.
+
+    Args:
+        model: the network.
+        val: validation images.
+        balanced: its probabilities are those under equal classes (``Run.balanced``).
+    """
     if val is not None and len(val):
         model.temperature.fill_(1.0)
-        model.temperature.fill_(fit_temperature(model.predict(val.images, SAMPLES), val.labels))
+        model.temperature.fill_(fit_temperature(model.predict(val.images, SAMPLES), val.labels, balanced))
     return model
 
 
@@ -222,7 +230,13 @@ def posterior_parts(run: Run, kept: Kept) -> PosteriorParts:
 
 
 def finetune(
-    model: CompactViT, train: Split, epochs: int, lr: float = 2e-4, batch_size: int = 64, seed: int = 0
+    model: CompactViT,
+    train: Split,
+    epochs: int,
+    lr: float = 2e-4,
+    batch_size: int = 64,
+    seed: int = 0,
+    balanced: bool = False,
 ) -> CompactViT:
     """Trains what is left on plain cross entropy, in place; zeros stay zeros. Calibrate again afterwards.
 
@@ -235,6 +249,8 @@ def finetune(
         lr: peak learning rate.
         batch_size: images per step.
         seed: of the order of the images.
+        balanced: the network's probabilities are those under equal classes, and stay so: logits are adjusted by the
+            classes' shares in ``train`` (nets/likelihood.py), however the run had balanced them (``Run.balanced``).
 
     Raises:
         UserError: the form is ``bayes``, epochs below 0, no images, or a loss that is not finite.
@@ -245,6 +261,8 @@ def finetune(
     )
     need(epochs >= 0, f"`epochs` must be at least 0, not {epochs}.")
     need(epochs == 0 or len(train) > 0, "`train` has no images to fine-tune on.")
+    counts = torch.bincount(train.labels, minlength=len(model.config.classes)) if balanced else torch.ones(1)
+    shift = (counts / counts.sum()).log()  # 0 unless balanced
     trained = list(model.parameters())
     alive = [value.detach() != 0 for value in trained]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
@@ -253,7 +271,8 @@ def finetune(
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for rows in torch.randperm(len(train), generator=generator).split(batch_size):
-            loss = F.cross_entropy(model(model.normalise(train.images[rows])) * model.temperature, train.labels[rows])
+            logits = model(model.normalise(train.images[rows])) * model.temperature + shift
+            loss = F.cross_entropy(logits, train.labels[rows])
             need(bool(loss.isfinite()), "fine-tuning diverged: the loss is not finite; lower `lr`.")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

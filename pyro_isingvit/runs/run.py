@@ -108,11 +108,15 @@ class Run:
     def class_prior(self) -> tuple[float, ...] | None:
         """Share of each class under which the probabilities are meant, (C,), sum 1.
 
-        That of the training part; equal shares where ``TrainConfig.balance`` made the classes equal.
+        That of the training part; equal shares where ``TrainConfig.balance`` made the classes equal (docs/skew.md).
         None where the run does not know the shares: it was trained by version 0.6 or earlier, without their counts.
         """
-        classes = self.info.num_classes
-        return self.info.shares if self.config.train.balance == "none" else (1 / classes,) * classes
+        return (1 / self.info.num_classes,) * self.info.num_classes if self.balanced else self.info.shares
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the probabilities are those under equal classes."""
+        return self.config.train.balance != "none"
 
     @property
     def device(self) -> torch.device:

@@ -29,7 +29,7 @@ from pyro_isingvit.nets.penalties import PENALTIES
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.tokens import TokenMasking
 from pyro_isingvit.nets.vit import ViT
-from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature
+from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature, with_shares_of
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.runs.averaging import Averaging
 from pyro_isingvit.runs.noise_search import NoiseSearch
@@ -134,6 +134,10 @@ class Trainer:
                 f"part(s){pairs}; `batch_size` {self.settings.batch_size} must be a multiple of {self.multiple}, and "
                 f"{len(data.train)} training images at least as many."
             )
+        need(
+            self.settings.balance == "none" or min(data.info.counts, default=0) > 0,
+            f"`balance` {self.settings.balance} needs a training image of every class at least.",
+        )
         torch.manual_seed(self.settings.seed)
         self.run = build_run(config, data.info, len(data.train), folder, model)
         self.method = self.run.method
@@ -242,7 +246,7 @@ class Trainer:
         """Fits T on the validation part, which took no part in training (predictive/calibration.py)."""
         self.run.temperature.fill_(1.0)
         draws = draw_predictive(self.run, self.data.val.images, CALIBRATION_SAMPLES, seed=self.settings.seed)
-        self.run.temperature.fill_(fit_temperature(draws.probs, self.data.val.labels))
+        self.run.temperature.fill_(fit_temperature(draws.probs, self.data.val.labels, self.run.balanced))
 
     def train_epoch(self, epoch: int) -> tuple[dict[str, Any], float]:
         """The steps of an epoch, and its validation.
@@ -260,7 +264,8 @@ class Trainer:
         self.loss.train()
         sums, count = torch.zeros((), device=self.fabric.device), 0
         looks: list[dict[str, float]] = []  # at the terms, of every tenth step
-        order = batches(self.data.train, self.settings.batch_size, self.settings.seed, epoch, self.multiple)
+        sampled = self.settings.balance == "sampler"
+        order = batches(self.data.train, self.settings.batch_size, self.settings.seed, epoch, self.multiple, sampled)
         for images, classes, rows in order:
             x, labels = self.augmentation(images, classes)
             visible = self.masking.draw(len(x), x.device)
@@ -309,7 +314,8 @@ class Trainer:
         self.loss.eval()
         draws = draw_predictive(self.run, val.images, self.method.validation_draws(self.settings), seed=epoch)
         self._check_finite(float(draws.probs.sum()), {}, epoch)
-        scores = classification_metrics(draws.mean, val.labels)
+        labels = val.labels.cpu()
+        scores = classification_metrics(with_shares_of(labels, draws.mean) if self.run.balanced else draws.mean, labels)
         return {f"val_{name}": scores[name] for name in ("accuracy", "nll", "brier", "ece")}
 
     def _show(self, epoch: int, phase: str, terms: dict[str, float]) -> None:
