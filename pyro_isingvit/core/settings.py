@@ -261,6 +261,9 @@ class TrainConfig:
     its label by heart; for labels of which many are wrong, 3 is usual. 0: none."""
     early_learning_momentum: float = 0.7
     """Share of an image's earlier predictions that stays each time it is seen again."""
+    confusion: float = 0.0
+    """Weight of confusion-aware regularisation, against classes that are mistaken for others, small ones above all; 0.3
+    is usual. 0: none."""
     balance: Literal["none", "sampler", "loss", "logit"] = "none"
     """What makes up for classes of different sizes: sampler draws every class alike often, loss weights the images of
     small classes higher, logit learns the classes' shares apart from the network (logit adjustment). With any of them

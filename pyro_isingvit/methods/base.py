@@ -55,7 +55,7 @@ class Method(nn.Module):
     def __init__(self, config: RunConfig, info: DataInfo, num_data: int) -> None:
         super().__init__()
         self.config, self.info, self.num_data = config, info, num_data
-        self.penalties = Penalties(config.train, num_data, info.num_classes)
+        self.penalties = Penalties(config.train, num_data, info.num_classes, info.shares)
         self.likelihood = Likelihood(config.train, info.shares)
 
     # Training ---------------------------------------------------------------------------------------------------
@@ -93,6 +93,10 @@ class Method(nn.Module):
     def leaves_unused(cls, config: RunConfig) -> bool:
         """Whether some phase trains without some of the parameters, which DistributedDataParallel must know."""
         return config.train.frozen_blocks > 0
+
+    def settle(self, rows: Tensor) -> None:
+        """Called after the gradients of each step, with the numbers (B,) of all its images."""
+        self.penalties.settle(rows)
 
     def take_part(self, part: int, parts: int) -> None:
         """Called before ``forward`` with one of several equal parts of a step's batch: its number and their count."""

@@ -67,6 +67,11 @@ class Ensemble(Method):
         for member in self.networks:
             member.take_part(part, parts)
 
+    def settle(self, rows: Tensor) -> None:
+        """Tells every member."""
+        for member in self.networks:
+            member.settle(rows)
+
     def phases(self, settings: TrainConfig) -> list[tuple[str, int]]:
         """Those of a member."""
         return self.networks[0].phases(settings)

@@ -7,7 +7,7 @@ in ``TrainConfig``. Every method then has it: the Ising posterior on both engine
 remember tensors from step to step (``Penalty.memory``); checkpoints keep them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.processes import gathered, own_rows
 from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.nets.confusion import confusion, first_confusion, settle_confusion
 from pyro_isingvit.nets.early_learning import early_learning, first_targets
 from pyro_isingvit.nets.margins import log_barrier
 from pyro_isingvit.nets.vit import Watch
@@ -27,10 +28,11 @@ class Seen:
 
     Attributes:
         logits: (B, C), or (S, B, C) under a vectorised sample plate.
-        labels: (B,) class numbers, or (B, C) probabilities.
+        labels: (B,) class numbers, or (B, C) probabilities times the weight of the image.
         rows: (B,) numbers of the images within the training part; None where the caller did not say.
         watched: what the network recorded at the places that the penalties asked for (``ViT.forward``, ``watch``).
         settings: of training.
+        shares: of the classes in the training part, (C,); None where they are not known.
         memory: what the penalty's ``memory`` made, as the steps before left it; the term writes to it in place.
     """
 
@@ -39,7 +41,23 @@ class Seen:
     rows: Tensor | None = None
     watched: Watch = field(default_factory=dict)
     settings: TrainConfig = field(default_factory=TrainConfig)
+    shares: Sequence[float] | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settling:
+    """What is known when a step is over.
+
+    Attributes:
+        rows: (B,) numbers of the images of the whole batch, of all processes.
+        shares: of the classes in the training part, (C,); None where they are not known.
+        memory: of the penalty.
+    """
+
+    rows: Tensor
+    shares: Sequence[float] | None
+    memory: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,14 +68,15 @@ class Penalty:
         term: nats per image, a scalar; (S,) where the logits have a sample axis.
         watches: places of the network that it looks at.
         memory: (N, C) -> tensors that last from step to step, by name, as they are before the first; None: nothing.
-        agree: (memory, rows (B,) of the whole step's batch) -> None: called after each step that several processes
-            share out; it must leave the memory the same on all, though each saw its ``own_rows`` of the batch alone.
+        settle: (what was seen of the step) -> None: called after each step with the whole batch's ``rows``; it must
+            leave the memory the same on all processes, though each saw its ``own_rows`` of the batch alone, perhaps in
+            several parts.
     """
 
     term: Callable[[Seen], Tensor]
     watches: tuple[str, ...] = ()
     memory: Callable[[int, int], dict[str, Tensor]] | None = None
-    agree: Callable[[dict[str, Tensor], Tensor], None] | None = None
+    settle: Callable[[Settling], None] | None = None
 
 
 def attention_log_barrier(seen: Seen) -> Tensor:
@@ -72,15 +91,29 @@ def remembered_predictions(seen: Seen) -> Tensor:
     return early_learning(seen.logits, seen.memory["targets"], seen.rows, seen.settings.early_learning_momentum)
 
 
-def exchange_targets(memory: dict[str, Tensor], rows: Tensor) -> None:
+def exchange_targets(step: Settling) -> None:
     """Every process takes the targets that the others computed for their images of the batch."""
-    targets = memory["targets"]
+    targets, rows = step.memory["targets"], step.rows
     targets[rows] = gathered(targets[rows[own_rows(len(rows))]], len(rows), 0, targets.device)
+
+
+def class_confusion(seen: Seen) -> Tensor:
+    """Spectral norm of the averaged soft confusion matrix (nets/confusion.py)."""
+    need(seen.shares is not None, "`confusion` needs the number of training images of each class.")
+    assert seen.shares is not None
+    return confusion(seen.logits, seen.labels, seen.shares, seen.settings.balance == "sampler", seen.memory)
+
+
+def settle_class_confusion(step: Settling) -> None:
+    """The matrix takes what the parts of the step have seen."""
+    assert step.shares is not None
+    settle_confusion(step.memory, step.shares)
 
 
 PENALTIES: dict[str, Penalty] = {
     "log_barrier": Penalty(attention_log_barrier, ("attention",)),
-    "early_learning": Penalty(remembered_predictions, memory=first_targets, agree=exchange_targets),
+    "early_learning": Penalty(remembered_predictions, memory=first_targets, settle=exchange_targets),
+    "confusion": Penalty(class_confusion, memory=first_confusion, settle=settle_class_confusion),
 }
 
 
@@ -91,11 +124,18 @@ class Penalties(nn.Module):
         settings: of training; a field named like a row of ``PENALTIES`` is its weight, and 0 switches it off.
         num_data: N, training images.
         num_classes: C.
+        shares: of the classes in the training part, (C,); None where they are not known.
     """
 
-    def __init__(self, settings: TrainConfig | None = None, num_data: int = 0, num_classes: int = 0) -> None:
+    def __init__(
+        self,
+        settings: TrainConfig | None = None,
+        num_data: int = 0,
+        num_classes: int = 0,
+        shares: Sequence[float] | None = None,
+    ) -> None:
         super().__init__()
-        self.settings = settings or TrainConfig()
+        self.settings, self.shares = settings or TrainConfig(), shares
         weights: dict[str, Any] = {name: getattr(settings, name, 0.0) for name in PENALTIES if settings is not None}
         self.weights: dict[str, float] = {name: weight for name, weight in weights.items() if weight}
         for name in self.weights:
@@ -121,12 +161,12 @@ class Penalties(nn.Module):
         """scale * weight * penalty of each, a scalar or (S,); nats per image at scale 1, over all images at scale N."""
         terms = {}
         for name, weight in self.weights.items():
-            told = replace(seen, settings=self.settings, memory=self.memory(name))
+            told = replace(seen, settings=self.settings, shares=self.shares, memory=self.memory(name))
             terms[name] = scale * weight * PENALTIES[name].term(told)
         return terms
 
-    def agree(self, rows: Tensor) -> None:
-        """Makes what is remembered the same on all processes, after a step with the images ``rows`` (B,)."""
+    def settle(self, rows: Tensor) -> None:
+        """Ends a step with the images ``rows`` (B,): what is remembered becomes the same on all processes."""
         for name in self.weights:
-            if (agree := PENALTIES[name].agree) is not None:
-                agree(self.memory(name), rows)
+            if (settle := PENALTIES[name].settle) is not None:
+                settle(Settling(rows, self.shares, self.memory(name)))

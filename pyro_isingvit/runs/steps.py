@@ -13,7 +13,6 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.processes import launched, own_rows, rank, world
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.methods.base import Method, Terms, method_class
-from pyro_isingvit.nets.penalties import Penalties
 from pyro_isingvit.nets.tokens import showing
 
 if TYPE_CHECKING:  # slow to import; a process that only loads and predicts needs none of it
@@ -91,6 +90,7 @@ def backward(
         with showing(method, visible):
             terms = wrapped(x, y, rows)
         fabric.backward(total(terms))
+        method.settle(rows)
         return {name: term.detach() for name, term in terms.items()}
     cuda = fabric.device.type == "cuda"
     seed = int(torch.randint(2**62, ())) if method.image_noise else None
@@ -118,7 +118,5 @@ def backward(
             sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach() / pieces
     if seed is not None:
         rewind()  # the parts drew different numbers, and the next step's must be the same on every process
-    for module in method.modules() if world() > 1 else ():
-        if isinstance(module, Penalties):
-            module.agree(rows)
+    method.settle(rows)
     return sums
