@@ -20,8 +20,9 @@ class Arguments:
 
 def report(arguments: Arguments) -> None:
     """Write one self-contained page about a run: metrics, calibration, uncertainty, masks; or a compact network."""
+    from pyro_isingvit.report.metric_table import metric_rows
     from pyro_isingvit.report.pruning_report import is_compact, write_pruning_report
-    from pyro_isingvit.report.run_report import is_cut_short, metric_rows, read_metrics, write_report
+    from pyro_isingvit.report.run_report import is_cut_short, read_metrics, write_report
 
     if is_compact(arguments.run):
         print(f"report: {write_pruning_report(arguments.run)}")
@@ -33,7 +34,10 @@ def report(arguments: Arguments) -> None:
             raise UserError(f"{error}: python -m inference.train --resume {arguments.run}") from error
         raise
     metrics = metric_rows(read_metrics(arguments.run))
-    chosen = ("Accuracy", "F1, macro", "NLL", "Brier score", "ECE", "Mean retention", "Pruned weights")
+    chosen = (
+        "Accuracy", "Balanced accuracy", "AUROC, macro", "F1, macro", "NLL", "Brier score", "ECE", "Mean retention",
+        "Pruned weights",
+    )  # fmt: skip
     print_table("test part", {title: value for title, value, _ in metrics if title in chosen})
     print(f"report: {page}")
 

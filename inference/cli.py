@@ -154,6 +154,12 @@ def resumes(argv: list[str]) -> bool:
     return any(word == "--resume" or word.startswith("--resume=") for word in argv)
 
 
+def with_interval(metrics: Mapping[str, Any], name: str) -> object:
+    """A metric for ``print_table``: its value, with its 95% interval where it has one."""
+    value, ends = metrics[name], metrics.get("intervals", {}).get(name)
+    return f"{value:.4f} ({ends[0]:.3f} to {ends[1]:.3f})" if ends else value
+
+
 def print_table(title: str, rows: Mapping[str, object]) -> None:
     """Prints names and values as a table; floats with four decimals."""
     from rich.console import Console

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from inference.cli import print_table, run_script
+from inference.cli import print_table, run_script, with_interval
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.untrusted import csv_text
 
@@ -48,6 +48,7 @@ def predict(arguments: PredictArguments) -> None:
 
     from pyro_isingvit.core.checkpoint import write_text
     from pyro_isingvit.data.load import load_inputs
+    from pyro_isingvit.predictive.by_class import class_metrics
     from pyro_isingvit.predictive.datatree import save_datatree
     from pyro_isingvit.predictive.metrics import classification_metrics
     from pyro_isingvit.predictive.tree import predictions_to_datatree
@@ -83,6 +84,10 @@ def predict(arguments: PredictArguments) -> None:
     if labels is not None:
         scores = classification_metrics(draws.mean, labels)
         shown |= {"accuracy": scores["accuracy"], "NLL (nats)": scores["nll"], "ECE (15 bins)": scores["ece"]}
+        found = class_metrics(draws.mean, labels, run.info.classes)
+        names = {"balanced accuracy": "balanced_accuracy", "AUROC, macro": "auroc_macro", "sensitivity": "sensitivity",
+                 "specificity": "specificity"}  # fmt: skip
+        shown |= {title: with_interval(found, k) for title, k in names.items() if found.get(k) is not None}
     print_table(f"{arguments.run} on {arguments.input}", shown)
     counts = torch.bincount(draws.mean.argmax(-1), minlength=run.info.num_classes)
     print_table("predicted classes", {name: int(count) for name, count in zip(run.info.classes, counts, strict=True)})

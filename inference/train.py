@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from inference.cli import REPORTS, print_table, resumes, run_script, with_clear_errors
+from inference.cli import REPORTS, print_table, resumes, run_script, with_clear_errors, with_interval
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.launcher import by_torchrun
 from pyro_isingvit.core.presets import PRESETS, default_preset, preset
@@ -100,12 +100,15 @@ def _train_and_report(config: RunConfig, folder: Path, resume: bool, full: bool)
     if not REPORTS:
         return
     shown = {
-        "accuracy": "accuracy", "macro F1": "f1_macro", "NLL (nats)": "nll", "Brier": "brier", "ECE (15 bins)": "ece",
-        "mean retention": "retention_mean", "share of weights pruned": "pruned_fraction",
-        "masked weights": "masked_weights", "training images": "train_size", "seconds of training": "train_seconds",
+        "accuracy": "accuracy", "balanced accuracy": "balanced_accuracy", "AUROC, macro": "auroc_macro",
+        "sensitivity": "sensitivity", "specificity": "specificity", "macro F1": "f1_macro", "NLL (nats)": "nll",
+        "Brier": "brier", "ECE (15 bins)": "ece", "mean retention": "retention_mean",
+        "share of weights pruned": "pruned_fraction", "masked weights": "masked_weights",
+        "training images": "train_size", "seconds of training": "train_seconds",
     }  # fmt: skip
     print_table(
-        f"{config.data.dataset}, test part, {metrics['samples']} draws", {k: metrics[v] for k, v in shown.items()}
+        f"{config.data.dataset}, test part, {metrics['samples']} draws",
+        {k: with_interval(metrics, v) for k, v in shown.items() if metrics.get(v) is not None},
     )
     print(f"run: {folder}\nreport: python -m analysis.report --run {folder}")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyro_isingvit.core.checkpoint import write_json
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.data.split import UNLABELLED, Split
+from pyro_isingvit.predictive.by_class import class_metrics
 from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature, temper
 from pyro_isingvit.predictive.coverage import uncertainty_metrics
 from pyro_isingvit.predictive.draws import PredictiveDraws
@@ -80,6 +81,7 @@ def evaluate(
     cost = deployment_cost(run.method)
     metrics: dict[str, Any] = {
         **classification_metrics(draws.mean, split.labels),
+        **class_metrics(draws.mean, split.labels, run.info.classes),
         **uncertainty_metrics(draws, split.labels),
         **misclassification_metrics(draws, split.labels, val_draws, val_labels),
         **run.mask_summary(),

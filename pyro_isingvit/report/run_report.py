@@ -19,98 +19,15 @@ from pyro_isingvit.core.checkpoint import write_text
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.predictive.datatree import load_datatree
+from pyro_isingvit.predictive.thresholds import Threshold
 from pyro_isingvit.pruning.assembly import structure
-from pyro_isingvit.report import attention_figures, figures, mask_figures, pruning_figures, style
+from pyro_isingvit.report import attention_figures, figures, mask_figures, pruning_figures, style, two_classes
+from pyro_isingvit.report.metric_table import class_rows, metric_rows
 from pyro_isingvit.report.verdicts import verdicts
 from pyro_isingvit.runs.folder import CONFIG, HISTORY, METRICS, POSTERIOR, is_evaluated, read_config, read_history
 
 PAGE = "index.html"
 THRESHOLD = 0.5  # retention below it: pruned
-
-# metrics.json: name -> title, how to write it, what it says.
-EXPLANATIONS: dict[str, tuple[str, str, str]] = {
-    "accuracy": ("Accuracy", "%", "Share of the test images whose most probable class is the true one."),
-    "f1_macro": ("F1, macro", "%", "Harmonic mean of precision and recall, averaged over the classes."),
-    "precision_macro": ("Precision, macro", "%", "Of the images given a class, the share that has it."),
-    "recall_macro": ("Recall, macro", "%", "Of the images of a class, the share that is found."),
-    "fpr_macro": ("False positive rate, macro", "%", "Of the images without a class, the share given it."),
-    "nll": (
-        "NLL",
-        "4",
-        "Negative log-likelihood, nats per image; punishes confident errors. Less is better.",
-    ),
-    "brier": ("Brier score", "4", "Squared distance of probabilities and truth, 0 to 2. Less is better."),
-    "ece": (
-        "ECE",
-        "%",
-        "Expected calibration error, 15 bins: the gap of confidence and accuracy. Less is better.",
-    ),
-    "ece_adaptive": ("Adaptive ECE", "%", "The same with 15 bins of equally many images."),
-    "aurc": (
-        "AURC",
-        "4",
-        "Area under the risk-coverage curve: mean error rate among the most confident. Less is better.",
-    ),
-    "auroc_right_wrong": (
-        "AUROC, right or wrong",
-        "4",
-        "How well the largest probability tells right from wrong answers.",
-    ),
-    "auroc_wrong_entropy": ("AUROC of errors, entropy", "4", "The same by the entropy of the mean prediction."),
-    "auroc_wrong_mutual_information": (
-        "AUROC of errors, mutual information",
-        "4",
-        "The same by the epistemic part alone.",
-    ),
-    "auroc_wrong_rel_u": (
-        "AUROC of errors, Rel-U",
-        "4",
-        "The same by a score learned from the validation part's errors.",
-    ),
-    "credible_set_coverage": (
-        "Credible sets, coverage",
-        "%",
-        "Share of the images whose class lies in the smallest set of classes that holds 90 % of the probability.",
-    ),
-    "credible_set_size": ("Credible sets, size", "g", "Mean number of classes in such a set."),
-    "temperature": (
-        "Temperature",
-        "g",
-        "Divides the logits of every draw; fitted on the validation part, 1: none.",
-    ),
-    "nll_uncalibrated": ("NLL before", "4", "NLL of the same draws without the temperature."),
-    "brier_uncalibrated": (
-        "Brier score before",
-        "4",
-        "Brier score of the same draws without the temperature.",
-    ),
-    "ece_uncalibrated": ("ECE before", "%", "ECE of the same draws without the temperature."),
-    "retention_mean": ("Mean retention", "%", "Mean posterior probability that a masked weight is kept."),
-    "pruned_fraction": ("Pruned weights", "%", "Share of the masked weights with a retention below 0.5."),
-    "masked_weights": ("Masked weights", "n", "Weights that a selection mask can drop."),
-    "dropped_layers": (
-        "Dropped matrices",
-        "n",
-        "Matrices of a layer with next to no mask on; skip connections bypass them.",
-    ),
-    "samples": ("Posterior draws", "n", "Networks drawn from the posterior; the prediction is their mean."),
-    "train_size": ("Training images", "n", "Images the posterior was fitted to."),
-    "val_size": ("Validation images", "n", "Images watched during training, not learned from."),
-    "test_size": ("Test images", "n", "Images predicted once, after training."),
-    "train_seconds": ("Training time", "s", "Wall-clock time of the training."),
-    "macs": (
-        "Multiply-accumulates",
-        "n",
-        "Of one image, by the network cut at a retention of 0.5, without sampling; all networks of an ensemble.",
-    ),
-    "ms_per_image": (
-        "Milliseconds per image",
-        "g",
-        "Measured time of the same, in large batches, where it was evaluated.",
-    ),
-    "kappa_mask": ("κ, masks", "g", "Weight of the likelihood in the mask field; 1 is no tempering."),
-    "kappa_weights": ("κ, weights", "g", "Weight of the likelihood in the objective; 1 is no tempering."),
-}
 
 
 @dataclass(frozen=True)
@@ -152,6 +69,7 @@ def write_report(folder: Path) -> Path:
     try:
         shown = [_draw(section, folder / "report") for section in _sections(tree, history, config)]
         confusions, summary = _confusions(tree), _arrays(tree, "predictive_summary")
+        thresholds, told = _thresholds(tree)
         judged = verdicts(summary["prob_mean"], summary["y"])
     except UserError:
         raise
@@ -167,7 +85,8 @@ def write_report(folder: Path) -> Path:
     page = environment.get_template("report.html.j2").render(
         config=config, version=tree.attrs.get("version") or config.version, metrics=metric_rows(metrics),
         sections=shown, verdicts=judged, confusions=confusions, configuration=config.to_json(),
-        folder=folder.resolve().name,
+        folder=folder.resolve().name, by_class=class_rows(metrics),
+        thresholds=[two_classes.shown_threshold(row) for row in thresholds], thresholds_told=told,
     )  # fmt: skip
     write_text(folder / "report" / PAGE, page)
     return folder / "report" / PAGE
@@ -212,26 +131,6 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return metrics
 
 
-def metric_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Title, value and explanation of every metric that the run has."""
-    return [
-        (title, _write(metrics[name], form), why)
-        for name, (title, form, why) in EXPLANATIONS.items()
-        if isinstance(metrics.get(name), int | float)
-    ]
-
-
-def _write(value: float, form: str) -> str:
-    texts = {
-        "%": f"{100 * value:.2f} %",
-        "4": f"{value:.4f}",
-        "n": f"{value:,.0f}".replace(",", "\u202f"),
-        "s": f"{value:.0f} s" if value < 600 else f"{value / 60:.0f} min",
-        "g": f"{value:.3g}" if value < 1000 else f"{value:,.0f}".replace(",", "\u202f"),
-    }
-    return texts[form]
-
-
 def _data_address(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
@@ -259,6 +158,14 @@ def _confusion_table(tree: xr.DataTree) -> np.ndarray:
     summary = _arrays(tree, "predictive_summary")
     guess = summary["prob_mean"].argmax(-1)
     return confusion_matrix(summary["y"], guess, labels=np.arange(len(_classes(tree))))
+
+
+def _thresholds(tree: xr.DataTree) -> tuple[list[Threshold], str]:
+    """The table of thresholds and what to say of it; empty unless there are two classes."""
+    summary, classes = _arrays(tree, "predictive_summary"), _classes(tree)
+    if not two_classes.has_curves(summary["y"], classes):
+        return [], ""
+    return two_classes.threshold_table(summary, _arrays(tree, "validation"), classes)
 
 
 def _sections(tree: xr.DataTree, history: list[dict[str, Any]], config: RunConfig) -> list[Section]:
@@ -294,6 +201,7 @@ def _sections(tree: xr.DataTree, history: list[dict[str, Any]], config: RunConfi
             + (f"; one class in {step} is named." if step > 1 else ", numbers are images."),
             partial(figures.confusion_matrix, _confusion_table(tree), classes), half=True,
         ),
+        *_ranking(tree),
         Section(
             "uncertainty", "Uncertainty of right and wrong predictions",
             "Entropy is the total uncertainty of a prediction; mutual information is the part that comes "
@@ -351,6 +259,15 @@ def _sections(tree: xr.DataTree, history: list[dict[str, Any]], config: RunConfi
             _margins(tree, config.vit.patch_size),
         ),
     ]  # fmt: skip
+
+
+def _ranking(tree: xr.DataTree) -> list[Section]:
+    """ROC and precision-recall of two classes; none for more, or where one has no image."""
+    summary, classes = _arrays(tree, "predictive_summary"), _classes(tree)
+    if not two_classes.has_curves(summary["y"], classes):
+        return []
+    draw = partial(two_classes.ranking_curves, summary["prob_mean"], summary["y"], classes, _thresholds(tree)[0])
+    return [Section("ranking", "ROC, precision and recall", two_classes.CAPTION, draw)]
 
 
 def _retention(tree: xr.DataTree) -> dict[str, np.ndarray]:

@@ -16,7 +16,8 @@ from analysis.report import main
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.predictive.metrics import calibration_error
 from pyro_isingvit.report import attention_figures, figures, mask_figures, style
-from pyro_isingvit.report.run_report import EXPLANATIONS, write_report
+from pyro_isingvit.report.metric_table import EXPLANATIONS
+from pyro_isingvit.report.run_report import write_report
 
 SECTIONS = (
     "training",
@@ -86,7 +87,7 @@ def test_names_are_escaped(page):
 def test_large_runs_keep_layer_means_only(tmp_path, monkeypatch):
     monkeypatch.setattr(style, "to_svg", lambda figure: "<svg/>")
     monkeypatch.setattr(style, "save_png", lambda figure, path: None)
-    tree = make_tree(["a", "b"], depth=1, stored=4)
+    tree = make_tree(["a", "b", "c"], depth=1, stored=4)
     slim = xr.Dataset({f"retention_mean_{kind}": ("layer", [0.3, 0.4]) for kind in ("qkv", "fc1")})
     tree["variational"] = xr.DataTree(slim)
     del tree["constant_data"]
