@@ -7,8 +7,8 @@ The intervals are those of a stratified bootstrap: in each of up to 1,000 resamp
 images. They therefore say how the numbers would scatter on other images with as many of each class. Images are drawn as
 weights, so that each class is sorted once. The percentiles are corrected for bias: an image that is drawn twice makes a
 ranking look better than it is. Of 400 samples of 150 images, the 95% intervals of average precision held the truth in
-91%, all others in 93 to 95%. Sensitivities and specificities of exactly 0 or 1, where every resample says the same, have
-the exact interval of Clopper and Pearson instead.
+91%, all others in 93 to 95%. Sensitivities and specificities of exactly 0 or 1, where every resample says the same,
+have the exact interval of Clopper and Pearson instead.
 
 Shapes: B images, C classes, R resamples.
 """

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from forks import ROOT, ranks, script
@@ -106,6 +107,26 @@ def test_two_processes_remember_what_both_said_of_their_images(tmp_path: Path) -
     assert code == 0, err
     assert_alike(tmp_path / "two", tmp_path / "one")
     assert "penalties.early_learning.targets" in load_checkpoint(tmp_path / "two" / "checkpoint.pt")["model"]
+
+
+@pytest.mark.parametrize(
+    "balance",
+    [["sampler", "--confusion", 3], ["loss", "--mix", "mixup", "--label-smoothing", 0.1], ["logit", "--confusion", 3]],
+)
+def test_two_processes_balance_classes_as_one_does(balance: list[object], tmp_path: Path) -> None:
+    """The order of the images, their weights, the classes' shares, and what the confusion of all parts adds up to."""
+    made = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], [70, 20, 10])
+    images = made.integers(0, 120, (100, 8, 8), dtype=np.uint8) + (60 * labels[:, None, None]).astype(np.uint8)
+    np.savez(tmp_path / "x.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    words = [*SMALL, "--dataset", f"npz:{tmp_path / 'x.npz'}", "--balance", *balance]
+    assert script("inference.train", *words, "--out", tmp_path / "one").returncode == 0
+    code, _, said = two_forks(*words, "--out", tmp_path / "two")
+    assert code == 0, said
+    assert_alike(tmp_path / "two", tmp_path / "one")
+    if "--confusion" in balance:
+        ours, theirs = (history(tmp_path / name)[-1]["confusion"] for name in ("two", "one"))
+        assert ours == pytest.approx(theirs, rel=1e-3) and theirs > 0
 
 
 def test_two_processes_start_from_a_trained_network(tmp_path: Path) -> None:
