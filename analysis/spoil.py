@@ -1,4 +1,4 @@
-"""Corruptions of images in five severities, and the scores of a run under them.
+"""Corruptions of images in five severities, the scores of a run under them, and wrong labels.
 
 Shapes: B images, C channels, H height, W width; images are (B, C, H, W) uint8. The side of an image is min(H, W).
 """
@@ -109,6 +109,31 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return corruption.spoil(images, corruption.values[severity - 1])
+
+
+def flip_labels(labels: Tensor, share: float, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Moves a share of the labels to another class, each other one being as likely.
+
+    Args:
+        labels: (B,) class numbers.
+        share: of the labels, in [0, 1]; rounded to whole labels.
+        classes: how many there are, at least 2.
+        seed: of the choice.
+
+    Returns:
+        the labels (B,), and a mask (B,) of those that were moved.
+
+    Raises:
+        UserError: share or classes out of their range.
+    """
+    need(0 <= share <= 1, f"the share of wrong labels must lie in [0, 1], not {share}.")
+    need(classes >= 2, f"labels of {classes} class cannot be moved to another.")
+    random = torch.Generator().manual_seed(seed)
+    wrong = torch.randperm(len(labels), generator=random)[: round(share * len(labels))]
+    flipped, moved = labels.clone(), torch.zeros(len(labels), dtype=torch.bool)
+    flipped[wrong] = (labels[wrong] + torch.randint(1, classes, (len(wrong),), generator=random)) % classes
+    moved[wrong] = True
+    return flipped, moved
 
 
 def judge(run: Run, split: Split, samples: int, seed: int, bar: Any) -> dict[str, Any]:

@@ -188,8 +188,13 @@ def load_image_files(paths: Sequence[Path], info: DataInfo) -> Split:
     return Split(images, torch.full((len(paths),), UNLABELLED), tuple(printable(str(path)) for path in paths))
 
 
-def load_parts(source: DataConfig) -> tuple[Split, Split | None, Split, tuple[str, ...]]:
-    """The parts, test being the official one or a fifth that is taken away from training."""
+def load_parts(source: DataConfig, numbered: bool = False) -> tuple[Split, Split | None, Split, tuple[str, ...]]:
+    """The parts, test being the official one or a fifth that is taken away from training.
+
+    Args:
+        source: the settings.
+        numbered: images without a file are named by their row in the part that the data set has.
+    """
     spec, size = source.dataset, source.image_size
     name, _, path = spec.partition(":")
     loader = PREFIXES.get(name) if path else DATASETS.get(spec)
@@ -197,12 +202,18 @@ def load_parts(source: DataConfig) -> tuple[Split, Split | None, Split, tuple[st
         raise UserError(f"unknown data set {spec!r}; known: {known()}.")
     need(size is None or size > 0, f"`image_size` must be a positive number of pixels, not {size}.")
     train, val, test, classes = loader(source)
+    if numbered:
+        train, val = _numbered(train), None if val is None else _numbered(val)
     train = train.resized(size)
     val, test = (None if part is None else part.resized(size) for part in (val, test))
     need(len(classes) > 1, f"{spec} has only the class {classes[0]!r}; at least two are needed.")
     if test is None:
         train, test = hold_out_test(train, classes, TEST_FRACTION)
     return train, val, test, classes
+
+
+def _numbered(part: Split) -> Split:
+    return part if part.names else replace(part, names=tuple(map(str, range(len(part)))))
 
 
 def load_unlabelled(spec: str, *, data_root: str | Path = "data", image_size: int | None = None) -> Images:

@@ -117,6 +117,8 @@ def required(script: str, folder: Path) -> list[str]:
         "analysis.corruptions": ["--run", missing],
         "analysis.comparison": ["--results", missing],
         "analysis.tutorial": ["--page", missing],
+        "analysis.labels": ["--run", missing],
+        "analysis.label_noise": ["--out", str(folder / "out")],
         "analysis.method_figure": ["--out", str(folder / "out")],
     }[script]
 
