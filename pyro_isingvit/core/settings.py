@@ -256,6 +256,10 @@ class TrainConfig:
     """Fit the temperature of the predictions on the validation part after training."""
     samples: int = 50
     """Posterior predictive draws of the final evaluation on the test part."""
+    balance: Literal["none", "sampler", "loss", "logit"] = "none"
+    """What makes up for classes of different sizes: sampler draws every class alike often, loss weights the images of
+    small classes higher, logit learns the classes' shares apart from the network (logit adjustment). With any of them
+    the probabilities are those under equal classes, with none those under the classes' shares in training."""
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,13 @@ class DataInfo:
     width: int
     mean: tuple[float, ...]  # (C,), pixels in [0, 1]
     std: tuple[float, ...]  # (C,), at least 1e-3
+    counts: tuple[int, ...] = ()  # training images of each class; () where they are not known, as before version 0.7
+
+    @property
+    def shares(self) -> tuple[float, ...] | None:
+        """Share of each class in the training part; None where ``counts`` is not known."""
+        total = sum(self.counts)
+        return tuple(count / total for count in self.counts) if total else None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -112,6 +119,10 @@ class DataInfo:
         """The fields, ready for JSON."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
+    def is_that_of(self, raw: Any) -> bool:
+        """Whether ``raw``, which ``to_dict`` wrote, describes these data; before version 0.7 it had no counts."""
+        return isinstance(raw, dict) and {"counts": list(self.counts)} | raw == self.to_dict()
+
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "DataInfo":
         """Reads what ``to_dict`` wrote.
@@ -120,12 +131,15 @@ class DataInfo:
             UserError: a field is missing, unknown or of another kind.
         """
         try:
-            info = cls(**{**raw, **{key: tuple(raw[key]) for key in ("classes", "mean", "std")}})
+            tuples = {key: tuple(raw[key]) for key in ("classes", "mean", "std")}
+            info = cls(**{**raw, **tuples, "counts": tuple(raw.get("counts", ()))})
             sizes = all(type(n) is int and 1 <= n <= 2**16 for n in (info.channels, info.height, info.width))
             texts = all(isinstance(name, str) for name in (info.dataset, *info.classes))
             pixels = [*info.mean, *info.std] if len(info.mean) == len(info.std) == info.channels else [math.nan]
-            if not (sizes and texts and all(map(math.isfinite, pixels)) and min(info.std) > 0):
-                raise TypeError("sizes, names or pixel statistics that cannot be")
+            counted = not info.counts or len(info.counts) == len(info.classes)
+            counted = counted and all(type(n) is int and 0 <= n < 2**53 for n in info.counts)
+            if not (sizes and texts and counted and all(map(math.isfinite, pixels)) and min(info.std) > 0):
+                raise TypeError("sizes, names, counts or pixel statistics that cannot be")
             return info
         except (KeyError, TypeError) as error:
             raise UserError(f"the saved data description is damaged ({why(error)}); train again.") from error
@@ -158,7 +172,7 @@ class ImageData:
         train: what the posterior is fitted to, N images.
         val: what is watched in training and sets mask noise and temperature; may be empty.
         test: what the trained run is evaluated on.
-        info: classes, image shape and pixel statistics of the training part.
+        info: classes, image shape and pixel statistics of the training part; images of each class are counted here.
         source: settings and seed that ``load_data`` divides it by again; None for images that were given in memory.
     """
 
@@ -167,6 +181,13 @@ class ImageData:
     test: Split
     info: DataInfo
     source: tuple[DataConfig, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Counts the training images of each class, unless ``info`` has the counts."""
+        labels = self.train.labels
+        if not self.info.counts and len(labels) and int(labels.min()) >= 0:
+            counts = torch.bincount(labels, minlength=self.info.num_classes)
+            object.__setattr__(self, "info", replace(self.info, counts=tuple(counts.tolist())))
 
     @classmethod
     def from_arrays(

@@ -265,7 +265,7 @@ class Pretraining:
         """
         assert self.folder is not None
         state = load_checkpoint(self.folder / CHECKPOINT, repair=True)
-        need(state.get("info") == self.info.to_dict(), f"{self.folder} was pretrained on other images than these.")
+        need(self.info.is_that_of(state.get("info")), f"{self.folder} was pretrained on other images than these.")
         try:
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])

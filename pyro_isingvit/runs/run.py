@@ -105,6 +105,16 @@ class Run:
         return self.method.info
 
     @property
+    def class_prior(self) -> tuple[float, ...] | None:
+        """Share of each class under which the probabilities are meant, (C,), sum 1.
+
+        That of the training part; equal shares where ``TrainConfig.balance`` made the classes equal.
+        None where the run does not know the shares: it was trained by version 0.6 or earlier, without their counts.
+        """
+        classes = self.info.num_classes
+        return self.info.shares if self.config.train.balance == "none" else (1 / classes,) * classes
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.temperature.device

@@ -148,7 +148,7 @@ class Session:
         states: list[dict[str, Any]] = []  # the first process repairs the file, then the others read it
         on_first(lambda: states.append(load_checkpoint(folder / CHECKPOINT, repair=folder == own)))
         state = states[0] if states else load_checkpoint(folder / CHECKPOINT)
-        if state.get("num_data") != self.num_data or state.get("info") != self.run.info.to_dict():
+        if state.get("num_data") != self.num_data or not self.run.info.is_that_of(state.get("info")):
             raise UserError(f"{folder} was trained on other images than those given; resume with the same data.")
         try:
             self._take(state, strict)
