@@ -3,7 +3,6 @@
 import base64
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.pruning.assembly import structure
 from pyro_isingvit.report import attention_figures, figures, mask_figures, pruning_figures, style
+from pyro_isingvit.report.decisions import decision_sections
+from pyro_isingvit.report.section import Section
 from pyro_isingvit.report.verdicts import verdicts
 from pyro_isingvit.runs.folder import CONFIG, HISTORY, METRICS, POSTERIOR, is_evaluated, read_config, read_history
 
@@ -111,25 +112,6 @@ EXPLANATIONS: dict[str, tuple[str, str, str]] = {
     "kappa_mask": ("κ, masks", "g", "Weight of the likelihood in the mask field; 1 is no tempering."),
     "kappa_weights": ("κ, weights", "g", "Weight of the likelihood in the objective; 1 is no tempering."),
 }
-
-
-@dataclass(frozen=True)
-class Section:
-    """One figure of the page.
-
-    Attributes:
-        name: of the PNG and of the anchor.
-        title: heading.
-        caption: how to read it.
-        draw: called with ``narrow=``; None where the run lacks what it shows.
-        half: takes half of a wide page.
-    """
-
-    name: str
-    title: str
-    caption: str
-    draw: Callable[..., Figure] | None
-    half: bool = False
 
 
 def write_report(folder: Path) -> Path:
@@ -304,6 +286,7 @@ def _sections(tree: xr.DataTree, history: list[dict[str, Any]], config: RunConfi
                 right, len(classes),
             ),
         ),
+        *decision_sections(tree, probs, labels),
         Section(
             "intervals", "Credible intervals of single images",
             "For the images of highest and lowest entropy: the most probable classes (and the true one, in"
