@@ -23,6 +23,8 @@ SECTIONS = (
     "calibration",
     "confusion",
     "uncertainty",
+    "risk",
+    "sets",
     "intervals",
     "retention",
     "structure",
