@@ -5,7 +5,7 @@ python -m inference.predict --run runs/demo --input PATH --samples 100 --out pre
 
 import csv
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -40,6 +40,8 @@ class PredictArguments:
     """Folder of the torchvision data sets, if --input names one."""
     overwrite: bool = False
     """Replace files that are already there."""
+    cache: str | None = None
+    """Folder where decoded images are kept, for more of them than fit into memory."""
 
 
 def predict(arguments: PredictArguments) -> None:
@@ -64,8 +66,8 @@ def predict(arguments: PredictArguments) -> None:
         raise UserError("no CUDA device is available here; use --device cpu or auto.")
     cuda = arguments.device != "cpu" and torch.cuda.is_available()
     run = open_run(arguments.run, "cuda" if cuda else "cpu")
-    size = run.config.data.image_size
-    inputs = load_inputs(arguments.input, run.info, data_root=arguments.data_root, download=False, image_size=size)
+    source = replace(run.config.data, cache=arguments.cache)
+    inputs = load_inputs(arguments.input, run.info, data_root=arguments.data_root, source=source)
     draws = draw_predictive(run, inputs.images, arguments.samples, arguments.chunk, arguments.seed, progress=True)
     labels = inputs.labels if int(inputs.labels.min()) >= 0 else None
     attrs = {"run": str(arguments.run), "input": arguments.input, "config": run.config.to_json()}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.settings import RunConfig, TrainConfig
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.registry import row

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import RunConfig
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.base import Networks
 from pyro_isingvit.methods.plain import Plain
 from pyro_isingvit.nets.vit import Watch

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import BaselineConfig, RunConfig, TrainConfig
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.base import Method, Networks, Terms
 from pyro_isingvit.methods.rates import matrix_groups
 from pyro_isingvit.nets.penalties import Seen
