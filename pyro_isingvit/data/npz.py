@@ -75,7 +75,7 @@ class Stored:
         """
         shape, dtype, packed = self._header(key)
         fix = "convert values from 0 to 255 by images.astype('uint8')"
-        usable = dtype.kind == "f" or dtype in (np.uint8, np.uint16, np.bool_)
+        usable = dtype.kind == "f" or dtype.newbyteorder("=") in (np.uint8, np.uint16, np.bool_)
         need(usable, f"{self.path}: {key} is {dtype}; uint8, uint16 or floats are expected; {fix}.")
         layout = layout_of(shape)
         need(

@@ -322,6 +322,8 @@ def divide(
     train, val = cut(pool, val, classes, train_size, val_fraction, seed)
     if val_fraction == 0:
         val = pool.take(np.arange(0))
+    if train.weights is not None:
+        train = replace(train, weights=train.weights / train.weights.mean())
     log.info("%s: %d training, %d validation, %d test images", name, len(train), len(val), len(test))
     if strange := shared_group(part.groups for part in (train, val, test)):
         raise UserError(f"group {strange!r} has images in two parts of {name}; put all of its images into one part.")

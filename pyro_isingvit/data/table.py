@@ -114,7 +114,7 @@ def files_of(texts: "pd.Series[str]", file: Path) -> list[Path]:
     inside = f"lies outside of {folder}; paths are relative to the table's folder and stay in it"
     paths, known = [], dict[str, bool]()  # folder -> whether it lies inside, links followed
     for row, text in enumerate(texts):
-        where = f"{file}, line {row + FIRST}: path {printable(text)!r}"
+        where = f"{file}, line {row + FIRST}: path '{printable(text)}'"
         need(text.strip() and "\0" not in text, f"{where} is no path of a file.")
         joined = os.path.normpath(os.path.join(folder, text))
         above = os.path.dirname(joined)
@@ -140,4 +140,4 @@ def _each(file: Path, table: pd.DataFrame, column: str, good: "pd.Series[bool]",
     if len(bad):
         text = printable(str(table[column].iloc[bad[0]]))
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise UserError(f"{file}, line {bad[0] + FIRST}: {column} {text!r} {problem}{more}.")
+        raise UserError(f"{file}, line {bad[0] + FIRST}: {column} '{text}' {problem}{more}.")
