@@ -31,7 +31,7 @@ class DataConfig:
     image_size: int | None = None
     """Resize the images to squares with this many pixels a side; image files need it if their sizes differ."""
     resize: Literal["fit", "crop", "stretch"] = "fit"
-    """With image_size, images that are no squares are shown whole with black margins (fit), cut to their middle (crop),
+    """With image_size, images that are no squares are shown whole with dark margins (fit), cut to their middle (crop),
     or lose their shape (stretch)."""
     intensity: str = "full"
     """Which pixel values become 0 and 1. full: the ends of 8 or 16 bits, or the lowest and highest of the training

@@ -141,7 +141,9 @@ def converted(pixels: np.ndarray, wanted: Look) -> np.ndarray:
 
 
 def resized(pixels: np.ndarray, size: tuple[int, int], how: Resize) -> np.ndarray:
-    """(H, W, C) at another size (height, width), bilinear with antialiasing; margins are black.
+    """(H, W, C) at another size (height, width), bilinear with antialiasing.
+
+    Margins are as dark as the darkest pixel, by channel: percentiles of all pixels then hardly feel them.
 
     Args:
         pixels: uint8, uint16 or float32.
@@ -163,7 +165,7 @@ def resized(pixels: np.ndarray, size: tuple[int, int], how: Resize) -> np.ndarra
     done = done.astype(pixels.dtype)
     if inner == size:
         return done
-    canvas = np.zeros((*size, done.shape[2]), pixels.dtype)
+    canvas = np.broadcast_to(done.min((0, 1)), (*size, done.shape[2])).copy()
     inside: list[slice] = []
     outside: list[slice] = []
     for side, wanted in zip(inner, size, strict=True):
@@ -230,8 +232,9 @@ def _pixels(path: Path, pages: Pages, channels: int) -> np.ndarray:
         return array[..., None] if array.ndim == 2 else array
 
 
-def _small(height: int, width: int) -> None:
-    need(height * width <= MOST_PIXELS, f"{width}x{height} pixels are too many")
+def _small(height: int, width: int, channels: int = 1) -> None:
+    size = f"{width}x{height} pixels" + (f" in {channels} channels" if channels > 3 else "")
+    need(height * width * max(channels, 3) <= 3 * MOST_PIXELS, f"{size} are too many")
 
 
 def _signed(image: "Image.Image") -> bool:
@@ -271,7 +274,7 @@ def _npy(path: Path) -> np.ndarray:
     layout = layout_of((1, *array.shape))
     need(layout, f"its shape is {array.shape}, and no axis of it is surely that of at most {MOST_CHANNELS} channels")
     array = array[..., None] if layout == "grey" else np.moveaxis(array, 0, 2) if layout == "first" else array
-    _small(*array.shape[:2])
+    _small(*array.shape)
     return array
 
 
@@ -327,6 +330,7 @@ def _tiff_plan(file: Any, pages: Pages) -> tuple[tuple[int, int, int], np.dtype]
     elif page.photometric == 2 and samples == 4:  # RGB with alpha
         samples = 3
     need(samples <= MOST_CHANNELS, f"it has {samples} channels; at most {MOST_CHANNELS} can be read")
+    _small(height, width, samples)
     return (height, width, samples), page.dtype
 
 

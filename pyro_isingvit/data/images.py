@@ -190,8 +190,8 @@ class Resized(Images):
     Args:
         source: the images.
         size: height and width, in pixels.
-        how: fit: the whole image, with black margins; crop: the middle, without them; stretch: the whole image, whose
-            shape is lost. The same for square images.
+        how: fit: the whole image, with margins as dark as its darkest pixel; crop: the middle, without them; stretch:
+            the whole image, whose shape is lost. The same for square images.
     """
 
     def __init__(self, source: Images, size: int, how: Resize = "stretch") -> None:
@@ -201,13 +201,15 @@ class Resized(Images):
     def rows(self, index: Tensor) -> Tensor:
         """The images at ``index`` (n,)."""
         from torchvision.transforms import InterpolationMode
-        from torchvision.transforms.v2.functional import center_crop, pad, resize
+        from torchvision.transforms.v2.functional import center_crop, resize
 
         inner = resized_to(self.source.shape[2:], (self.size, self.size), self.how)
         x = resize(self.source[index], list(inner), InterpolationMode.BICUBIC, antialias=True)
         if self.how == "fit":
             top, left = ((self.size - side) // 2 for side in inner)
-            x = pad(x, [left, top, self.size - inner[1] - left, self.size - inner[0] - top])
+            whole = x.amin((2, 3), keepdim=True).repeat(1, 1, self.size, self.size)
+            whole[:, :, top : top + inner[0], left : left + inner[1]] = x
+            return whole
         return center_crop(x, [self.size, self.size]) if self.how == "crop" else x
 
     def take(self, where: Where) -> Images:

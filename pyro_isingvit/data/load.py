@@ -61,7 +61,7 @@ def load_data(
         seed: of the training subset and the validation part; the test part never depends on it.
         download: fetch a missing torchvision data set into ``data_root``.
         image_size: resize the images to this many pixels square.
-        resize: what happens to images that are no squares then: shown whole with black margins (fit), cut to their
+        resize: what happens to images that are no squares then: shown whole with dark margins (fit), cut to their
             middle (crop), or stretched.
         intensity: which pixel values become 0 and 1: full, "percentile LOW HIGH" or none (data/intensity.py).
         pages: of a TIFF file: the first, or all as channels.

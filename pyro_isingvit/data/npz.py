@@ -45,8 +45,7 @@ class Stored:
         if self.folder:
             self.names = sorted(each.stem for each in path.glob("*.npy"))
             return
-        if cache is None:
-            check_archive(path)
+        check_archive(path)
         try:
             with zipfile.ZipFile(path) as archive:
                 self.names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]

@@ -140,11 +140,13 @@ def test_arrays_and_pages_that_cannot_be_images(tmp_path):
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
 def test_shapes_are_kept(kind):
-    wide = np.zeros((10, 20, 2), kind)
-    wide[:, :, 0] = 200
+    wide = np.full((10, 20, 2), 30, kind)
+    wide[:, 2:, 0] = 200
     fitted = resized(wide, (20, 20), "fit")
     assert fitted.shape == (20, 20, 2) and fitted.dtype == kind
-    assert (fitted[:5] == 0).all() and (fitted[15:] == 0).all() and (fitted[5:15, :, 0] == 200).all()
+    assert (fitted[[*range(5), *range(15, 20)]] == 30).all() and (fitted[5:15, 2:, 0] == 200).all()
+    assert (fitted[..., 1] == 30).all()
+    wide[:, :2, 0] = 200
     half = wide.copy()
     half[:, 5:15] = 100
     assert (resized(half, (10, 10), "crop") == 100).all()
