@@ -16,8 +16,9 @@ from torchvision.transforms.v2 import functional as tv
 
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.untrusted import printable
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.load import load_data
-from pyro_isingvit.data.split import DataInfo, Split
+from pyro_isingvit.data.split import Split
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.runs.folder import POSTERIOR
 from pyro_isingvit.runs.load import open_run

@@ -13,11 +13,12 @@ from torch import Tensor
 from analysis.shift import choose, fit_images
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.untrusted import check_archive
-from pyro_isingvit.data.files import decode_all, list_images
+from pyro_isingvit.data.decode import Reading
+from pyro_isingvit.data.files import list_images, read_files
 from pyro_isingvit.data.images import Images, as_images
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.load import load_data
 from pyro_isingvit.data.sources import DATASETS
-from pyro_isingvit.data.split import DataInfo
 
 KNOWN = ", ".join([*DATASETS, "noise", "shuffled", "imagefolder:PATH", "npz:PATH"])
 
@@ -64,7 +65,7 @@ def strange_images(
 def _from_folder(folder: Path, info: DataInfo, most: int, seed: int) -> tuple[Tensor, str]:
     """Images of any sizes and channels, one by one; classes do not matter."""
     paths = list_images(folder)
-    fitted = [fit_images(decode_all([paths[i]], None)[0], info) for i in choose(len(paths), most, seed)]
+    fitted = [fit_images(read_files([paths[i]], Reading())[0][:], info) for i in choose(len(paths), most, seed)]
     done = sorted({words for _, words in fitted})
     words = done[0] if len(done) == 1 else f"of several sizes, fitted to {info.channels}x{info.height}x{info.width}"
     return torch.cat([images for images, _ in fitted]), words

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from inference.peer_network import decayed
 from pyro_isingvit.core.settings import IsingConfig, RunConfig, TrainConfig, ViTConfig
 from pyro_isingvit.data.batches import count_steps
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.plain import PlainViT

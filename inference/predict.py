@@ -8,7 +8,7 @@ python -m inference.predict --run runs/demo --input PATH --prevalence sick=0.02
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -44,6 +44,8 @@ class PredictArguments:
     """Folder of the torchvision data sets, if --input names one."""
     overwrite: bool = False
     """Replace files that are already there."""
+    cache: str | None = None
+    """Folder where decoded images are kept, for more of them than fit into memory."""
     decisions: DecisionArguments = field(default_factory=DecisionArguments)
 
 
@@ -72,8 +74,8 @@ def predict(arguments: PredictArguments) -> None:
     wanted.check()
     cuda = arguments.device != "cpu" and torch.cuda.is_available()
     run = open_run(arguments.run, "cuda" if cuda else "cpu")
-    size = run.config.data.image_size
-    inputs = load_inputs(arguments.input, run.info, data_root=arguments.data_root, download=False, image_size=size)
+    source = replace(run.config.data, cache=arguments.cache)
+    inputs = load_inputs(arguments.input, run.info, data_root=arguments.data_root, source=source)
     own_root = None if arguments.data_root == PredictArguments.data_root else Path(arguments.data_root)
     samples, seed, val = draws_for(run, wanted, arguments.samples, arguments.seed, own_root)
     drawn = draw_predictive(run, inputs.images, samples, arguments.chunk, seed, progress=True)

@@ -187,7 +187,8 @@ def _plain_step(arguments: CostArguments) -> Any:
 def _ising_step(arguments: CostArguments, bayesian_blocks: int | None, frozen: bool = False) -> Any:
     """One step of the trainer itself, updates of the masks included at their usual rate."""
     from pyro_isingvit.core.settings import RunConfig
-    from pyro_isingvit.data.split import UNLABELLED, DataInfo, ImageData, Split
+    from pyro_isingvit.data.info import DataInfo
+    from pyro_isingvit.data.split import UNLABELLED, ImageData, Split
     from pyro_isingvit.experiment import begun
     from pyro_isingvit.methods.registry import with_defaults
     from pyro_isingvit.nets.backbones import start_of
@@ -247,7 +248,7 @@ def predictions(arguments: CostArguments, bayesian_blocks: int | None, shared: b
     import torch
 
     from pyro_isingvit.core.settings import IsingConfig, RunConfig
-    from pyro_isingvit.data.split import DataInfo
+    from pyro_isingvit.data.info import DataInfo
     from pyro_isingvit.nets.backbones import start_of
     from pyro_isingvit.runs import predict
     from pyro_isingvit.runs.run import build_run

@@ -7,8 +7,8 @@ from .core.settings import RunConfig as RunConfig
 from .core.settings import TrainConfig as TrainConfig
 from .core.settings import ViTConfig as ViTConfig
 from .data.images import Images as Images
+from .data.info import DataInfo as DataInfo
 from .data.load import load_data as load_data
-from .data.split import DataInfo as DataInfo
 from .data.split import ImageData as ImageData
 from .data.split import Split as Split
 from .experiment import fit as fit

@@ -9,7 +9,8 @@ from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint, writ
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.given import Labelled, labelled, pixels
-from pyro_isingvit.data.split import DataInfo, ImageData, Split
+from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.data.split import ImageData, Split
 from pyro_isingvit.evaluation import Evaluation, evaluate, write_evaluation
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.predictive.validation import Validation

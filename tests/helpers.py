@@ -16,7 +16,8 @@ import torch
 from forks import ROOT, new_process, script  # noqa: F401
 
 from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
-from pyro_isingvit.data.split import DataInfo, Split
+from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.data.split import Split
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.layout import MaskLayout
 from pyro_isingvit.ising.model import IsingViT

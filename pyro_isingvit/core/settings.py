@@ -19,7 +19,7 @@ class DataConfig:
     """Which images to learn from."""
 
     dataset: str = "digits"
-    """digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH or npz:PATH."""
+    """digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH, csv:FILE, npz:FILE or npy:FOLDER."""
     data_root: str = "data"
     """Folder of the torchvision data sets; download writes them here."""
     download: bool = False
@@ -29,7 +29,23 @@ class DataConfig:
     val_fraction: float = 0.1
     """Validation images, as a share of the training images."""
     image_size: int | None = None
-    """Resize the images to squares with this many pixels a side; an image folder needs it if its sizes differ."""
+    """Resize the images to squares with this many pixels a side; image files need it if their sizes differ."""
+    resize: Literal["fit", "crop", "stretch"] = "fit"
+    """With image_size, images that are no squares are shown whole with dark margins (fit), cut to their middle (crop),
+    or lose their shape (stretch)."""
+    intensity: str = "full"
+    """Which pixel values become 0 and 1. full: the ends of 8 or 16 bits, or the lowest and highest of the training
+    images' floats; 'percentile LOW HIGH', such as 'percentile 1 99': of the training pixels, per channel; none: floats
+    as they are."""
+    pages: Literal["first", "channels"] = "first"
+    """Which pages of a TIFF file are read: the first, or all of them as channels."""
+    groups: str | None = None
+    """Regular expression that finds the patient, slide or plate in a file's name: what its first parentheses hold, or
+    all that it matches. Images of one group stay in one part."""
+    columns: str = ""
+    """csv: names of columns other than path, label, split, group and weight, as 'path=file,label=finding'."""
+    cache: str | None = None
+    """Folder where decoded images are kept and read from row by row, for data that do not fit into memory."""
 
 
 class Tokens:
@@ -416,5 +432,7 @@ def written_before(version: str, release: tuple[int, int]) -> bool:
 
 
 # What runs did before a setting was there: the value of a config.json that lacks it, where the default is another.
-EARLIER: dict[str, dict[str, Any]] = {"vit": {}, "ising": {}, "train": {"average": 0.0, "rate_rule": "uniform"}}
+EARLIER: dict[str, dict[str, Any]] = {
+    "data": {"resize": "stretch"}, "vit": {}, "ising": {}, "train": {"average": 0.0, "rate_rule": "uniform"},
+}  # fmt: skip
 PARTS: dict[str, type] = {"data": DataConfig, "vit": ViTConfig, "ising": IsingConfig, "train": TrainConfig}

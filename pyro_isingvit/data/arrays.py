@@ -1,6 +1,6 @@
-"""Arrays, tensors and torch data sets of users: pixels become uint8, labels become class numbers.
+"""Arrays, tensors and torch data sets of users: pixels become uint8 or stay as they are, labels become numbers.
 
-Shapes: N images, C channels (1 or 3), H height, W width.
+Shapes: N images, C channels (1 to 16), H height, W width.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.untrusted import printable
-from pyro_isingvit.data.images import CHUNK, Images, InMemory, as_images, from_numpy
+from pyro_isingvit.data.images import CHUNK, MOST_CHANNELS, Images, InMemory, as_images, from_numpy
 
 Channels = Literal["first", "last"] | None
 FIRST: Channels = "first"
@@ -31,7 +31,9 @@ def is_dataset(given: object) -> bool:
     return items and not isinstance(given, Images | list | tuple | dict | str) and not hasattr(given, "__array__")
 
 
-def read_arrays(images: Any, labels: Any, channels: Channels, what: str) -> tuple[Images, np.ndarray]:
+def read_arrays(
+    images: Any, labels: Any, channels: Channels, what: str, deep: bool = False
+) -> tuple[Images, np.ndarray]:
     """Images, and labels (N,) as they are.
 
     Args:
@@ -39,24 +41,26 @@ def read_arrays(images: Any, labels: Any, channels: Channels, what: str) -> tupl
         labels: the same.
         channels: which axis the channels are, or None.
         what: the part, in messages: "", "val " or "test ".
+        deep: keep 16 bits and floats as they are.
 
     Raises:
         UserError: something that cannot be used.
     """
-    pixels = images if isinstance(images, Images) else InMemory(from_numpy(to_pixels(images, channels, what)))
+    pixels = images if isinstance(images, Images) else InMemory(from_numpy(to_pixels(images, channels, what, deep)))
     given = label_array(labels, what)
     counts = f"{len(pixels)} images, {len(given)} labels"
     need(len(pixels) == len(given), f"`{what}images` and `{what}labels` differ in number: {counts}.")
     return pixels, given
 
 
-def read_dataset(dataset: Any, channels: Channels, what: str) -> tuple[Images, np.ndarray]:
+def read_dataset(dataset: Any, channels: Channels, what: str, deep: bool = False) -> tuple[Images, np.ndarray]:
     """Every (image, label) of a torch ``Dataset``, read once.
 
     Args:
         dataset: with ``__len__`` and ``__getitem__``, or iterable.
         channels: which axis of arrays and tensors the channels are; None: the first one of tensors.
         what: the part, in messages.
+        deep: keep 16 bits and floats as they are.
 
     Raises:
         UserError: something that cannot be used.
@@ -73,7 +77,7 @@ def read_dataset(dataset: Any, channels: Channels, what: str) -> tuple[Images, n
         else:
             array, axis = to_array(image, where), channels or (FIRST if isinstance(image, Tensor) else None)
         need(array.ndim in (2, 3), f"`{where}image` has shape {array.shape}; expected (H, W), (C, H, W) or (H, W, C).")
-        pixels.append(to_pixels(array[None], axis if array.ndim == 3 else None, where)[0])
+        pixels.append(to_pixels(array[None], axis if array.ndim == 3 else None, where, deep)[0])
         shapes = f"item 0 is {pixels[0].shape}, item {number} is {pixels[number].shape} (C, H, W)"
         need(pixels[0].shape == pixels[number].shape, f"images differ in shape: {shapes}; resize by a transform.")
         labels.append(label.item() if isinstance(label, Tensor) and label.numel() == 1 else label)
@@ -118,13 +122,14 @@ def to_array(given: Any, what: str = "") -> np.ndarray:
 # Pixels ---------------------------------------------------------------------------------------------------------
 
 
-def to_pixels(images: Any, channels: Channels = None, what: str = "") -> np.ndarray:
+def to_pixels(images: Any, channels: Channels = None, what: str = "", deep: bool = False) -> np.ndarray:
     """Images of any accepted layout and type as (N, C, H, W) uint8; uint8 images are not copied.
 
     Args:
-        images: (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3.
+        images: (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 to 16.
         channels: which axis the channels are; None: the axis of length 1 or 3.
         what: the part, in messages.
+        deep: give uint16 and floats as uint16 and float32.
 
     Raises:
         UserError: another shape, no images, NaN, or values out of their range.
@@ -135,25 +140,29 @@ def to_pixels(images: Any, channels: Channels = None, what: str = "") -> np.ndar
     shapes = f"`{what}images` have shape {array.shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W)"
     need(array.ndim in (3, 4), f"{shapes}{flat}.")
     if array.ndim == 3:
-        return to_uint8(array, what)[:, None]
+        return to_uint8(array, what, deep)[:, None]
     if channels is None:
         fits = [name for name, axis in (("first", 1), ("last", 3)) if array.shape[axis] in DEPTHS]
         alpha = "; drop the alpha channel by `images[..., :3]`" if array.shape[3] == 4 else ""
-        need(fits, f"{shapes} with C = 1 or 3{alpha}.")
+        need(fits, f"{shapes} with C = 1 or 3{alpha}; with other channels say `channels='first'` or `channels='last'`.")
         need(len(fits) == 1, f"{shapes}: both axes can be the channels; say `channels='first'` or `channels='last'`.")
         channels = FIRST if fits == ["first"] else LAST
     depth = array.shape[1 if channels == "first" else 3]
-    need(depth in DEPTHS, f"{shapes} with C = 1 or 3, but with `channels={channels!r}` it has {depth}.")
-    array = to_uint8(array, what)
+    need(
+        depth <= MOST_CHANNELS,
+        f"{shapes} with C = 1 to {MOST_CHANNELS}, but with `channels={channels!r}` it has {depth}.",
+    )
+    array = to_uint8(array, what, deep)
     return array if channels == "first" else array.transpose(0, 3, 1, 2)
 
 
-def to_uint8(array: np.ndarray, what: str = "") -> np.ndarray:
+def to_uint8(array: np.ndarray, what: str = "", deep: bool = False) -> np.ndarray:
     """Pixels as uint8: floats x in [0, 1] as round(255 x), bool as 0 and 255, integers as they are.
 
     Args:
         array: (N, ...) of any type.
         what: the part, in messages.
+        deep: give uint16 and floats as uint16 and float32.
 
     Raises:
         UserError: NaN or infinite values, or values out of their range.
@@ -166,9 +175,11 @@ def to_uint8(array: np.ndarray, what: str = "") -> np.ndarray:
     if kind == "f":
         bad = sum(int((~np.isfinite(array[block])).sum()) for block in blocks)
         need(not bad, f"{images} have {bad} NaN or infinite values; repair or remove those images.")
+    if deep and (kind == "f" or array.dtype == np.uint16):
+        return array.astype(np.float32, copy=False) if kind == "f" else array
     low, high = array.min(), array.max()
     if kind in "iu":
-        fix = "rescale them to 0..255, such as by `(images // 256).astype('uint8')` for 16 bits"
+        fix = "keep 16 bits by `intensity='full'`, or rescale to 0..255, such as by `(images // 256).astype('uint8')`"
         need(low >= 0 and high <= 255, f"{images} are {array.dtype} from {low} to {high}, not 0 to 255; {fix}.")
     if kind == "f" and not (low >= 0 and high <= 1):
         fix = f"rescale them by `images / {255 if 16 < high <= 255 else high:g}`"
@@ -316,3 +327,17 @@ def _sorted(labels: np.ndarray) -> list[Any]:
 def _some(values: set[Any], most: int = 5) -> str:
     shown = [repr(value) for value in sorted(values, key=repr)[:most]]
     return ", ".join([*shown, *(["..."] if len(values) > most else [])])
+
+
+def image_weights(weights: Any) -> Tensor | None:
+    """Weights of images in the training loss, (N,) float32 with mean 1; None stays None.
+
+    Raises:
+        UserError: not (N,), or not all positive and finite.
+    """
+    if weights is None:
+        return None
+    array = to_array(weights).astype(np.float64)
+    good = array.ndim == 1 and bool((np.isfinite(array) & (array > 0)).all())
+    need(good, "`weights` must be positive numbers (N,), one for each image.")
+    return torch.from_numpy(array / array.mean()).float()

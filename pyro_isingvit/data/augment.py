@@ -13,7 +13,7 @@ from torch.distributions import Beta
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.settings import TrainConfig
 from pyro_isingvit.data.balance import class_weights
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 
 PADDING = 8  # a crop's margin is the side over this where the settings leave it open, as 4 pixels of CIFAR's 32
 GROUPS = 8  # of a batch, each with its own draw of RandAugment
@@ -100,11 +100,12 @@ def group_size(settings: TrainConfig) -> int:
 
 
 class Augmentation:
-    """Training images (uint8) and class numbers to what the network is trained on.
+    """Training images and class numbers to what the network is trained on.
 
-        crop, flip, RandAugment on uint8   ->   normalise   ->   x' = l x + (1 - l) x_other,  l ~ Beta(alpha, alpha)
+        crop, flip, RandAugment   ->   normalise   ->   x' = l x + (1 - l) x_other,  l ~ Beta(alpha, alpha)
         y' = (1 - e) y + e / K,   e = label_smoothing, y mixed as the images are
         balance loss: y' is that of each mixed image times its weight w (``class_weights``), summed in the same shares
+        images with weights: y is times the weight of the image before images mix
 
     Crops and flips are drawn for every image. RandAugment (Cubuk et al. 2020: 2 of 14 operations at magnitude 9 of
     0 to 30) is torchvision's, which draws once for all images that it is given; it is given ``GROUPS`` parts of a batch
@@ -125,7 +126,7 @@ class Augmentation:
         clean: rows of a batch that are no mixtures, where some always are; otherwise all rows.
 
     Raises:
-        UserError: crops with a margin that is no smaller than the images.
+        UserError: crops with a margin that is no smaller than the images, or RandAugment of unknown images.
     """
 
     def __init__(self, settings: TrainConfig, info: DataInfo) -> None:
@@ -137,6 +138,12 @@ class Augmentation:
             self.kind == "none" or self.margin is None or self.margin < side,
             f"`margin` {self.margin} could move images of {info.height}x{info.width} pixels out of sight; choose at "
             f"most {side - 1}, or 1 for small shifts.",
+        )
+        known = info.channels in (1, 3) and (info.kind != "float32" or bool(info.low))
+        need(
+            self.kind != "randaugment" or known,
+            f"`augment` randaugment is for images of 1 or 3 channels whose pixels are scaled to [0, 1], not for "
+            f"{info.channels} channels of {info.kind} as they are; take crop or crop-flip.",
         )
         self.rand_augment: Any = None
         self.mix: Any = None
@@ -153,7 +160,7 @@ class Augmentation:
             self.mix = getattr(v2, MIXES[settings.mix])(alpha=alpha, num_classes=info.num_classes)
 
     def images(self, images: Tensor) -> Tensor:
-        """Crops, flips and RandAugment, (B, C, H, W) uint8 -> the same shape and type."""
+        """Crops, flips and RandAugment, (B, C, H, W) uint8, or floats in [0, 1] -> the same shape and type."""
         if self.kind == "none":
             return images
         images = random_crop(images, self.margin)
@@ -164,12 +171,13 @@ class Augmentation:
             images = torch.cat([self.rand_augment(group) for group in groups])
         return images
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One batch, on its device.
 
         Args:
-            images: (B, C, H, W) uint8.
+            images: (B, C, H, W) as they are read.
             labels: (B,) class numbers.
+            weights: (B,) of the images in the loss; None: 1.
 
         Returns:
             x (B, C, H, W) float32, normalised; y: the labels as they are, or (B, K) probabilities where images mix,
@@ -178,14 +186,18 @@ class Augmentation:
         Raises:
             UserError: images of another shape or type than in ``info``.
         """
-        x = self.info.normalise(self.images(images))
+        scale, images = self.info.scale, self.info.checked(images)
+        # Of deep images, margins are as dark as the lowest pixel, and RandAugment knows floats in [0, 1].
+        whole = scale.kind == "uint8"
+        x = scale.standardised(scale.scaled(self.images(images)) if whole else self.images(scale.scaled(images)))
+        classes = self.info.num_classes
+        if weights is not None:
+            labels = probabilities(labels, classes) * weights.unsqueeze(-1)
         if self.mix is not None:
             x, labels = self.mix(x, labels)
-        classes = self.info.num_classes
-        weight: Tensor | float = 1.0
         if self.weights is not None:  # before labels are smoothed, each share of a mixture is that of a class
             labels = probabilities(labels, classes) * self.weights.to(labels.device)
-            weight = labels.sum(-1, keepdim=True)
         if self.smoothing:
+            weight = labels.sum(-1, keepdim=True) if labels.dim() == 2 else 1.0
             labels = (1 - self.smoothing) * probabilities(labels, classes) + self.smoothing / classes * weight
         return x, labels

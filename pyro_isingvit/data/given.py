@@ -1,6 +1,6 @@
 """Images and labels as users of a trained run give them.
 
-Shapes: N images, C channels (1 or 3), H height, W width.
+Shapes: N images, C channels, H height, W width.
 """
 
 from collections.abc import Hashable
@@ -12,7 +12,8 @@ from torch import Tensor
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.data.arrays import class_numbers, label_array, to_pixels
 from pyro_isingvit.data.images import Images, as_images
-from pyro_isingvit.data.split import DataInfo, ImageData, Split
+from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.data.split import ImageData, Split
 
 Labelled = Split | tuple[Any, Any] | ImageData
 
@@ -22,7 +23,7 @@ def pixels(images: Any, info: DataInfo, what: str = "") -> Images:
 
     Args:
         images: ``Images``, or an array, tensor or nested list of shape (N, C, H, W), (N, H, W, C) or, with one channel,
-            (N, H, W); uint8, or float in [0, 1].
+            (N, H, W); of the training images' type, where that was uint8 also float in [0, 1].
         info: the images that the network was trained on.
         what: the part, in messages: "" or "val ".
 
@@ -38,7 +39,8 @@ def pixels(images: Any, info: DataInfo, what: str = "") -> Images:
     given = f"`{what}images` have shape {tuple(array.shape)}"
     fits = tuple(array.shape[1:]) in {*layouts, (height, width) if channels == 1 else None}
     need(fits, f"{given}; expected {wanted} or (N, {height}, {width}, {channels}), as in training on {info.dataset}.")
-    return as_images(to_pixels(array, layouts.get(tuple(array.shape[1:])), what))  # type: ignore[arg-type]
+    channels_are = layouts.get(tuple(array.shape[1:]))
+    return as_images(to_pixels(array, channels_are, what, deep=info.kind != "uint8"))  # type: ignore[arg-type]
 
 
 def labelled(data: Labelled, info: DataInfo, name: str) -> Split:

@@ -1,12 +1,14 @@
 """Images wherever they lie: an array in memory, files on disk, or rows made on demand.
 
-Shapes: N images, C channels (1 or 3), H height, W width; images are (N, C, H, W) uint8.
+Shapes: N images, C channels, H height, W width; images are (N, C, H, W) uint8, or float32 if their pixels have more
+than 8 bits.
 """
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,12 +16,18 @@ from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError, need
 
-CHUNK = 4096  # images at a time in passes over all of them
+CHUNK = 4096  # images at a time in passes over all of them, and fewer where they are large
+VALUES = 2**26  # pixels that such a pass holds
+MOST_CHANNELS = 16
 CPU = torch.device("cpu")
 
 Shape = tuple[int, int, int, int]
 Where = int | slice | Tensor | np.ndarray | list[int]
-Normalise = Callable[[Tensor], Tensor]  # (B, C, H, W) uint8 -> float32
+Normalise = Callable[[Tensor], Tensor]  # (B, C, H, W) as read -> float32
+Kind = Literal["uint8", "uint16", "float32"]
+KINDS: tuple[Kind, ...] = ("uint8", "uint16", "float32")
+TYPES: dict[torch.dtype, Kind] = {torch.uint8: "uint8", torch.uint16: "uint16", torch.float32: "float32"}
+Resize = Literal["fit", "crop", "stretch"]
 
 
 @runtime_checkable
@@ -32,6 +40,7 @@ class Images(Protocol):
     Attributes:
         shape: (N, C, H, W).
         device: where ``rows`` gives images.
+        kind: type of the pixels: uint8, uint16 or float32.
 
     Examples:
         >>> import torch
@@ -47,6 +56,7 @@ class Images(Protocol):
 
     shape: Shape
     device: torch.device = CPU
+    kind: Kind = "uint8"
 
     @abstractmethod
     def rows(self, index: Tensor) -> Tensor:
@@ -56,8 +66,13 @@ class Images(Protocol):
             index: (n,) int64 in [0, N) on ``device``, n >= 1, in any order, repeated or not.
 
         Returns:
-            (n, C, H, W) uint8 on ``device``.
+            (n, C, H, W) on ``device``: uint8, or float32 for the other kinds.
         """
+
+    @property
+    def chunk(self) -> int:
+        """Images at a time in a pass over all of them."""
+        return max(1, min(CHUNK, VALUES // math.prod(self.shape[1:])))
 
     def __len__(self) -> int:
         """N, the number of images."""
@@ -71,7 +86,8 @@ class Images(Protocol):
         """
         index = positions(where, len(self)).to(self.device)
         if len(index) == 0:
-            return torch.empty(0, *self.shape[1:], dtype=torch.uint8, device=self.device)
+            dtype = torch.uint8 if self.kind == "uint8" else torch.float32
+            return torch.empty(0, *self.shape[1:], dtype=dtype, device=self.device)
         rows = self.rows(index)
         return rows[0] if isinstance(where, int | np.integer) else rows
 
@@ -111,30 +127,36 @@ class InMemory(Images):
     """Images as one tensor, on any device. A slice is a view of it.
 
     Args:
-        tensor: (N, C, H, W) uint8.
+        tensor: (N, C, H, W) uint8, uint16 or float32.
 
     Raises:
         UserError: another shape or type.
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        fits = tensor.ndim == 4 and tensor.dtype == torch.uint8
+        fits = tensor.ndim == 4 and tensor.dtype in TYPES
         got = f"{tuple(tensor.shape)} {tensor.dtype}"
-        need(fits, f"expected images (N, C, H, W) torch.uint8, got {got}; `ImageData.from_arrays` converts others.")
+        need(
+            fits,
+            f"expected images (N, C, H, W) torch.uint8, uint16 or float32, got {got}; `ImageData.from_arrays` converts "
+            "others.",
+        )
         count, channels, height, width = tensor.shape
         self.tensor, self.shape, self.device = tensor, (count, channels, height, width), tensor.device
+        self.kind = TYPES[tensor.dtype]
 
     def rows(self, index: Tensor) -> Tensor:
         """The images at ``index`` (n,), a copy."""
-        return self.tensor[index]
+        return self[index]
 
     def __getitem__(self, where: Where) -> Tensor:
-        """As the tensor's own."""
-        return self.tensor[torch.from_numpy(where) if isinstance(where, np.ndarray) else where]
+        """As the tensor's own; uint16 becomes float32."""
+        rows = self.tensor[torch.from_numpy(where) if isinstance(where, np.ndarray) else where]
+        return rows.float() if rows.dtype == torch.uint16 else rows
 
     def take(self, where: Where) -> Images:
         """The images at ``where``: a view for a slice, otherwise a copy."""
-        return InMemory(self[where])
+        return InMemory(self.tensor[torch.from_numpy(where) if isinstance(where, np.ndarray) else where])
 
     def to(self, device: torch.device | str) -> Images:
         """The tensor on a device; the same where it is there already."""
@@ -151,7 +173,7 @@ class Subset(Images):
 
     def __init__(self, source: Images, index: Tensor) -> None:
         self.source, self.index = source, index.to(source.device)
-        self.shape, self.device = (len(index), *source.shape[1:]), source.device
+        self.shape, self.device, self.kind = (len(index), *source.shape[1:]), source.device, source.kind
 
     def rows(self, index: Tensor) -> Tensor:
         """The images at ``index`` (n,) of this part."""
@@ -167,27 +189,46 @@ class Resized(Images):
 
     Args:
         source: the images.
-        size: height and width, in pixels; another shape of the source is lost.
+        size: height and width, in pixels.
+        how: fit: the whole image, with margins as dark as its darkest pixel; crop: the middle, without them; stretch:
+            the whole image, whose shape is lost. The same for square images.
     """
 
-    def __init__(self, source: Images, size: int) -> None:
-        self.source, self.size = source, size
-        self.shape, self.device = (*source.shape[:2], size, size), source.device
+    def __init__(self, source: Images, size: int, how: Resize = "stretch") -> None:
+        self.source, self.size, self.how = source, size, how
+        self.shape, self.device, self.kind = (*source.shape[:2], size, size), source.device, source.kind
 
     def rows(self, index: Tensor) -> Tensor:
         """The images at ``index`` (n,)."""
         from torchvision.transforms import InterpolationMode
-        from torchvision.transforms.v2.functional import resize
+        from torchvision.transforms.v2.functional import center_crop, resize
 
-        return resize(self.source[index], [self.size, self.size], InterpolationMode.BICUBIC, antialias=True)
+        inner = resized_to(self.source.shape[2:], (self.size, self.size), self.how)
+        x = resize(self.source[index], list(inner), InterpolationMode.BICUBIC, antialias=True)
+        if self.how == "fit":
+            top, left = ((self.size - side) // 2 for side in inner)
+            whole = x.amin((2, 3), keepdim=True).repeat(1, 1, self.size, self.size)
+            whole[:, :, top : top + inner[0], left : left + inner[1]] = x
+            return whole
+        return center_crop(x, [self.size, self.size]) if self.how == "crop" else x
 
     def take(self, where: Where) -> Images:
         """Some of them, resized in turn."""
-        return Resized(self.source.take(where), self.size)
+        return Resized(self.source.take(where), self.size, self.how)
 
     def to(self, device: torch.device | str) -> Images:
         """The source moves where it can."""
-        return Resized(self.source.to(device), self.size)
+        return Resized(self.source.to(device), self.size, self.how)
+
+
+def resized_to(given: tuple[int, ...], size: tuple[int, int], how: Resize) -> tuple[int, int]:
+    """Height and width of an image before margins are added or cut, so that it becomes ``size`` (height, width)."""
+    if how == "stretch":
+        return size
+    ratios = [wanted / side for wanted, side in zip(size, given, strict=True)]
+    scale = min(ratios) if how == "fit" else max(ratios)
+    height, width = (max(1, round(scale * side)) for side in given)
+    return height, width
 
 
 def positions(where: Where, count: int) -> Tensor:
@@ -210,7 +251,9 @@ def positions(where: Where, count: int) -> Tensor:
 
 
 def as_images(images: object) -> Images:
-    """Anything that is accepted as images: ``Images`` as they are, a tensor or array (N, C, H, W) uint8 in memory.
+    """Anything that is accepted as images: ``Images`` as they are, a tensor or array (N, C, H, W) in memory.
+
+    Pixels are uint8, uint16 or float32.
 
     Raises:
         UserError: another kind, shape or type.
@@ -220,8 +263,8 @@ def as_images(images: object) -> Images:
     if isinstance(images, Images):
         return images
     if isinstance(images, np.ndarray):
-        kind = f"expected images (N, C, H, W) uint8, got {images.shape} {images.dtype}"
-        need(images.dtype == np.uint8, f"{kind}; `ImageData.from_arrays` converts others.")
+        kind = f"expected images (N, C, H, W) uint8, uint16 or float32, got {images.shape} {images.dtype}"
+        need(images.dtype.name in TYPES.values(), f"{kind}; `ImageData.from_arrays` converts others.")
         return InMemory(from_numpy(images))
     kind = type(images).__name__
     raise UserError(f"expected images as a tensor, an array or a subclass of `Images`, got {kind}.")
@@ -234,26 +277,6 @@ def from_numpy(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def statistics(images: object) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Exact mean and standard deviation of each channel, pixels in [0, 1]; at least 1e-3.
-
-    The pixels' histogram is counted chunk by chunk: there is no float copy of the images.
-
-    Args:
-        images: as ``as_images`` takes them.
-    """
-    images = as_images(images)
-    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64, device=images.device)
-    for start in range(0, len(images), CHUNK):
-        for row, channel in zip(counts, images[start : start + CHUNK].unbind(1), strict=True):
-            row += torch.bincount(channel.reshape(-1), minlength=256)
-    level = torch.arange(256, dtype=torch.float64) / 255
-    share = (counts.double() / counts[0].sum()).cpu()  # (C, 256)
-    mean = (share * level).sum(1)
-    std = (share * (level - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1e-3)
-    return tuple(mean.tolist()), tuple(std.tolist())
-
-
 def copies(parts: Iterable[object]) -> list[int]:
     """How many images of each part are, byte for byte, in a part before it.
 
@@ -264,8 +287,8 @@ def copies(parts: Iterable[object]) -> list[int]:
     found = []
     for part in map(as_images, parts):
         prints: list[int] = []
-        for start in range(0, len(part), CHUNK):
-            prints += [hash(image.tobytes()) for image in part[start : start + CHUNK].cpu().numpy()]
+        for start in range(0, len(part), part.chunk):
+            prints += [hash(image.tobytes()) for image in part[start : start + part.chunk].cpu().numpy()]
         found.append(sum(each in seen for each in prints))
         seen.update(prints)
     return found

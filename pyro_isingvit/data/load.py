@@ -7,7 +7,7 @@ leaves over if those are enough, otherwise out of the training images themselves
 every class; no image is in two parts; ``val_fraction=0`` leaves validation empty.
 
 A new data set is one function ``DataConfig -> Parts`` and one line in ``DATASETS``.
-Shapes: N images, C channels (1 or 3), H height, W width; images are (N, C, H, W) uint8.
+Shapes: N images, C channels, H height, W width; images are (N, C, H, W).
 """
 
 import logging
@@ -20,24 +20,15 @@ import torch
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
-from pyro_isingvit.data.files import decode_all, list_images
-from pyro_isingvit.data.images import Images, as_images
-from pyro_isingvit.data.sources import (
-    DATASETS,
-    PREFIXES,
-    known,
-    npz_split,
-    read_npz,
-)
-from pyro_isingvit.data.split import (
-    UNLABELLED,
-    DataInfo,
-    ImageData,
-    Split,
-    check_division,
-    divide,
-    hold_out_test,
-)
+from pyro_isingvit.data.decode import Look, Pages, Reading
+from pyro_isingvit.data.files import list_images, read_files
+from pyro_isingvit.data.images import Images, Resize
+from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.data.intensity import percentiles
+from pyro_isingvit.data.named import reading_of
+from pyro_isingvit.data.npz import Stored
+from pyro_isingvit.data.sources import DATASETS, PREFIXES, known
+from pyro_isingvit.data.split import UNLABELLED, ImageData, Split, check_division, divide, hold_out_test
 
 log = logging.getLogger(__name__)
 TEST_FRACTION = 0.2  # of the images, where there is no official test part
@@ -53,17 +44,30 @@ def load_data(
     seed: int = 0,
     download: bool = False,
     image_size: int | None = None,
+    resize: Resize = "fit",
+    intensity: str = "full",
+    pages: Pages = "first",
+    groups: str | None = None,
+    columns: str = "",
+    cache: str | None = None,
 ) -> ImageData:
     """Loads a data set and splits it by the rule that heads ``pyro_isingvit.data.load``.
 
     Args:
-        dataset: a name in ``DATASETS``, ``imagefolder:PATH`` or ``npz:PATH``.
+        dataset: a name in ``DATASETS``, ``imagefolder:PATH``, ``csv:FILE``, ``npz:FILE`` or ``npy:FOLDER``.
         data_root: folder of the torchvision data sets.
         train_size: number of training images; None: all that validation leaves.
         val_fraction: validation images per training image, 0 to 0.5.
         seed: of the training subset and the validation part; the test part never depends on it.
         download: fetch a missing torchvision data set into ``data_root``.
         image_size: resize the images to this many pixels square.
+        resize: what happens to images that are no squares then: shown whole with dark margins (fit), cut to their
+            middle (crop), or stretched.
+        intensity: which pixel values become 0 and 1: full, "percentile LOW HIGH" or none (data/intensity.py).
+        pages: of a TIFF file: the first, or all as channels.
+        groups: regular expression that finds an image's group in its file's name; a group stays in one part.
+        columns: names of a table's columns, as "path=file,label=finding".
+        cache: folder where decoded images are kept and read from by row; None: they are held in memory.
 
     Returns:
         training, validation and test part, images (N, C, H, W) uint8, and what a network must know of them.
@@ -80,9 +84,16 @@ def load_data(
         (torch.Size([2, 1, 8, 8]), ('0', '1', '2'))
     """
     check_division(val_fraction, TEST_FRACTION, seed)
-    source = DataConfig(dataset, str(data_root), download, train_size, val_fraction, image_size)
+    source = DataConfig(
+        dataset, str(data_root), download, train_size, val_fraction, image_size, resize, intensity, pages, groups,
+        columns, cache,
+    )  # fmt: skip
+    percentiles(intensity)  # refuses what it is not before any work
     pool, val, test, classes = load_parts(source)
-    data = divide(pool, val, test, classes, name=dataset, train_size=train_size, val_fraction=val_fraction, seed=seed)
+    data = divide(
+        pool, val, test, classes, name=dataset, train_size=train_size, val_fraction=val_fraction, seed=seed,
+        intensity=intensity,
+    )  # fmt: skip
     return replace(data, source=(replace(source, download=False), seed))
 
 
@@ -116,17 +127,13 @@ def development_data(source: DataConfig, dev_size: int = DEV_SIZE, seed: int = 0
     )
     rest, dev = hold_out_test(pool, classes, min(dev_size, most) / len(pool))
     return divide(
-        rest, None, dev, classes, name=source.dataset, train_size=size, val_fraction=source.val_fraction, seed=seed
-    )
+        rest, None, dev, classes, name=source.dataset, train_size=size, val_fraction=source.val_fraction, seed=seed,
+        intensity=source.intensity,
+    )  # fmt: skip
 
 
 def load_inputs(
-    spec: str,
-    info: DataInfo,
-    *,
-    data_root: str | Path = "data",
-    download: bool = False,
-    image_size: int | None = None,
+    spec: str, info: DataInfo, *, data_root: str | Path = "data", source: DataConfig | None = None
 ) -> Split:
     """Images to predict, in the shape of the run that ``info`` describes.
 
@@ -138,36 +145,37 @@ def load_inputs(
         spec: what to read.
         info: of the run.
         data_root: folder of the torchvision data sets.
-        download: fetch a missing one.
-        image_size: that the run was trained with, to which all are resized; None: only a folder's images are.
+        source: how the run read its images: size, shape, pages, columns and cache; None: as they are.
 
     Raises:
         UserError: nothing readable there, or images of another shape than the run's.
     """
-    path = Path(spec).expanduser()
+    path, source = Path(spec).expanduser(), source or DataConfig()
     if spec in DATASETS or spec.partition(":")[0] in PREFIXES:
-        size = info.height if spec.startswith("imagefolder:") and info.height == info.width else image_size
-        *_, split, classes = load_parts(
-            DataConfig(dataset=spec, data_root=str(data_root), download=download, image_size=size)
-        )
+        files = spec.partition(":")[0] in ("imagefolder", "csv")
+        size = info.height if files and info.height == info.width else source.image_size
+        asked = replace(source, dataset=spec, data_root=str(data_root), image_size=size, download=False)
+        *_, split, classes = load_parts(asked)
         if classes != info.classes:
             log.warning("%s has other classes than %s: its labels are not used", spec, info.dataset)
             split = replace(split, labels=torch.full_like(split.labels, UNLABELLED))
     elif path.is_dir():
-        files = list_images(path)
-        names = [file.relative_to(path) for file in files]
-        split = replace(load_image_files(files, info), names=tuple(printable(name.as_posix()) for name in names))
+        paths = list_images(path)
+        names = [file.relative_to(path) for file in paths]
+        split = load_image_files(paths, info, source)
+        split = replace(split, names=tuple(printable(name.as_posix()) for name in names))
         tops = [printable(name.parts[0]) if len(name.parts) > 1 else None for name in names]
         if all(top in info.classes for top in tops):
             split = replace(split, labels=torch.tensor([info.classes.index(str(top)) for top in tops]))
     else:
         need(path.suffix == ".npz", f"{spec!r} is no folder, no .npz file and no known data set ({known()}).")
-        arrays = read_npz(path, ["images", "labels", "test_images", "test_labels"])
-        start = "" if "images" in arrays else "test_"
-        split = npz_split(arrays, f"{start}images", f"{start}labels", path, f"{start}labels" in arrays)
+        stored = Stored(path, source.cache)
+        start = "" if "images" in stored.names else "test_"
+        labels = f"{start}labels"
+        split = stored.part(f"{start}images", labels if labels in stored.names else None)
         last, classes = int(split.labels.max()), info.classes
         need(last < len(classes), f"{path} has label {last}, but the run has {len(classes)} classes.")
-        split = split.resized(image_size)
+        split = split.resized(source.image_size, source.resize)
     try:
         info.normalise(split.images[:1])
     except UserError as error:
@@ -175,14 +183,22 @@ def load_inputs(
     return split
 
 
-def load_image_files(paths: Sequence[Path], info: DataInfo) -> Split:
-    """Reads image files, unlabelled, converted to the run's channels and resized to its size.
+def load_image_files(paths: Sequence[Path], info: DataInfo, source: DataConfig | None = None) -> Split:
+    """Reads image files, unlabelled, converted to the run's channels and type and resized to its size.
+
+    Args:
+        paths: the files.
+        info: of the run.
+        source: how the run read its images: shape, pages and cache.
 
     Raises:
         UserError: no path given, or an image cannot be read.
     """
     need(paths, "no images to read.")
-    images, resized = decode_all(paths, (info.height, info.width), info.channels)
+    source = source or DataConfig()
+    reading = Reading((info.height, info.width), source.resize, source.pages)
+    wanted = Look(info.channels, info.height, info.width, info.kind)
+    images, resized = read_files(paths, reading, wanted, source.cache)
     if resized:
         log.warning("%d of %d images resized to %dx%d", resized, len(paths), info.width, info.height)
     return Split(images, torch.full((len(paths),), UNLABELLED), tuple(printable(str(path)) for path in paths))
@@ -204,8 +220,8 @@ def load_parts(source: DataConfig, numbered: bool = False) -> tuple[Split, Split
     train, val, test, classes = loader(source)
     if numbered:
         train, val = _numbered(train), None if val is None else _numbered(val)
-    train = train.resized(size)
-    val, test = (None if part is None else part.resized(size) for part in (val, test))
+    train = train.resized(size, source.resize)
+    val, test = (None if part is None else part.resized(size, source.resize) for part in (val, test))
     need(len(classes) > 1, f"{spec} has only the class {classes[0]!r}; at least two are needed.")
     if test is None:
         train, test = hold_out_test(train, classes, TEST_FRACTION)
@@ -216,7 +232,9 @@ def _numbered(part: Split) -> Split:
     return part if part.names else replace(part, names=tuple(map(str, range(len(part)))))
 
 
-def load_unlabelled(spec: str, *, data_root: str | Path = "data", image_size: int | None = None) -> Images:
+def load_unlabelled(
+    spec: str, *, data_root: str | Path = "data", image_size: int | None = None, source: DataConfig | None = None
+) -> Images:
     """Images to learn from without labels; those of an official or held-out test part are left out.
 
     Args:
@@ -224,19 +242,19 @@ def load_unlabelled(spec: str, *, data_root: str | Path = "data", image_size: in
             ``train_images``, or a folder of images, nested or not.
         data_root: folder of the torchvision data sets.
         image_size: resize the images to this many pixels square.
+        source: how files are read: shape, pages, columns and cache.
 
     Raises:
         UserError: nothing readable there.
     """
-    path = Path(spec).expanduser()
+    path, source = Path(spec).expanduser(), replace(source or DataConfig(), image_size=image_size)
     need(image_size is None or image_size > 0, f"`image_size` must be a positive number of pixels, not {image_size}.")
     if spec in DATASETS or spec.partition(":")[0] in PREFIXES:
-        train, *_ = load_parts(DataConfig(dataset=spec, data_root=str(data_root), image_size=image_size))
+        train, *_ = load_parts(replace(source, dataset=spec, data_root=str(data_root)))
         return train.images
     if path.is_dir():
-        images, _ = decode_all(list_images(path), None if image_size is None else (image_size, image_size))
-        return as_images(images)
+        return read_files(list_images(path), reading_of(source), cache=source.cache)[0]
     need(path.suffix == ".npz", f"{spec!r} is no folder, no .npz file and no known data set ({known()}).")
-    arrays = read_npz(path, ["images", "train_images"])
-    key = "images" if "images" in arrays else "train_images"
-    return npz_split(arrays, key, "", path, False).resized(image_size).images
+    stored = Stored(path, source.cache)
+    key = "images" if "images" in stored.names else "train_images"
+    return stored.part(key, None).resized(image_size, source.resize).images

@@ -1,26 +1,37 @@
 """Parts of a data set, what a network must know of it, and the rule that cuts the parts.
 
-Shapes: N images, B batch, C channels (1 or 3), H height, W width; images are (N, C, H, W) uint8.
+Shapes: N images, B batch, C channels, H height, W width; images are (N, C, H, W).
 """
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import DataConfig
-from pyro_isingvit.data.arrays import class_numbers, find_classes, is_dataset, read_arrays, read_dataset
-from pyro_isingvit.data.images import Images, Normalise, Resized, as_images, copies, statistics
-from pyro_isingvit.data.stratify import hold_out, stratified
+from pyro_isingvit.core.untrusted import printable
+from pyro_isingvit.data.arrays import (
+    class_numbers,
+    find_classes,
+    image_weights,
+    is_dataset,
+    read_arrays,
+    read_dataset,
+)
+from pyro_isingvit.data.images import Images, Normalise, Resize, Resized, as_images, copies
+from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.data.intensity import fit_scale
+from pyro_isingvit.data.stratify import hold_out, hold_out_groups, shared_group, stratified
 
 log = logging.getLogger(__name__)
 UNLABELLED = -1
+VALIDATION = "validation (`val_fraction` above 0)"  # what images are held out for
 
 
 @dataclass(frozen=True, init=False)
@@ -28,9 +39,12 @@ class Split:
     """One part of a data set.
 
     Args:
-        images: an ``Images``, or a tensor or array (N, C, H, W) uint8. ``split.images[:10]`` is a tensor.
+        images: an ``Images``, or a tensor or array (N, C, H, W) uint8, uint16 or float32. ``split.images[:10]`` is a
+            tensor.
         labels: (N,) int64; ``UNLABELLED`` where not known.
         names: (N,) file names, where there are files.
+        groups: (N,) the patient, slide or plate of each image, where known; no two parts share one.
+        weights: (N,) positive, of each image in the training loss, with mean 1; None: all count alike.
 
     Raises:
         UserError: images of another kind, or counts that differ.
@@ -39,13 +53,29 @@ class Split:
     images: Images
     labels: Tensor
     names: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    weights: Tensor | None = None
 
-    def __init__(self, images: Images | Tensor | np.ndarray, labels: Tensor, names: tuple[str, ...] = ()) -> None:
-        object.__setattr__(self, "images", as_images(images))
-        object.__setattr__(self, "labels", labels)
-        object.__setattr__(self, "names", names)
+    def __init__(
+        self,
+        images: Images | Tensor | np.ndarray,
+        labels: Tensor,
+        names: tuple[str, ...] = (),
+        groups: tuple[str, ...] = (),
+        weights: Tensor | None = None,
+    ) -> None:
+        fields = {
+            "images": as_images(images), "labels": labels, "names": names, "groups": groups, "weights": weights,
+        }  # fmt: skip
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
         counts = f"{len(self.images)} images, {len(labels)} labels"
         need(len(self.images) == len(labels), f"label count mismatch: {counts}.")
+        need(len(groups) in (0, len(labels)), f"{counts}, {len(groups)} groups.")
+        need(
+            weights is None or len(weights) == len(labels),
+            f"{counts}, {0 if weights is None else len(weights)} weights.",
+        )
 
     def __len__(self) -> int:
         """N, the number of images."""
@@ -53,17 +83,21 @@ class Split:
 
     def take(self, index: np.ndarray) -> "Split":
         """The images at ``index`` (n,), in that order; a copy where they lie in memory."""
-        rows, names = torch.from_numpy(index), tuple(self.names[i] for i in index if self.names)
-        return Split(self.images.take(rows), self.labels[rows.to(self.labels.device)], names)
+        rows = torch.from_numpy(index)
+        names, groups = (tuple(texts[i] for i in index if texts) for texts in (self.names, self.groups))
+        there = rows.to(self.labels.device)
+        weights = None if self.weights is None else self.weights[there]
+        return Split(self.images.take(rows), self.labels[there], names, groups, weights)
 
-    def resized(self, size: int | None) -> "Split":
+    def resized(self, size: int | None, how: Resize = "stretch") -> "Split":
         """The part with images of ``size`` pixels a side, resized when they are read; None: as it is."""
         same = size is None or self.images.shape[2:] == (size, size)
-        return self if same else replace(self, images=Resized(self.images, size or 0))
+        return self if same else replace(self, images=Resized(self.images, size or 0, how))
 
     def to(self, device: torch.device | str) -> "Split":
         """The part on a device; images that are made on demand stay where they are made."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        weights = None if self.weights is None else self.weights.to(device)
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device), weights=weights)
 
     def batches(
         self, size: int, normalise: Normalise, device: torch.device | str | None = None
@@ -84,81 +118,6 @@ class Split:
         labels = self.labels.to(device or self.labels.device)
         for i, x in enumerate(self.images.batches(size, normalise, labels.device)):
             yield x, labels[i * size : (i + 1) * size]
-
-
-@dataclass(frozen=True)
-class DataInfo:
-    """What a network must know of its data: classes, image shape, statistics of the training part."""
-
-    dataset: str
-    classes: tuple[str, ...]
-    channels: int
-    height: int
-    width: int
-    mean: tuple[float, ...]  # (C,), pixels in [0, 1]
-    std: tuple[float, ...]  # (C,), at least 1e-3
-    counts: tuple[int, ...] = ()  # training images of each class; () where they are not known, as before version 0.7
-
-    @property
-    def shares(self) -> tuple[float, ...] | None:
-        """Share of each class in the training part; None where ``counts`` is not known."""
-        total = sum(self.counts)
-        return tuple(count / total for count in self.counts) if total else None
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        return self.channels, self.height, self.width
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes."""
-        return len(self.classes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    def is_that_of(self, raw: Any) -> bool:
-        """Whether ``raw``, which ``to_dict`` wrote, describes these data; before version 0.7 it had no counts."""
-        return isinstance(raw, dict) and {"counts": list(self.counts)} | raw == self.to_dict()
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> "DataInfo":
-        """Reads what ``to_dict`` wrote.
-
-        Raises:
-            UserError: a field is missing, unknown or of another kind.
-        """
-        try:
-            tuples = {key: tuple(raw[key]) for key in ("classes", "mean", "std")}
-            info = cls(**{**raw, **tuples, "counts": tuple(raw.get("counts", ()))})
-            sizes = all(type(n) is int and 1 <= n <= 2**16 for n in (info.channels, info.height, info.width))
-            texts = all(isinstance(name, str) for name in (info.dataset, *info.classes))
-            pixels = [*info.mean, *info.std] if len(info.mean) == len(info.std) == info.channels else [math.nan]
-            counted = not info.counts or len(info.counts) == len(info.classes)
-            counted = counted and all(type(n) is int and 0 <= n < 2**53 for n in info.counts)
-            if not (sizes and texts and counted and all(map(math.isfinite, pixels)) and min(info.std) > 0):
-                raise TypeError("sizes, names, counts or pixel statistics that cannot be")
-            return info
-        except (KeyError, TypeError) as error:
-            raise UserError(f"the saved data description is damaged ({why(error)}); train again.") from error
-
-    def normalise(self, images: Tensor | Images) -> Tensor:
-        """(images / 255 - mean) / std, (N, C, H, W) uint8 -> float32, on the images' device.
-
-        Args:
-            images: all of them become floats at once; ``Split.batches`` takes them in turn.
-
-        Raises:
-            UserError: other channels, size or type than the training images.
-        """
-        images = images if isinstance(images, Tensor) else as_images(images)[:]
-        expected = f"(N, {self.channels}, {self.height}, {self.width}) torch.uint8"
-        got = f"{('N', *images.shape[1:])} {images.dtype}".replace("'", "")
-        need(got == expected, f"expected images {expected}, as in training on {self.dataset}; got {got}.")
-        mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in (self.mean, self.std))
-        return (images.float() / 255 - mean) / std
 
 
 Part = tuple[Any, Any] | Any  # (images, labels), or a torch Dataset of such pairs
@@ -204,14 +163,17 @@ class ImageData:
         train_size: int | None = None,
         seed: int = 0,
         name: str = "arrays",
+        intensity: str | None = None,
+        groups: Sequence[Hashable] | None = None,
+        weights: Any = None,
     ) -> "ImageData":
         """Your own images and labels, split as ``load_data`` splits.
 
         Args:
-            images: NumPy array, torch tensor or nested list of shape (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or
-                3 channels. uint8 or other integers from 0 to 255; floats in [0, 1], which are rounded to 255ths; bool,
-                which becomes 0 and 255. An ``Images`` is taken as it is. A torch ``Dataset`` is read by
-                ``from_dataset``.
+            images: NumPy array, torch tensor or nested list of shape (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 to
+                16 channels. uint8 or other integers from 0 to 255; floats in [0, 1], which are rounded to 255ths; bool,
+                which becomes 0 and 255. With ``intensity``, uint16 and floats stay as they are. An ``Images`` is taken
+                as it is. A torch ``Dataset`` is read by ``from_dataset``.
             labels: (N,) or (N, 1). Integers 0..C-1 without gaps; strings, bool or anything else that has an order
                 become classes in sorted order.
             val: (images, labels) of a validation part; None: split off by ``val_fraction``.
@@ -223,6 +185,9 @@ class ImageData:
             train_size: number of training images; None: all that validation leaves.
             seed: of the training subset and the validation part.
             name: of the data set, in reports.
+            intensity: which pixel values become 0 and 1: "full", "percentile LOW HIGH" or "none" (data/intensity.py).
+            groups: (N,) patient, slide or plate of each image; a group stays in one part.
+            weights: (N,) positive, of each image in the training loss.
 
         Raises:
             UserError: shapes, types or values that cannot be used, NaN, counts that differ, a class with too few
@@ -241,15 +206,16 @@ class ImageData:
 
         def read(pixels: Any, given: Any, what: str) -> tuple[Images, np.ndarray]:
             if given is None and is_dataset(pixels):
-                return read_dataset(pixels, channels, what)
+                return read_dataset(pixels, channels, what, intensity is not None)
             need(given is not None, f"`{what}labels` are missing.")
-            return read_arrays(pixels, given, channels, what)
+            return read_arrays(pixels, given, channels, what, intensity is not None)
 
         if classes is None and labels is None and is_dataset(images):
             classes = getattr(images, "classes", None)  # torchvision's data sets name theirs
         pixels, raw = read(images, labels, "")
         names, numbers = find_classes(raw, classes)
-        pool = Split(pixels, class_numbers(raw, numbers, ""))
+        named = () if groups is None else tuple(printable(str(group)) for group in groups)
+        pool = Split(pixels, class_numbers(raw, numbers, ""), (), named, image_weights(weights))
         parts: dict[str, Split | None] = {}
         for part, given in (("val", val), ("test", test)):
             parts[part] = None
@@ -258,16 +224,16 @@ class ImageData:
             pair = (given, None) if is_dataset(given) else given
             need(isinstance(pair, tuple | list) and len(pair) == 2, f"`{part}` must be a pair (images, labels).")
             pixels, raw = read(pair[0], pair[1], f"{part} ")
-            same = pixels.shape[1:] == pool.images.shape[1:]
-            shapes = f"{pixels.shape[1:]} and {pool.images.shape[1:]}"
-            need(same, f"`{part}` images and training images differ in (C, H, W): {shapes}.")
+            shapes = f"{pixels.shape[1:]} {pixels.kind} and {pool.images.shape[1:]} {pool.images.kind}"
+            same = (pixels.shape[1:], pixels.kind) == (pool.images.shape[1:], pool.images.kind)
+            need(same, f"`{part}` images and training images differ in (C, H, W) or type: {shapes}.")
             parts[part] = Split(pixels, class_numbers(raw, numbers, f"{part} "))
         held_out = parts["test"]
         if held_out is None:
             pool, held_out = hold_out_test(pool, names, test_fraction)
         return divide(
             pool, parts["val"], held_out, names, name=name, train_size=train_size, val_fraction=val_fraction,
-            seed=seed,
+            seed=seed, intensity=intensity or "full",
         )  # fmt: skip
 
     @classmethod
@@ -313,10 +279,18 @@ def hold_out_test(train: Split, classes: tuple[str, ...], fraction: float) -> tu
     """
     if fraction == 0:
         return train, train.take(np.arange(0))
-    labels = train.labels.numpy()
-    count = math.ceil(round(fraction * len(labels), 6))  # 0.2 * 35 is a little above 7
-    rest, held_out = hold_out(labels, count, np.random.default_rng(0), classes, "testing")
+    count = math.ceil(round(fraction * len(train), 6))  # 0.2 * 35 is a little above 7
+    rest, held_out = _hold_out(train, count, np.random.default_rng(0), classes, "testing")
     return train.take(rest), train.take(held_out)
+
+
+def _hold_out(
+    part: Split, count: int, rng: np.random.Generator, classes: tuple[str, ...], purpose: str
+) -> tuple[np.ndarray, np.ndarray]:
+    labels = part.labels.numpy()
+    if part.groups:
+        return hold_out_groups(labels, part.groups, count, rng, classes, purpose)
+    return hold_out(labels, count, rng, classes, purpose)
 
 
 def divide(
@@ -329,6 +303,7 @@ def divide(
     train_size: int | None,
     val_fraction: float,
     seed: int,
+    intensity: str = "full",
 ) -> ImageData:
     """Cuts training and validation parts by the rule that heads data/load.py, and describes the training part.
 
@@ -341,32 +316,66 @@ def divide(
         train_size: number of training images; None: all that validation leaves.
         val_fraction: validation images per training image.
         seed: of the training subset and the validation part.
+        intensity: which pixel values become 0 and 1 (data/intensity.py).
 
     Raises:
-        UserError: ``train_size`` out of its range, or a class with too few images.
+        UserError: ``train_size`` out of its range, a class with too few images or groups, or a group in two parts.
     """
+    if train_size is not None:
+        limits = f"{len(classes)} (one per class) and {len(pool)} (all training images)"
+        possible = len(classes) <= train_size <= len(pool)
+        need(possible, f"`train_size` must be between {limits}, got {train_size}.")
+    cut = _cut_groups if pool.groups else _cut
+    train, val = cut(pool, val, classes, train_size, val_fraction, seed)
+    if val_fraction == 0:
+        val = pool.take(np.arange(0))
+    if train.weights is not None:
+        train = replace(train, weights=train.weights / train.weights.mean())
+    log.info("%s: %d training, %d validation, %d test images", name, len(train), len(val), len(test))
+    if strange := shared_group(part.groups for part in (train, val, test)):
+        raise UserError(f"group {strange!r} has images in two parts of {name}; put all of its images into one part.")
+    _, again, tested = copies(part.images for part in (train, val, test))
+    if again or tested:
+        log.warning("%d validation and %d test images are copies of images in an earlier part", again, tested)
+    scale, (_, depth, height, width) = fit_scale(train.images, intensity), train.images.shape
+    info = DataInfo(name, classes, depth, height, width, scale.mean, scale.std, scale.kind, scale.low, scale.high)
+    return ImageData(train, val, test, info)
+
+
+def _cut(
+    pool: Split, val: Split | None, classes: tuple[str, ...], train_size: int | None, val_fraction: float, seed: int
+) -> tuple[Split, Split]:
+    """Training and validation part of images that have nothing to do with each other."""
     labels = pool.labels.numpy()
     chosen = everything = np.arange(len(labels))
     if train_size is not None:
-        limits = f"{len(classes)} (one per class) and {len(labels)} (all training images)"
-        possible = len(classes) <= train_size <= len(labels)
-        need(possible, f"`train_size` must be between {limits}, got {train_size}.")
         chosen = stratified(labels, train_size, np.random.default_rng([seed, 0]))
-    if val_fraction == 0:
-        val = pool.take(chosen[:0])
-    elif val is None:
+    if val is None and val_fraction:
         left, rng = np.setdiff1d(everything, chosen), np.random.default_rng([seed, 1])
         count = max(round(val_fraction * len(chosen)), len(classes))
         if len(left) >= count and len(np.unique(labels[left])) == len(classes):
             val = pool.take(left[stratified(labels[left], count, rng)])
         else:
-            rest, held_out = hold_out(labels[chosen], count, rng, classes, "validation (`val_fraction` above 0)")
+            rest, held_out = hold_out(labels[chosen], count, rng, classes, VALIDATION)
             val, chosen = pool.take(chosen[held_out]), chosen[rest]
-    train = pool.take(chosen)
-    mean, std = statistics(train.images)
-    log.info("%s: %d training, %d validation, %d test images", name, len(train), len(val), len(test))
-    _, again, tested = copies(part.images for part in (train, val, test))
-    if again or tested:
-        log.warning("%d validation and %d test images are copies of images in an earlier part", again, tested)
-    _, depth, height, width = train.images.shape
-    return ImageData(train, val, test, DataInfo(name, classes, depth, height, width, mean, std))
+    return pool.take(chosen), val or pool.take(everything[:0])
+
+
+def _cut_groups(
+    pool: Split, val: Split | None, classes: tuple[str, ...], train_size: int | None, val_fraction: float, seed: int
+) -> tuple[Split, Split]:
+    """The same of images in groups: whole groups for validation first, then training images from the others."""
+    rest = pool
+    if val is None and val_fraction:
+        wanted = len(pool) / (1 + val_fraction) if train_size is None else train_size
+        count, rng = max(round(val_fraction * wanted), len(classes)), np.random.default_rng([seed, 1])
+        kept, held_out = _hold_out(pool, count, rng, classes, VALIDATION)
+        rest, val = pool.take(kept), pool.take(held_out)
+    if train_size is not None:
+        need(
+            train_size <= len(rest),
+            f"`train_size` {train_size}: {len(rest)} training images are left beside the groups for validation; choose "
+            "less, or a smaller `val_fraction`.",
+        )
+        rest = rest.take(stratified(rest.labels.numpy(), train_size, np.random.default_rng([seed, 0])))
+    return rest, val or pool.take(np.arange(0))

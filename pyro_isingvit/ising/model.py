@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.presets import preset
 from pyro_isingvit.core.settings import IsingConfig, ViTConfig
-from pyro_isingvit.data.split import DataInfo, ImageData
+from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.ising.distributions import SpikeAndSlab
 from pyro_isingvit.ising.layout import MaskLayout
 from pyro_isingvit.ising.lean import is_large

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.settings import RunConfig, TrainConfig
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.registry import row
@@ -45,11 +45,13 @@ class Method(nn.Module):
         temperature: T of the predictions, a scalar buffer.
         image_noise: the noise of a step is drawn for each image, not for the batch; equal parts of a batch then need
             different random numbers, otherwise the same.
+        weighs_images: training can give each image a weight of its own.
         max_draws: how many different networks prediction can draw; None: any number.
     """
 
     temperature: Tensor
     image_noise = False
+    weighs_images = True
     max_draws: int | None = 1
 
     def __init__(self, config: RunConfig, info: DataInfo, num_data: int) -> None:

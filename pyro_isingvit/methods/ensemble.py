@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_isingvit.core.settings import RunConfig, TrainConfig
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.base import Method, Networks, Terms, method_class
 from pyro_isingvit.methods.plain import check_baseline
 from pyro_isingvit.methods.registry import row

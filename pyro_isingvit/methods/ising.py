@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.settings import RunConfig, TrainConfig
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.ising.elbo import ClosedFormELBO
 from pyro_isingvit.ising.fused import DRAWS, FusedELBO, fusible
 from pyro_isingvit.ising.guide import IsingGuide

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import RunConfig, TrainConfig
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.base import Networks
 from pyro_isingvit.methods.plain import Plain
 from pyro_isingvit.nets.vit import Watch
@@ -32,6 +32,8 @@ class LastLayerLaplace(Plain):
         _, classes, width = self.vit.matrix_shapes["head"]
         self.heads: Tensor
         self.register_buffer("heads", torch.zeros(self.max_draws, classes * width + classes))
+
+    weighs_images = False
 
     def check(self, settings: TrainConfig) -> None:
         """Refuses ways to balance classes that the curvature of the training images would not know of."""

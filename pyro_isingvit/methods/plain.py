@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import BaselineConfig, RunConfig, TrainConfig
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.base import Method, Networks, Terms
 from pyro_isingvit.methods.rates import matrix_groups
 from pyro_isingvit.nets.penalties import Seen

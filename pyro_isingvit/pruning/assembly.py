@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.nets.vit import ViT, Weights
 from pyro_isingvit.pruning.network import CompactViT, Posterior
 from pyro_isingvit.pruning.shapes import CompactConfig, LayerShape, PosteriorShape
@@ -251,6 +251,7 @@ class _Assembly:
                 posteriors[path] = PosteriorShape(site, shape, index, self._masked_by_row(kind))
         return CompactConfig(
             dataset=info.dataset, classes=info.classes, image_shape=self.vit.image_shape, mean=info.mean, std=info.std,
+            kind=info.kind, low=info.low, high=info.high,
             patch_size=config.patch_size, width=self.readers.matrix("patch").writes.size,
             head_dim=self.readers.matrix("attn_out").reads.head_size, pool=config.pool,
             features=len(self.features), head_hidden=None if self.top is None else len(self.top),

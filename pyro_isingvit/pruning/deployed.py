@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.base import Method
 from pyro_isingvit.nets.vit import ViT, Weights
 from pyro_isingvit.pruning.assembly import assemble

@@ -80,7 +80,8 @@ def export_onnx(model: CompactViT, path: Path) -> float:
         for part in (*proto.graph.node, *proto.graph.value_info, *proto.functions):
             part.ClearField("metadata_props")  # traces of the exporter's own code, a third of the file
         config = model.config
-        described = {"classes": config.classes, "mean": config.mean, "std": config.std, "dataset": config.dataset}
+        names = ("classes", "mean", "std", "kind", "low", "high", "dataset")
+        described = {name: getattr(config, name) for name in names}
         for key, value in described.items():
             proto.metadata_props.add(key=key, value=json.dumps(value))
         onnx.checker.check_model(proto)

@@ -186,19 +186,18 @@ class CompactViT(nn.Module):
         )
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(images / 255 - mean) / std, (B, channels, height, width) uint8 to float32.
+        """(scaled - mean) / std, (B, channels, height, width) to float32; scaled = images / 255 for 8 bits.
 
         Raises:
             UserError: another shape or type.
         """
-        wanted = self.config.image_shape
+        wanted, scale = self.config.image_shape, self.config.scale
         need(
-            tuple(images.shape[1:]) == wanted and images.dtype == torch.uint8,
+            tuple(images.shape[1:]) == wanted and images.dtype == scale.dtype,
             f"images of shape {tuple(images.shape)} {images.dtype} given, the network reads (B, "
-            f"{', '.join(map(str, wanted))}) torch.uint8.",
+            f"{', '.join(map(str, wanted))}) {scale.dtype}.",
         )
-        mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in (self.config.mean, self.config.std))
-        return (images.float() / 255 - mean) / std
+        return scale.standardised(scale.scaled(images))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits over T (C of them) of normalised images; the form ``bayes`` uses the means m of its weights.
@@ -263,7 +262,7 @@ class CompactViT(nn.Module):
         """Class probabilities of images.
 
         Args:
-            images: (B, channels, height, width) uint8: ``Images``, a tensor or an array.
+            images: (B, channels, height, width) of the training images' type: ``Images``, a tensor or an array.
             samples: S, networks drawn; the form ``mean`` is one network, S = 1.
             seed: of the draws.
             chunk: at most this many images pass at a time.

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.settings import Tokens
+from pyro_isingvit.data.images import Kind
+from pyro_isingvit.data.intensity import Scale
 from pyro_isingvit.nets.shape import ACTIVATIONS
 
 FORMAT = 1
@@ -58,6 +59,14 @@ class CompactConfig(Tokens):
     norm_pre: bool = False
     final_norm: str = "tokens"
     format: int = FORMAT
+    kind: Kind = "uint8"  # of the pixels
+    low: tuple[float, ...] = ()  # pixels that become 0, by channel; empty: 0, or no change for floats
+    high: tuple[float, ...] = ()  # pixels that become 1; empty: the largest whole number
+
+    @property
+    def scale(self) -> Scale:
+        """Which pixel values become 0 and 1, and how the result is normalised."""
+        return Scale(self.kind, self.low, self.high, self.mean, self.std)
 
     def to_json(self) -> str:
         """The fields as indented JSON."""
@@ -73,10 +82,10 @@ class CompactConfig(Tokens):
         channels, *_ = self.image_shape
         if len(self.image_shape) != 3 or min(*self.image_shape, self.patch_size, self.width, self.head_dim) < 1:
             raise ValueError("images, patches and width need a size")
-        if not len(self.mean) == len(self.std) == channels or not all(map(math.isfinite, (*self.mean, *self.std))):
-            raise ValueError("mean and std are not those of the channels")
-        if min(self.std) <= 0 or not all(isinstance(name, str) for name in (self.dataset, *self.classes)):
-            raise ValueError("std or names that cannot be")
+        if len(self.mean) != channels or not self.scale.fits():
+            raise ValueError("mean, std, low and high are not those of the channels")
+        if not all(isinstance(name, str) for name in (self.dataset, *self.classes)):
+            raise ValueError("names that cannot be")
         if self.pool not in ("mean", "cls") or self.form not in ("mean", "bayes"):
             raise ValueError(f"unknown pool or form {self.pool!r:.20}, {self.form!r:.20}")
         if self.stem not in ("none", "conv"):
@@ -104,8 +113,8 @@ class CompactConfig(Tokens):
                 name: PosteriorShape(**{**shape, "scale": tuple(shape["scale"]), "index": _maybe(shape["index"])})
                 for name, shape in raw["posteriors"].items()
             }
-            for name in ("classes", "image_shape", "mean", "std"):
-                raw[name] = tuple(raw[name])
+            for name in ("classes", "image_shape", "mean", "std", "low", "high"):
+                raw[name] = tuple(raw.get(name, ()))
             config = cls(**raw)
             config.check()
             return config

@@ -136,6 +136,12 @@ def _arrays(tree: xr.DataTree, group: str, start: str = "") -> dict[str, np.ndar
     return {str(name): variables[name].values for name in variables if str(name).startswith(start)}
 
 
+def _shown(tree: xr.DataTree) -> np.ndarray | None:
+    """Images as a screen shows them, (B, 1 or 3, H, W) uint8; None where the run keeps none."""
+    constant = _arrays(tree, "constant_data")
+    return constant.get("shown", constant.get("pixels"))
+
+
 def _confusion_table(tree: xr.DataTree) -> np.ndarray:
     summary = _arrays(tree, "predictive_summary")
     guess = summary["prob_mean"].argmax(-1)
@@ -156,7 +162,7 @@ def _sections(tree: xr.DataTree, history: list[dict[str, Any]], config: RunConfi
     probs, labels = summary["prob_mean"], summary["y"]
     right = probs.argmax(-1) == labels
     retention, means, kept_heads = _retention(tree), _mean_retention(tree), _kept_heads(tree)
-    pixels = _arrays(tree, "constant_data").get("pixels")
+    pixels = _shown(tree)
     step = style.naming_step(len(classes))
     return [
         Section(
@@ -294,7 +300,9 @@ def _margins(tree: xr.DataTree, patch: int) -> Callable[..., Figure] | None:
     if "margin_by_layer" not in constant:
         return None
     names = tree.children["constant_data"].dataset["image_margin"].values
-    pixels = constant["pixels"][np.searchsorted(constant["image_index"], names)]
+    shown = _shown(tree)
+    assert shown is not None
+    pixels = shown[np.searchsorted(constant["image_index"], names)]
     return partial(attention_figures.attention_margins, constant["margin_by_layer"], pixels, names, patch)
 
 

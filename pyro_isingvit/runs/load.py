@@ -8,7 +8,7 @@ from torch import Tensor
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.settings import RunConfig
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.registry import row
 from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, read_config
 from pyro_isingvit.runs.run import Run, build_run

@@ -24,8 +24,10 @@ from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.settings import PretrainConfig, TrainConfig, ViTConfig
 from pyro_isingvit.data.augment import Augmentation
 from pyro_isingvit.data.batches import batches, count_steps
-from pyro_isingvit.data.images import Images, statistics
-from pyro_isingvit.data.split import UNLABELLED, DataInfo, Split
+from pyro_isingvit.data.images import Images
+from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.data.intensity import fit_scale
+from pyro_isingvit.data.split import UNLABELLED, Split
 from pyro_isingvit.methods.rates import matrix_groups
 from pyro_isingvit.nets.masked import MaskedImages
 from pyro_isingvit.nets.start import Start
@@ -113,9 +115,11 @@ class Pretraining:
             accelerator=train.device, devices=1, precision="bf16-mixed" if train.precision == "bf16" else "32-true"
         )
         self.split, self.held = part.take(order[held:]), part.take(order[:held])
-        mean, std = statistics(self.split.images)
-        channels, height, width = images.shape[1:]
-        self.info = DataInfo(settings.source, ("no", "labels"), channels, height, width, mean, std)
+        scale, (channels, height, width) = fit_scale(self.split.images), images.shape[1:]
+        self.info = DataInfo(
+            settings.source, ("no", "labels"), channels, height, width, scale.mean, scale.std, scale.kind, scale.low,
+            scale.high,
+        )  # fmt: skip
         views = TrainConfig(augment=train.augment, margin=train.margin)
         self.views = Augmentation(views, self.info)
         torch.manual_seed(train.seed)

@@ -12,7 +12,7 @@ from torch import nn
 
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import RunConfig
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.lean import LARGE
 from pyro_isingvit.ising.model import IsingViT

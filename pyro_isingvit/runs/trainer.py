@@ -143,6 +143,11 @@ class Trainer:
         self.method = self.run.method
         self.method.check(self.settings)
         need(
+            data.train.weights is None or self.method.weighs_images,
+            f"method {config.method} measures its posterior on the training images as they are and cannot weigh them; "
+            "leave out the weights.",
+        )
+        need(
             not self.settings.frozen_blocks or config.init is not None,
             "`frozen_blocks` would keep random weights; it is for a training that starts from a trained network.",
         )
@@ -267,7 +272,8 @@ class Trainer:
         sampled = self.settings.balance == "sampler"
         order = batches(self.data.train, self.settings.batch_size, self.settings.seed, epoch, self.multiple, sampled)
         for images, classes, rows in order:
-            x, labels = self.augmentation(images, classes)
+            weights = self.data.train.weights
+            x, labels = self.augmentation(images, classes, None if weights is None else weights[rows])
             visible = self.masking.draw(len(x), x.device)
             self.optimizer.zero_grad(set_to_none=True)
             progress = (session.step - first * steps) / ((last - first) * steps)

@@ -62,7 +62,8 @@ def run_to_datatree(
     - ``predictive_summary``: ``prob_mean``, ``prob_low``, ``prob_high`` (5%, 95%) (image_all, class); in nats
       ``entropy``, ``expected_entropy``, ``mutual_information`` (image_all); labels ``y``. Of all images.
     - ``posterior_predictive``: ``probs`` (sample, image, class); ``observed_data``: ``y`` (image);
-      ``constant_data``: ``pixels`` (image, channel, height, width), ``image_index``. At most ``max_images``.
+      ``constant_data``: ``pixels`` (image, channel, height, width) as they were read, ``shown`` (image, colour, height,
+      width) where a screen cannot show those, ``image_index``. At most ``max_images``.
     - ``constant_data``, of at most 200 of those images (``image_margin``, named as in ``image``), at the posterior
       mean weights: attention margins (nets/margins.py) ``margin`` (image_margin, token), the least over layers and
       heads; ``margin_by_layer`` (image_margin, layer, token), over heads; ``support_token`` (image_margin), its
@@ -111,8 +112,14 @@ def run_to_datatree(
     if limit < len(split):
         index = np.sort(np.random.default_rng(seed).choice(len(split), limit, replace=False))
         log.info("storing probabilities and pixels of %d of %d images, chosen at random", limit, len(split))
-    constant = {"pixels": split.images[index], "image_index": index}
-    constant_dims = {"pixels": ["image", "channel", "height", "width"], "image_index": ["image"], **MARGIN_DIMS}
+    pixels = split.images[index]
+    constant = {"pixels": pixels, "image_index": index}
+    if not run.info.visible:
+        constant["shown"] = run.info.scale.shown(pixels)
+    constant_dims = {
+        "pixels": ["image", "channel", "height", "width"], "image_index": ["image"],
+        "shown": ["image", "colour", "height", "width"], **MARGIN_DIMS,
+    }  # fmt: skip
     chosen = _margin_images(run, index) if run.has_masks else index[:0]
     if len(chosen):
         constant |= _margins(run, split.images[chosen])

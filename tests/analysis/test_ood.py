@@ -16,7 +16,7 @@ from analysis.shift import choose, fit_images, load_runs, own_test_part
 from analysis.strange import file_names, strange_images
 from inference.train import main as train
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.predictive.detection import SCORES
 
 GREY = DataInfo("grey", ("a", "b"), 1, 8, 8, (0.5,), (0.25,))

@@ -17,8 +17,8 @@ from inference import predict
 from inference.cli import print_table
 from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint
 from pyro_isingvit.core.untrusted import csv_text, file_stem, plain, printable
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.load import load_data
-from pyro_isingvit.data.split import DataInfo
 from pyro_isingvit.pruning.shapes import CONFIG
 
 

@@ -11,7 +11,8 @@ from inference.train import main
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import IsingConfig, RunConfig, TrainConfig, ViTConfig
 from pyro_isingvit.data.augment import GROUPS, Augmentation, random_crop, random_flip
-from pyro_isingvit.data.split import DataInfo, ImageData
+from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.ising.curvature import SALIENCY
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.vit import ViT

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.data.batches import batches
-from pyro_isingvit.data.images import CHUNK, Images, InMemory, Subset, as_images, copies, statistics
+from pyro_isingvit.data.images import CHUNK, Images, InMemory, Subset, as_images, copies
+from pyro_isingvit.data.intensity import fit_scale
 from pyro_isingvit.data.split import Split
 
 COUNT = 7
@@ -105,7 +106,7 @@ def test_memory_is_shared_where_it_can_be() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [ARRAY.float(), ARRAY[0], ARRAY.numpy().astype(np.int64), ARRAY.numpy()[:, 0], [1], None]
+    "bad", [ARRAY.double(), ARRAY[0], ARRAY.numpy().astype(np.int64), ARRAY.numpy()[:, 0], [1], None]
 )
 def test_what_is_no_images(bad) -> None:
     with pytest.raises(UserError, match="expected images"):
@@ -126,8 +127,9 @@ def test_a_split_accepts_arrays_and_checks_counts() -> None:
 def test_statistics_and_copies_in_chunks(monkeypatch) -> None:
     tensor = torch.randint(0, 256, (CHUNK + 10, 3, 2, 2), dtype=torch.uint8)
     tensor[CHUNK + 1] = tensor[3]
-    mean, std = statistics(OnDemand(tensor))
-    assert (mean, std) == statistics(tensor)
+    scale = fit_scale(OnDemand(tensor))
+    assert scale == fit_scale(as_images(tensor))
+    mean, std = scale.mean, scale.std
     plain = tensor.double() / 255
     np.testing.assert_allclose(mean, plain.mean((0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(std, plain.std((0, 2, 3), correction=0), rtol=1e-12)

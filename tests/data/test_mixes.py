@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import RunConfig, TrainConfig
 from pyro_isingvit.data.augment import ALPHAS, Augmentation, draw_share, random_crop
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.ising.curvature import SALIENCY
 
 INFO = DataInfo("made", tuple("abcdefghij"), 1, 8, 6, (0.5,), (0.25,))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.presets import PRESETS, preset
 from pyro_isingvit.core.settings import ViTConfig
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.ising.layout import GRANULARITIES
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.nets.vit import ViT

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from pyro_isingvit import UserError, ViTConfig
 from pyro_isingvit.core.settings import RunConfig
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.base import method_class
 from pyro_isingvit.methods.registry import METHODS, with_defaults
 from pyro_isingvit.nets.start import Start

@@ -14,7 +14,7 @@ from safetensors.torch import load, save_file
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.presets import PRESETS, preset
-from pyro_isingvit.data.split import DataInfo
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.ising.layout import GRANULARITIES
 from pyro_isingvit.nets.vit import ViT, Weights
 from pyro_isingvit.pruning.assembly import assemble

@@ -19,7 +19,8 @@ from pyro_isingvit.core.settings import IsingConfig, TrainConfig
 from pyro_isingvit.data.augment import Augmentation
 from pyro_isingvit.data.balance import balanced_order, class_weights
 from pyro_isingvit.data.batches import batches, count_steps
-from pyro_isingvit.data.split import DataInfo, ImageData, Split
+from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.data.split import ImageData, Split
 from pyro_isingvit.ising.curvature import exact, gnb, lm
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.likelihood import Likelihood

@@ -18,7 +18,8 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_med
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import IsingConfig, RunConfig, ViTConfig
-from pyro_isingvit.data.split import DataInfo, Split
+from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.data.split import Split
 from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.predictive.datatree import load_datatree, save_datatree
 from pyro_isingvit.predictive.from_pyro import from_pyro_svi

@@ -1,0 +1,109 @@
+"""What a network must know of its data: classes, shape and scale of the images.
+
+Shapes: N images, C channels, H height, W width.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.data.images import Images, Kind, as_images
+from pyro_isingvit.data.intensity import Scale
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a network must know of its data: classes, image shape, statistics of the training part."""
+
+    dataset: str
+    classes: tuple[str, ...]
+    channels: int
+    height: int
+    width: int
+    mean: tuple[float, ...]  # (C,), of pixels scaled to [0, 1]
+    std: tuple[float, ...]  # (C,), at least 1e-3
+    kind: Kind = "uint8"  # of the pixels
+    low: tuple[float, ...] = ()  # (C,), pixels that become 0; empty: 0, or no change for floats
+    high: tuple[float, ...] = ()  # (C,), pixels that become 1; empty: the largest whole number
+    counts: tuple[int, ...] = ()  # training images of each class; () where they are not known, as before version 0.7
+
+    @property
+    def shares(self) -> tuple[float, ...] | None:
+        """Share of each class in the training part; None where ``counts`` is not known."""
+        total = sum(self.counts)
+        return tuple(count / total for count in self.counts) if total else None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return self.channels, self.height, self.width
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.classes)
+
+    @cached_property
+    def scale(self) -> Scale:
+        """Which pixel values become 0 and 1, and how the result is normalised."""
+        return Scale(self.kind, self.low, self.high, self.mean, self.std)
+
+    @property
+    def visible(self) -> bool:
+        """Whether images can be shown as they are: 8 bits, grey or colour."""
+        return self.kind == "uint8" and not self.low and self.channels in (1, 3)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def is_that_of(self, raw: Any) -> bool:
+        """Whether ``raw``, which ``to_dict`` wrote, describes these data; before version 0.7 it had fewer fields."""
+        before = {"kind": "uint8", "low": [], "high": [], "counts": list(self.counts)}
+        return isinstance(raw, dict) and before | raw == self.to_dict()
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "DataInfo":
+        """Reads what ``to_dict`` wrote.
+
+        Raises:
+            UserError: a field is missing, unknown or of another kind.
+        """
+        try:
+            lists = {key: tuple(value) for key, value in raw.items() if isinstance(value, list)}
+            info = cls(**{**raw, **lists})
+            sizes = all(type(n) is int and 1 <= n <= 2**16 for n in (info.channels, info.height, info.width))
+            texts = all(isinstance(name, str) for name in (info.dataset, *info.classes))
+            counted = not info.counts or len(info.counts) == len(info.classes)
+            counted = counted and all(type(n) is int and 0 <= n < 2**53 for n in info.counts)
+            if not (sizes and texts and counted and len(info.mean) == info.channels and info.scale.fits()):
+                raise TypeError("sizes, names, counts or pixel statistics that cannot be")
+            return info
+        except (KeyError, TypeError) as error:
+            raise UserError(f"the saved data description is damaged ({why(error)}); train again.") from error
+
+    def normalise(self, images: Tensor | Images) -> Tensor:
+        """(scaled - mean) / std, (N, C, H, W) -> float32, on the images' device; scaled = images / 255 for 8 bits.
+
+        Args:
+            images: all of them become floats at once; ``Split.batches`` takes them in turn.
+
+        Raises:
+            UserError: other channels, size or type than the training images.
+        """
+        return self.scale.standardised(self.scale.scaled(self.checked(images)))
+
+    def checked(self, images: Tensor | Images) -> Tensor:
+        """The images as a tensor.
+
+        Raises:
+            UserError: other channels, size or type than the training images.
+        """
+        images = images if isinstance(images, Tensor) else as_images(images)[:]
+        expected = f"(N, {self.channels}, {self.height}, {self.width}) {self.scale.dtype}"
+        got = f"{('N', *images.shape[1:])} {images.dtype}".replace("'", "")
+        need(got == expected, f"expected images {expected}, as in training on {self.dataset}; got {got}.")
+        return images

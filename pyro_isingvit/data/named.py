@@ -1,0 +1,46 @@
+"""What readers of a user's own files share: path, way of reading, groups in the files' names."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.settings import DataConfig
+from pyro_isingvit.core.untrusted import printable
+from pyro_isingvit.data.decode import Reading
+from pyro_isingvit.data.split import Split
+
+Parts = tuple[Split, Split | None, Split | None, tuple[str, ...]]  # official train, val, test; class names
+
+
+def path_of(source: DataConfig) -> Path:
+    """The path after the colon of ``name:PATH``."""
+    return Path(source.dataset.partition(":")[2]).expanduser()
+
+
+def reading_of(source: DataConfig) -> Reading:
+    """How files become images."""
+    size = source.image_size
+    return Reading((size, size) if size else None, source.resize, source.pages)
+
+
+def groups_of(names: Sequence[str], pattern: str | None) -> tuple[str, ...]:
+    """The group that each file's name tells: what the first parentheses of the pattern hold, or all that it matches.
+
+    Args:
+        names: paths below the data's folder, with forward slashes.
+        pattern: a regular expression; None: no groups.
+
+    Raises:
+        UserError: no regular expression, or a name in which it finds nothing.
+    """
+    if pattern is None:
+        return ()
+    try:
+        search = re.compile(pattern).search
+    except re.error as error:
+        raise UserError(f"`groups` {pattern!r} is no regular expression ({why(error)}).") from error
+    found = [search(name) for name in names]
+    lost = next((name for name, match in zip(names, found, strict=True) if match is None or not match[0]), None)
+    need(lost is None, f"`groups` {pattern!r} finds no group in the file name {printable(lost or '')!r}.")
+    return tuple(printable((match[1] if match.re.groups else match[0]) or "") for match in found if match)

@@ -1,0 +1,143 @@
+"""A table of image files: one line per image, with its path, its label and, if known, part, group and weight.
+
+The table may come from anyone: paths stay below its folder, texts are shown with control characters written out.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.settings import DataConfig
+from pyro_isingvit.core.untrusted import printable
+from pyro_isingvit.data.arrays import image_weights
+from pyro_isingvit.data.files import read_files
+from pyro_isingvit.data.named import Parts, groups_of, path_of, reading_of
+from pyro_isingvit.data.split import Split
+
+COLUMNS = ("path", "label", "split", "group", "weight")
+NEEDED = COLUMNS[:2]
+SPLITS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+}  # fmt: skip
+FIRST = 2  # line of the first image
+
+
+def csv_table(source: DataConfig) -> Parts:
+    """A table with a header: columns path and label, and, or not, split, group and weight.
+
+    Paths start at the table's folder. ``split`` is train, val or test. Images of one group stay in one part. Weights
+    are those of the images in the training loss. Labels that are all whole numbers are sorted as such, others as text.
+
+    Raises:
+        UserError: a missing or unreadable table, a missing column, or a line that cannot be used; the message names it.
+    """
+    file = path_of(source)
+    table = read_table(file, source.columns)
+    need(len(table), f"{file} has no lines below its header.")
+    paths = files_of(table["path"], file)
+    labels, names = table["label"].str.strip(), [printable(path) for path in table["path"]]
+    _each(file, table, "label", labels != "", "has no label; label or remove the image")
+    numeric = labels.str.fullmatch(r"\d{1,9}").all()
+    classes = sorted(set(labels), key=lambda label: (int(label) if numeric else 0, label))
+    numbers = torch.tensor(labels.map({label: i for i, label in enumerate(classes)}).to_list())
+    groups = tuple(printable(each) for each in table["group"]) if "group" in table else groups_of(names, source.groups)
+    if "group" in table:
+        need(source.groups is None, f"{file} has a column of groups; leave out `groups`, or name another column.")
+        _each(file, table, "group", table["group"].str.strip() != "", "has no group; name one, or remove the image")
+    weights = _weights(file, table) if "weight" in table else None
+    parts = pd.Series("train", table.index)
+    if "split" in table:
+        said = table["split"].str.strip().str.lower()
+        _each(file, table, "split", said.isin(list(SPLITS)), "is none of train, val and test")
+        parts = said.map(SPLITS)
+        need((parts == "train").any(), f"{file} has no line whose split is train.")
+    images, _ = read_files(paths, reading_of(source), cache=source.cache)
+    whole = Split(images, numbers, tuple(names), groups, weights)
+    found = {name: np.flatnonzero(parts == name) for name in ("train", "val", "test")}
+    cut = {name: whole.take(rows) for name, rows in found.items() if len(rows)}
+    lost = set(classes) - set(labels[parts == "train"])
+    need(not lost, f"{file}: class {printable(min(lost, default=''))!r} has no training image.")
+    return cut["train"], cut.get("val"), cut.get("test"), tuple(map(printable, classes))
+
+
+def read_table(file: Path, renamed: str = "") -> pd.DataFrame:
+    """The table as texts, its known columns called as in ``COLUMNS``; others are left out.
+
+    Args:
+        file: comma, semicolon or tab between the columns; UTF-8.
+        renamed: "path=file,label=finding" where the columns have other names.
+
+    Raises:
+        UserError: a missing or unreadable table, or a missing or doubled column.
+    """
+    names = dict(zip(COLUMNS, COLUMNS, strict=True))
+    for pair in filter(None, renamed.split(",")):
+        known, equals, name = (text.strip() for text in pair.partition("="))
+        wrong = (
+            f"`columns` must be like 'path=file,label=finding', with {', '.join(COLUMNS)} on the left, not {renamed!r}."
+        )
+        need(equals and name and known in COLUMNS, wrong)
+        names[known] = name
+    need(file.is_file(), f"no such file: {file}.")
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            head = lines.readline()
+        separator = max(",;\t", key=head.count)
+        table = pd.read_csv(
+            file, sep=separator, dtype=str, keep_default_na=False, na_filter=False, encoding="utf-8-sig",
+            index_col=False, skipinitialspace=True, skip_blank_lines=False, on_bad_lines="error",
+        )  # fmt: skip
+    except Exception as error:  # a damaged file makes the reader raise almost anything
+        raise UserError(f"cannot read {file} as a table in UTF-8 ({why(error)}).") from error
+    table.columns = table.columns.str.strip()
+    have = ", ".join(printable(str(column)) for column in table.columns)
+    for known, name in names.items():
+        optional = known not in NEEDED and name == known
+        count = int((table.columns == name).sum())
+        need(count or optional, f"{file} has no column {name!r}; it has: {have}. `columns` names others.")
+        need(count <= 1, f"{file} has {count} columns {name!r}; keep one.")
+    here = {name: known for known, name in names.items() if name in table.columns}
+    return table[list(here)].rename(columns=here)
+
+
+def files_of(texts: "pd.Series[str]", file: Path) -> list[Path]:
+    """The files that a table names.
+
+    Raises:
+        UserError: a path that leaves the table's folder, or a file that is not there.
+    """
+    folder = file.parent.resolve()
+    inside = f"lies outside of {folder}; paths are relative to the table's folder and stay in it"
+    paths, known = [], dict[str, bool]()  # folder -> whether it lies inside, links followed
+    for row, text in enumerate(texts):
+        where = f"{file}, line {row + FIRST}: path '{printable(text)}'"
+        need(text.strip() and "\0" not in text, f"{where} is no path of a file.")
+        joined = os.path.normpath(os.path.join(folder, text))
+        above = os.path.dirname(joined)
+        if above not in known:
+            known[above] = Path(above).resolve().is_relative_to(folder)
+        need(known[above], f"{where} {inside}.")
+        path = Path(joined)
+        need(path.is_file(), f"{where}: there is no such file.")
+        need(not path.is_symlink() or path.resolve().is_relative_to(folder), f"{where} {inside}.")
+        paths.append(path)
+    return paths
+
+
+def _weights(file: Path, table: pd.DataFrame) -> torch.Tensor | None:
+    numbers = pd.to_numeric(table["weight"], errors="coerce")
+    _each(file, table, "weight", np.isfinite(numbers) & (numbers > 0), "is no positive number")
+    return image_weights(numbers.to_numpy())
+
+
+def _each(file: Path, table: pd.DataFrame, column: str, good: "pd.Series[bool]", problem: str) -> None:
+    """Raises UserError for the first line that is not good."""
+    bad = np.flatnonzero(~good.to_numpy())
+    if len(bad):
+        text = printable(str(table[column].iloc[bad[0]]))
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise UserError(f"{file}, line {bad[0] + FIRST}: {column} '{text}' {problem}{more}.")

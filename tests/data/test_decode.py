@@ -1,0 +1,166 @@
+"""Images of 8, 16 and 32 bits, with 1 to 16 channels, in the files that labs have."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.data.decode import Look, Reading, common, converted, look, read, resized
+from pyro_isingvit.data.files import read_files
+
+RNG = np.random.default_rng(0)
+SIZE = (9, 7)
+DEEP = RNG.integers(0, 65536, SIZE, np.uint16)
+SIGNED = RNG.integers(-1000, 3000, SIZE, np.int16)
+FLOATS = RNG.normal(size=SIZE).astype(np.float32)
+COLOURS = RNG.integers(0, 65536, (*SIZE, 3), np.uint16)
+FIVE = RNG.integers(0, 65536, (*SIZE, 5), np.uint16)
+PAGES = RNG.normal(size=(4, *SIZE)).astype(np.float32)
+
+
+def tiff(array, **settings):
+    return lambda path: tifffile.imwrite(path, array, **settings)
+
+
+def write_deep_colour_png(path, array):
+    """A 16-bit RGB or grey-alpha PNG, by hand: signature, header, one zlib stream of unfiltered rows."""
+    height, width, samples = array.shape
+    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[samples], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    with path.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for name, data in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+            file.write(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)))
+
+
+ALPHA = np.concatenate([COLOURS, DEEP[..., None]], axis=2)
+CASES = {
+    "16-bit PNG": ("a.png", lambda p: Image.fromarray(DEEP).save(p), "first", DEEP[..., None]),
+    "16-bit colour PNG": ("a.png", lambda p: write_deep_colour_png(p, COLOURS), "first", COLOURS),
+    "16-bit colour and alpha PNG": ("a.png", lambda p: write_deep_colour_png(p, ALPHA), "first", COLOURS),
+    "16-bit grey and alpha PNG": (
+        "a.png", lambda p: write_deep_colour_png(p, ALPHA[..., 2:]), "first", COLOURS[..., 2:],
+    ),
+    "16-bit TIFF": ("a.tif", tiff(DEEP), "first", DEEP[..., None]),
+    "LZW TIFF": ("a.tif", tiff(DEEP, compression="lzw"), "first", DEEP[..., None]),
+    "signed TIFF": ("a.tif", tiff(SIGNED), "first", SIGNED[..., None].astype(np.float32)),
+    "float TIFF": ("a.tiff", tiff(FLOATS), "first", FLOATS[..., None]),
+    "16-bit colour TIFF": ("a.tif", tiff(COLOURS, photometric="rgb"), "first", COLOURS),
+    "16-bit colour LZW TIFF": ("a.tif", tiff(COLOURS, photometric="rgb", compression="lzw"), "first", COLOURS),
+    "five channels": ("a.tif", tiff(FIVE, photometric="minisblack", planarconfig="contig"), "first", FIVE),
+    "five planes": (
+        "a.tif", tiff(np.moveaxis(FIVE, 2, 0), photometric="minisblack", planarconfig="separate"), "first", FIVE,
+    ),
+    "first page": ("a.tif", tiff(PAGES, photometric="minisblack"), "first", PAGES[0][..., None]),
+    "pages": ("a.tif", tiff(PAGES, photometric="minisblack"), "channels", np.moveaxis(PAGES, 0, 2)),
+    "grey NPY": ("a.npy", lambda p: np.save(p, DEEP), "first", DEEP[..., None]),
+    "NPY, channels last": ("a.npy", lambda p: np.save(p, FIVE[:, :, :3]), "first", FIVE[:, :, :3]),
+    "NPY, channels first": ("a.npy", lambda p: np.save(p, np.zeros((4, 20, 30))), "first", np.zeros((20, 30, 4), "f4")),
+    "bool NPY": ("a.npy", lambda p: np.save(p, DEEP > 9), "first", ((DEEP > 9) * 255).astype(np.uint8)[..., None]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_bit_is_kept(name, tmp_path):
+    file, write, pages, wanted = CASES[name]
+    write(tmp_path / file)
+    reading = Reading(pages=pages)
+    seen = look(tmp_path / file, reading)
+    assert seen == Look(wanted.shape[2], *wanted.shape[:2], wanted.dtype.name)
+    got = read(tmp_path / file, reading, seen)
+    assert got.dtype == wanted.dtype
+    np.testing.assert_array_equal(got, wanted.transpose(2, 0, 1))
+
+
+def test_eight_bits_beside_sixteen_and_grey_beside_colour(tmp_path):
+    Image.fromarray(DEEP).save(tmp_path / "deep.png")
+    Image.new("RGB", SIZE[::-1], (255, 128, 0)).save(tmp_path / "colour.png")
+    paths = [tmp_path / "deep.png", tmp_path / "colour.png"]
+    images, resized_count = read_files(paths, Reading())
+    assert (images.kind, images.shape, resized_count) == ("uint16", (2, 3, *SIZE), 0)
+    assert torch.equal(images[0][2], torch.from_numpy(DEEP.astype(np.float32)))
+    assert images[1][:, 0, 0].tolist() == [65535, 128 * 257, 0]  # both ends of 8 bits are ends of 16
+    eight = converted(DEEP[..., None], Look(1, *SIZE, "uint8"))  # a run of 8 bits takes the upper ones
+    assert np.array_equal(eight[..., 0], DEEP >> 8)
+
+
+def test_files_that_do_not_go_together(tmp_path):
+    np.save(tmp_path / "a.npy", FLOATS)
+    Image.fromarray(DEEP).save(tmp_path / "b.png")
+    tifffile.imwrite(tmp_path / "c.tif", FIVE, photometric="minisblack", planarconfig="contig")
+    Image.new("L", (5, 5)).save(tmp_path / "d.png")
+    for pair, message in (
+        ("ab", r"a.npy has pixels of type float32, .*b.png of uint16"),
+        ("bc", r"b.png has 1 channel\(s\), .*c.tif has 5"),
+        ("bd", r"differ in size: .*b.png is 7x9, .*d.png is 5x5; give one `image_size`"),
+    ):
+        paths = [next(tmp_path.glob(f"{letter}.*")) for letter in pair]
+        with pytest.raises(UserError, match=message):
+            read_files(paths, Reading())
+    seen = [look(path, Reading()) for path in (tmp_path / "b.png", tmp_path / "d.png")]
+    assert common(seen, [tmp_path] * 2, Reading((4, 4))) == Look(1, 4, 4, "uint16")
+
+
+BROKEN = {
+    "a.npy": b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (3, 3), }",
+    "b.npy": b"not an array",
+    "c.tif": b"II*\x00\x08\x00\x00\x00",
+    "d.png": b"\x89PNG\r\n\x1a\n" + bytes(16) + b"\x10\x02",
+    "e.tif": b"",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_named(name, tmp_path):
+    (tmp_path / name).write_bytes(BROKEN[name])
+    with pytest.raises(UserError, match=rf"cannot read the image .*{name}"):
+        read_files([tmp_path / name], Reading())
+
+
+def test_arrays_and_pages_that_cannot_be_images(tmp_path):
+    cases = {
+        "cube": (lambda p: np.save(p, np.zeros((20, 20, 20))), "no axis of it is surely"),
+        "line": (lambda p: np.save(p, np.zeros(20)), r"its shape is \(20,\)"),
+        "nan": (lambda p: np.save(p, np.full((4, 4), np.nan)), "NaN or infinite"),
+        "text": (lambda p: np.save(p, np.full((4, 4), "a")), "pixels of type <U1"),
+    }
+    for name, (write, message) in cases.items():
+        write(tmp_path / f"{name}.npy")
+        with pytest.raises(UserError, match=message):
+            read_files([tmp_path / f"{name}.npy"], Reading())
+    tifffile.imwrite(tmp_path / "many.tif", np.zeros((17, 4, 4), np.uint8), photometric="minisblack")
+    with pytest.raises(UserError, match="17 channels; at most 16"):
+        read_files([tmp_path / "many.tif"], Reading(pages="channels"))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_shapes_are_kept(kind):
+    wide = np.full((10, 20, 2), 30, kind)
+    wide[:, 2:, 0] = 200
+    fitted = resized(wide, (20, 20), "fit")
+    assert fitted.shape == (20, 20, 2) and fitted.dtype == kind
+    assert (fitted[[*range(5), *range(15, 20)]] == 30).all() and (fitted[5:15, 2:, 0] == 200).all()
+    assert (fitted[..., 1] == 30).all()
+    wide[:, :2, 0] = 200
+    half = wide.copy()
+    half[:, 5:15] = 100
+    assert (resized(half, (10, 10), "crop") == 100).all()
+    assert (resized(half, (10, 10), "stretch")[:, 0, 0] == 200).all()
+    assert resized(wide, (5, 7), "fit").shape == resized(wide, (5, 7), "crop").shape == (5, 7, 2)
+
+
+def test_resizing_agrees_with_images_in_memory():
+    """Files and arrays are framed alike; only the filter differs."""
+    from pyro_isingvit.data.images import InMemory, Resized
+
+    array = np.zeros((1, 12, 24, 1), np.uint8)
+    array[:, 3:9, 6:18] = 255
+    for how in ("fit", "crop", "stretch"):
+        there = Resized(InMemory(torch.from_numpy(array.transpose(0, 3, 1, 2).copy())), 12, how)[:][0, 0].int()
+        here = torch.from_numpy(resized(array[0], (12, 12), how)[..., 0]).int()
+        assert (there - here).abs().float().mean() < 12, how

@@ -1,0 +1,98 @@
+"""Images of one patient, slide or plate never fall into two parts."""
+
+import numpy as np
+import pytest
+from helpers import pixels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pyro_isingvit import ImageData, load_data
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.settings import DataConfig
+from pyro_isingvit.data.load import development_data
+from pyro_isingvit.data.stratify import hold_out_groups, shared_group
+
+RNG = np.random.default_rng(0)
+
+
+def made(count, groups, seed=0):
+    rng = np.random.default_rng(seed)
+    return pixels(count, 6, 6), np.arange(count) % 2, rng.integers(0, groups, count)
+
+
+def check(data):
+    parts = [set(part.groups) for part in (data.train, data.val, data.test)]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    for part in (data.train, data.val):
+        assert set(part.labels.tolist()) == set(range(data.info.num_classes))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(60, 300), st.integers(12, 40), st.integers(0, 10**6), st.sampled_from([None, 20]))
+def test_no_group_in_two_parts(count, groups, seed, train_size):
+    images, labels, named = made(count, groups, seed)
+    data = ImageData.from_arrays(images, labels, groups=named, seed=seed, train_size=train_size)
+    check(data)
+    assert train_size is None or len(data.train) == train_size
+    assert 0.05 * count <= len(data.test) <= 0.4 * count
+    again = ImageData.from_arrays(images, labels, groups=named, seed=seed, train_size=train_size)
+    assert again.train.groups == data.train.groups
+    other = ImageData.from_arrays(images, labels, groups=named, seed=seed + 1, train_size=train_size)
+    assert other.test.groups == data.test.groups  # whatever the seed
+
+
+def test_groups_in_the_files_names(tmp_path):
+    for name, label in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        for i in range(30):
+            Image.fromarray(pixels(6, 6, seed=30 * label + i)).save(tmp_path / name / f"patient{i // 3:02d}-{i}.png")
+    spec = f"imagefolder:{tmp_path}"
+    for pattern in (r"patient(\d+)", r"patient\d+"):
+        data = load_data(spec, groups=pattern)
+        check(data)
+        assert len(set(data.train.groups) | set(data.val.groups) | set(data.test.groups)) == 10
+    assert data.train.groups[0] in data.train.names[0]
+    check(development_data(DataConfig(dataset=spec, groups=r"patient(\d+)"), 12))
+    for pattern, message in (
+        ("[", "is no regular expression"),
+        ("plate", "finds no group in the file name 'a/patient"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_data(spec, groups=pattern)
+    with pytest.raises(UserError, match="is for names of files"):
+        np.savez(tmp_path / "a.npz", train_images=pixels(4, 6, 6), train_labels=[0, 1, 0, 1])
+        load_data(f"npz:{tmp_path / 'a.npz'}", groups="x")
+
+
+def test_groups_in_an_npz_and_a_leak(tmp_path):
+    images, labels, named = made(80, 16)
+    arrays = {"train_images": images, "train_labels": labels, "train_groups": named}
+    np.savez(tmp_path / "a.npz", **arrays)
+    check(load_data(f"npz:{tmp_path / 'a.npz'}"))
+    test = {"test_images": images[:8], "test_labels": labels[:8], "test_groups": named[:8]}
+    np.savez(tmp_path / "a.npz", **arrays, **test)
+    with pytest.raises(UserError, match=r"group '\d+' has images in two parts"):
+        load_data(f"npz:{tmp_path / 'a.npz'}")
+
+
+def test_too_few_groups():
+    images, labels, _ = made(40, 4)
+    alone = np.where(labels == 1, 0, np.arange(40))
+    with pytest.raises(UserError, match=r"class '1' has images of one group.*for testing; add groups"):
+        ImageData.from_arrays(images, labels, groups=alone)
+    two = np.where(labels == 1, np.arange(40) % 4 // 2, np.arange(40))
+    with pytest.raises(UserError, match=r"class '1' has images of one group.*for validation"):
+        ImageData.from_arrays(images, labels, groups=two)
+    with pytest.raises(UserError, match="40 images, 40 labels, 3 groups"):
+        ImageData.from_arrays(images, labels, groups=[1, 2, 3])
+
+
+def test_the_fold_keeps_the_classes_shares():
+    labels = RNG.choice(3, 600, p=[0.7, 0.2, 0.1])
+    groups = [str(i) for i in RNG.integers(0, 100, 600)]
+    rest, held_out = hold_out_groups(labels, groups, 120, RNG, ("a", "b", "c"), "testing")
+    assert len(rest) + len(held_out) == 600 and 90 <= len(held_out) <= 150
+    shares = np.bincount(labels[held_out]) / len(held_out)
+    np.testing.assert_allclose(shares, np.bincount(labels) / 600, atol=0.05)
+    assert shared_group([[groups[i] for i in part] for part in (rest, held_out)]) is None
