@@ -179,7 +179,9 @@ def _sections(tree: xr.DataTree, history: list[dict[str, Any]], config: RunConfi
             "Each bar collects the test images whose predicted class got a probability in that range; its "
             "height is the share that was right. Hatching is the gap to the mean confidence: a bar that "
             "ends below the dashed line is overconfident, one above it too modest. Bars of few images "
-            "(grey, logarithmic) say little. ECE is the gap averaged over the images.",
+            "(grey, logarithmic) say little. ECE is the gap averaged over the images."
+            + (" The probabilities are those under equal classes (setting balance): where the test part has other "
+               "shares, they cause a part of the gap." if config.train.balance != "none" else ""),
             partial(figures.reliability_diagram, probs, labels), half=True,
         ),
         Section(
