@@ -15,6 +15,7 @@ from pyro_isingvit.predictive.coverage import uncertainty_metrics
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.predictive.rel_u import misclassification_metrics
+from pyro_isingvit.predictive.validation import Validation
 from pyro_isingvit.pruning.deployed import deployment_cost
 from pyro_isingvit.runs.folder import METRICS, POSTERIOR
 from pyro_isingvit.runs.predict import draw_predictive
@@ -30,12 +31,14 @@ class Evaluation:
         draws: what the run predicts for them.
         metrics: as in metrics.json.
         seed: of the draws.
+        validation: what the same networks say about the validation part; None: there is none.
     """
 
     split: Split
     draws: PredictiveDraws
     metrics: dict[str, Any]
     seed: int
+    validation: Validation | None = None
 
 
 def evaluate(
@@ -70,8 +73,12 @@ def evaluate(
     seed = run.config.train.seed if seed is None else seed
     val = None if val is None or len(val) == 0 else val
     draws = draw_predictive(run, split.images, samples, seed=seed, progress=progress)
-    val_draws = None if val is None else draw_predictive(run, val.images, CALIBRATION_SAMPLES, seed=seed)
-    val_labels = None if val is None else val.labels
+    val_draws, val_labels, validation = None, None, None
+    if val is not None:
+        drawn = draw_predictive(run, val.images, max(samples, CALIBRATION_SAMPLES), seed=seed)
+        val_draws, val_labels = PredictiveDraws(drawn.probs[:CALIBRATION_SAMPLES]), val.labels
+        same = drawn.probs[: len(draws.probs)]  # the networks that the images of ``split`` were shown to
+        validation = Validation(same.mean(0), val.labels.cpu(), len(same), seed)
     temperature = float(run.temperature)
     plain = temper(draws.probs, 1.0 / temperature)  # at T = 1
     fitted = temperature if run.config.train.calibrate else _fit(val_draws, val_labels, run.balanced)
@@ -103,7 +110,7 @@ def evaluate(
     }
     if run.has_masks:
         metrics |= {"kappa_mask": run.guide.kappa_mask, "kappa_weights": run.guide.kappa_weights}
-    return Evaluation(split, draws, metrics, seed)
+    return Evaluation(split, draws, metrics, seed, validation)
 
 
 def write_evaluation(run: Run, evaluation: Evaluation, folder: Path, full: bool = False) -> None:
@@ -121,7 +128,9 @@ def write_evaluation(run: Run, evaluation: Evaluation, folder: Path, full: bool 
     from pyro_isingvit.predictive.datatree import save_datatree
     from pyro_isingvit.runs.tree import run_to_datatree
 
-    tree = run_to_datatree(run, evaluation.split, evaluation.draws, full=full, seed=evaluation.seed)
+    tree = run_to_datatree(
+        run, evaluation.split, evaluation.draws, full=full, seed=evaluation.seed, validation=evaluation.validation
+    )
     save_datatree(tree, folder / POSTERIOR)
     write_json(folder / METRICS, evaluation.metrics)
 

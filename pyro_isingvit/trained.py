@@ -12,6 +12,7 @@ from pyro_isingvit.data.given import Labelled, labelled, pixels
 from pyro_isingvit.data.split import DataInfo, ImageData, Split
 from pyro_isingvit.evaluation import Evaluation, evaluate, write_evaluation
 from pyro_isingvit.predictive.draws import PredictiveDraws
+from pyro_isingvit.predictive.validation import Validation
 from pyro_isingvit.pruning.choose import Form, Weighting, compact
 from pyro_isingvit.pruning.network import CompactViT
 from pyro_isingvit.runs.folder import (
@@ -29,6 +30,7 @@ from pyro_isingvit.runs.folder import (
 from pyro_isingvit.runs.load import open_run
 from pyro_isingvit.runs.predict import CHUNK, draw_predictive
 from pyro_isingvit.runs.run import Run, build_run
+from pyro_isingvit.runs.validation import validation_of
 
 
 class TrainedRun(Run):
@@ -222,6 +224,33 @@ class TrainedRun(Run):
             (torch.Size([20, 3, 10]), torch.Size([3, 10]), torch.Size([3]))
         """
         return draw_predictive(self, pixels(images, self.info), num_samples, chunk, seed, progress)
+
+    def validation(self) -> Validation:
+        """What the run predicts for its validation images: what ``conformal_sets`` and ``acceptance`` learn from.
+
+        Images that are compared with them are predicted with the same networks, so with its ``samples`` and ``seed``.
+
+        Returns:
+            probabilities (n, C), labels (n,), ``samples`` and ``seed``: of the last evaluation, of the run's folder, or
+            drawn anew.
+
+        Raises:
+            UserError: there is no validation part, or the run does not know it any more, as after ``load_run`` of a run
+                that was not evaluated on data that can be loaded by name.
+
+        Examples:
+            >>> from pyro_isingvit import ViTConfig, conformal_sets, fit, load_data
+            >>> data = load_data("digits", train_size=400)
+            >>> run = fit(ViTConfig(patch_size=4, width=16, heads=2, depth=1), data, epochs=5, progress=False)
+            >>> val = run.validation()
+            >>> draws = run.predict(data.test.images, val.samples, seed=val.seed)
+            >>> sets = conformal_sets(draws, val.probs, val.labels, coverage=0.8)
+            >>> sets.shape, bool((sets.sum(1) >= 1).all())
+            (torch.Size([360, 10]), True)
+        """
+        if self.evaluation is not None and self.evaluation.validation is not None:
+            return self.evaluation.validation
+        return validation_of(self, self.val)
 
     def prune(
         self,

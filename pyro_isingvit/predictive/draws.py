@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.predictive.metrics import entropy
 
 
@@ -22,6 +22,7 @@ class PredictiveDraws:
 
     Attributes:
         probs: (S, B, C) float32 on the CPU.
+        weights: (S, B), what each draw counts for each image, columns sum to 1; None: all the same.
 
     Examples:
         Two draws that disagree about one image of two classes:
@@ -40,11 +41,12 @@ class PredictiveDraws:
     """
 
     probs: Tensor
+    weights: Tensor | None = None
 
     @property
     def mean(self) -> Tensor:
         """Posterior predictive probabilities, (B, C)."""
-        return self.probs.mean(0)
+        return self.probs.mean(0) if self.weights is None else (self.weights[..., None] * self.probs).sum(0)
 
     def interval(self, mass: float = 0.9) -> Tensor:
         """Equal-tailed credible intervals of the class probabilities.
@@ -61,6 +63,10 @@ class PredictiveDraws:
         if not 0 < mass < 1:
             raise UserError(f"the `mass` of a credible interval must lie in (0, 1), not {mass}.")
         ends = [(1 - mass) / 2, (1 + mass) / 2]
+        if self.weights is not None:
+            weights = self.weights[..., None].expand_as(self.probs).numpy()
+            found = np.quantile(self.probs.numpy(), ends, axis=0, weights=weights, method="inverted_cdf")
+            return torch.from_numpy(found)
         return torch.from_numpy(np.quantile(self.probs.numpy(), ends, axis=0))  # torch's stops at 16M numbers
 
     @property
@@ -71,9 +77,45 @@ class PredictiveDraws:
     @property
     def expected_entropy(self) -> Tensor:
         """Aleatoric part: mean entropy of the draws, (B,)."""
-        return entropy(self.probs).mean(0)
+        each = entropy(self.probs)
+        return each.mean(0) if self.weights is None else (self.weights * each).sum(0)
 
     @property
     def mutual_information(self) -> Tensor:
         """Epistemic part: entropy minus expected entropy, (B,), at least 0."""
         return (self.entropy - self.expected_entropy).clamp(min=0.0)
+
+
+Predictions = PredictiveDraws | Tensor | np.ndarray
+
+
+def mean_probs(predictions: Predictions, classes: int | None = None) -> np.ndarray:
+    """Mean class probabilities as float64 whose rows sum to 1.
+
+    Args:
+        predictions: draws, or probabilities (B, C).
+        classes: C, where it is known.
+
+    Raises:
+        UserError: another shape, values that are not finite or negative, or rows that do not sum to 1 within 0.001.
+    """
+    mean = predictions.mean if isinstance(predictions, PredictiveDraws) else predictions
+    probs = np.asarray(mean.numpy(force=True) if isinstance(mean, Tensor) else mean, dtype=np.float64)
+    fits = probs.ndim == 2 and probs.shape[1] >= 2 and (classes is None or probs.shape[1] == classes)
+    need(fits, f"probabilities must have shape (images, {classes or 'classes'}), not {probs.shape}.")
+    sums = probs.sum(1, keepdims=True)
+    right = bool(np.isfinite(probs).all() and (probs >= 0).all() and (np.abs(sums - 1) < 1e-3).all())
+    need(right, "probabilities must be finite and at least 0, and those of an image must sum to 1.")
+    return probs / sums
+
+
+def labelled_probs(predictions: Predictions, labels: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``mean_probs`` of labelled images, and their labels (B,) int64.
+
+    Raises:
+        UserError: as ``mean_probs``; no images, counts that differ, or labels outside 0..C-1.
+    """
+    probs, y = mean_probs(predictions), np.asarray(labels, dtype=np.int64)
+    need(0 < len(probs) == len(y), f"need as many labels as predictions, and one at least: {len(y)}, {len(probs)}.")
+    need(0 <= y.min() and y.max() < probs.shape[1], f"labels must lie in 0..{probs.shape[1] - 1}.")
+    return probs, y

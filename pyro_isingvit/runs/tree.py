@@ -22,6 +22,7 @@ from pyro_isingvit.nets.vit import Weights
 from pyro_isingvit.predictive.datatree import Dims, make_group, make_tree
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.predictive.tree import prediction_groups
+from pyro_isingvit.predictive.validation import GROUP, Validation
 from pyro_isingvit.runs.predict import attention_margins
 from pyro_isingvit.runs.run import Run
 
@@ -49,6 +50,7 @@ def run_to_datatree(
     max_images: int = 1000,
     part: str = "test",
     seed: int = 0,
+    validation: Validation | None = None,
 ) -> xr.DataTree:
     """A run's posterior and its predictions for a part of the data, as kept in ``posterior.nc``.
 
@@ -65,6 +67,7 @@ def run_to_datatree(
       mean weights: attention margins (nets/margins.py) ``margin`` (image_margin, token), the least over layers and
       heads; ``margin_by_layer`` (image_margin, layer, token), over heads; ``support_token`` (image_margin), its
       position.
+    - ``validation``: ``prob_mean`` (image_val, class) and ``y`` (image_val) of the validation part, where it is given.
 
     A baseline has no masks: its tree lacks ``posterior``, ``variational`` and the margins.
 
@@ -79,6 +82,7 @@ def run_to_datatree(
         max_images: of more images than this, or than fit into 50 MB, a random choice is stored.
         part: name of the part.
         seed: of the draws and the choice of images; the global random state is left as it was.
+        validation: what the run predicts for the validation part, from which later decisions get their guarantee.
 
     Returns:
         the tree, which ``save_datatree`` writes.
@@ -124,6 +128,8 @@ def run_to_datatree(
         **prediction_groups(draws, run.info.classes, split.labels, index, index, "image_all"),
         "constant_data": make_group(constant, constant_dims, {"image": index, "image_margin": chosen}),
     }
+    if validation is not None:
+        groups[GROUP] = validation.to_group(run.info.classes)
     attrs = {
         "config": run.config.to_json(), "dataset": run.info.dataset, "method": run.config.method,
         "part": part, "seed": run.config.train.seed, "draw_seed": seed, "num_samples": samples,

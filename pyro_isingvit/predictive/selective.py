@@ -1,0 +1,150 @@
+"""Which predictions may stand without a human's look, with a limit on the errors among them.
+
+Shapes: B images, C classes, n validation images.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_isingvit.core.errors import need
+from pyro_isingvit.predictive.draws import Predictions, labelled_probs, mean_probs
+
+STARTS = 4  # at most this many places where the search for a threshold starts
+LARGEST_FACTOR = 1000  # of the validation part, up to which it is said how many images would do
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """The threshold of confidence above which a prediction stands.
+
+    Attributes:
+        threshold: predictions whose largest probability is above it are accepted; 1 accepts none, 0 all.
+        max_error: the limit on the share of errors among the accepted.
+        certainty: probability, over the draw of the validation part, that the limit holds.
+        images: n.
+        accepted: validation images above the threshold.
+        errors: among them.
+        needed: about how many validation images would let some predictions stand, if the error rates stayed as they
+            are; None where some do, and where no number would help.
+    """
+
+    threshold: float
+    max_error: float
+    certainty: float
+    images: int
+    accepted: int
+    errors: int
+    needed: int | None = None
+
+    def accepts(self, predictions: Predictions) -> Tensor:
+        """Which predictions stand: draws or (B, C) probabilities -> (B,) bool. The others are for a human."""
+        return torch.from_numpy(mean_probs(predictions).max(1) > self.threshold)
+
+
+def acceptance(
+    val_predictions: Predictions, val_labels: Tensor | np.ndarray, max_error: float, certainty: float = 0.95
+) -> Acceptance:
+    """The lowest threshold of confidence at which the error rate of the accepted is at most ``max_error``.
+
+    Validation images are sorted by their largest probability. The k most confident stand for the threshold t_k, the
+    confidence of the next one; given t_k they are independent, so their errors are binomial with the true error rate
+    R(t_k) above the threshold. The hypothesis R(t_k) > ``max_error`` is tested by
+
+        p_k = P(Binomial(k, max_error) <= errors_k),
+
+    for growing k until one cannot be rejected (fixed-sequence testing, as in Learn then Test: Angelopoulos et al., arXiv
+    2110.01052; Geifman & El-Yaniv 2017 take all at once). The first k is the smallest at which p_k can be small
+    enough. With many images the search starts at up to four places, which share 1 - ``certainty``. Then
+
+        P(R(threshold) <= max_error) >= certainty,
+
+    exactly where the error rate does not rise with confidence among the images before the first k.
+
+    Args:
+        val_predictions: of the validation images, draws or (n, C).
+        val_labels: (n,) class numbers.
+        max_error: wanted limit, in (0, 1).
+        certainty: in (0, 1).
+
+    Raises:
+        UserError: predictions that cannot be, or numbers out of their range.
+
+    Examples:
+        >>> import torch
+        >>> from pyro_isingvit import acceptance
+        >>> sure = torch.linspace(0.5, 1.0, 400)
+        >>> labels = (torch.arange(400) < 40).long()  # the 40 images that it doubts most are wrong
+        >>> found = acceptance(torch.stack([sure, 1 - sure], 1), labels, max_error=0.05)
+        >>> found.accepted, found.errors, round(found.threshold, 3)
+        (369, 9, 0.538)
+        >>> found.accepts(torch.tensor([[0.9, 0.1], [0.5, 0.5]])).tolist()
+        [True, False]
+    """
+    from mapie.risk_control import FWERFixedSequenceTesting, control_fwer
+
+    for name, value in (("max_error", max_error), ("certainty", certainty)):
+        need(0 < value < 1, f"`{name}` must lie in (0, 1), not {value}.")
+    errors, thresholds = _by_confidence(*labelled_probs(val_predictions, val_labels))
+    images, delta = len(errors), 1 - certainty
+    starts = max(1, min(STARTS, images // (2 * _first(max_error, delta))))
+    first = _first(max_error, delta / starts)
+    ks = np.arange(first, images + 1)
+    ks = ks[(ks == images) | (thresholds[ks - 1] < thresholds[ks - 2])] if len(ks) else ks  # ties are accepted together
+    passed: list[int] = []
+    if len(ks):
+        starts = min(starts, len(ks))
+        p = _p_values(errors[ks - 1], ks, max_error)
+        passed = ks[control_fwer(p, delta, FWERFixedSequenceTesting(starts))].tolist()
+    if not passed:
+        return Acceptance(1.0, max_error, certainty, images, 0, 0, _needed(errors, max_error, delta))
+    k = passed[-1]
+    return Acceptance(float(thresholds[k - 1]), max_error, certainty, images, k, int(errors[k - 1]))
+
+
+def risk_coverage(predictions: Predictions, labels: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The risk-coverage curve: error rate among the k most confident images, for every k (Geifman & El-Yaniv 2017).
+
+    Args:
+        predictions: draws or (B, C) probabilities.
+        labels: (B,) class numbers.
+
+    Returns:
+        coverage k / B and risk, each (B,). Within a tie the errors are spread evenly.
+    """
+    probs, y = labelled_probs(predictions, labels)
+    _, group, sizes = np.unique(-probs.max(1), return_inverse=True, return_counts=True)  # most confident first
+    errors = np.bincount(group, probs.argmax(1) != y) / sizes
+    counts = np.arange(1, len(y) + 1)
+    return counts / len(y), np.repeat(errors, sizes).cumsum() / counts
+
+
+def _by_confidence(probs: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Errors among the k most confident, and the threshold that accepts these k, for k = 1..n."""
+    confidence = probs.max(1)
+    order = np.argsort(-confidence, kind="stable")
+    errors = (probs.argmax(1) != y)[order].cumsum()
+    return errors, np.append(confidence[order][1:], 0.0)
+
+
+def _p_values(errors: np.ndarray, counts: np.ndarray, max_error: float) -> np.ndarray:
+    from scipy.stats import binom
+
+    return np.asarray(binom.cdf(errors, counts, max_error))
+
+
+def _first(max_error: float, delta: float) -> int:
+    """The smallest k at which no error at all rejects R > max_error: (1 - max_error)^k <= delta."""
+    return math.ceil(round(math.log(delta) / math.log1p(-max_error), 9))
+
+
+def _needed(errors: np.ndarray, max_error: float, delta: float) -> int | None:
+    """Validation images at which some k would pass with the error rates seen now; None: with none."""
+    counts = np.arange(1, len(errors) + 1)
+    for factor in np.geomspace(1, LARGEST_FACTOR, 200):
+        if (_p_values(np.ceil(errors * factor), np.ceil(counts * factor), max_error) <= delta).any():
+            return math.ceil(len(errors) * factor)
+    return None
