@@ -1,15 +1,19 @@
 """Predict with a trained run: class probabilities, credible intervals and uncertainty of every image.
 
 python -m inference.predict --run runs/demo --input PATH --samples 100 --out predictions.nc
+python -m inference.predict --run runs/demo --input PATH --coverage 0.95 --max-error 0.01
+python -m inference.predict --run runs/demo --input PATH --prevalence sick=0.02
 """
 
 import csv
 import io
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from inference.cli import print_table, run_script, with_interval
+from inference.decide import DecisionArguments, add_to_tree, columns, decide, draws_for, print_decisions
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.untrusted import csv_text
 
@@ -28,18 +32,19 @@ class PredictArguments:
     """A folder of images, an npz file, or the name of a data set (its test part)."""
     out: Path = Path("predictions.nc")
     """ArviZ DataTree to write; a CSV with the same name goes to the same folder."""
-    samples: int = 100
-    """Posterior predictive draws."""
+    samples: int | None = None
+    """Posterior predictive draws; by default 100, or those that the validation part was shown to, where it is used."""
     chunk: int = 2048
     """Images times draws in one pass through the network; limits the memory."""
-    seed: int = 0
-    """Seed of the draws."""
+    seed: int | None = None
+    """Seed of the draws; by default 0, or that of the validation part's, where it is used."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
     data_root: str = "data"
     """Folder of the torchvision data sets, if --input names one."""
     overwrite: bool = False
     """Replace files that are already there."""
+    decisions: DecisionArguments = field(default_factory=DecisionArguments)
 
 
 def predict(arguments: PredictArguments) -> None:
@@ -63,20 +68,27 @@ def predict(arguments: PredictArguments) -> None:
             raise UserError(f"{path} exists; name another --out or add --overwrite.")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is available here; use --device cpu or auto.")
+    wanted = arguments.decisions
+    wanted.check()
     cuda = arguments.device != "cpu" and torch.cuda.is_available()
     run = open_run(arguments.run, "cuda" if cuda else "cpu")
     size = run.config.data.image_size
     inputs = load_inputs(arguments.input, run.info, data_root=arguments.data_root, download=False, image_size=size)
-    draws = draw_predictive(run, inputs.images, arguments.samples, arguments.chunk, arguments.seed, progress=True)
+    own_root = None if arguments.data_root == PredictArguments.data_root else Path(arguments.data_root)
+    samples, seed, val = draws_for(run, wanted, arguments.samples, arguments.seed, own_root)
+    drawn = draw_predictive(run, inputs.images, samples, arguments.chunk, seed, progress=True)
+    found = decide(run, drawn, val, wanted, own_root)
+    draws = found.draws
     labels = inputs.labels if int(inputs.labels.min()) >= 0 else None
     attrs = {"run": str(arguments.run), "input": arguments.input, "config": run.config.to_json()}
     tree = predictions_to_datatree(draws, run.info.classes, inputs.names or None, labels, attrs)
+    add_to_tree(tree, found, wanted, 0 if val is None else len(val))
     save_datatree(tree, arguments.out)
-    write_text(table, to_csv(inputs, draws, run.info.classes))
+    write_text(table, to_csv(inputs, draws, run.info.classes, columns(found, run.info.classes)))
 
     shown: dict[str, object] = {
         "images": len(inputs),
-        "draws": arguments.samples,
+        "draws": len(draws.probs),
         "mean confidence": float(draws.mean.max(-1).values.mean()),
         "mean entropy (nats)": float(draws.entropy.mean()),
         "mean mutual information (nats)": float(draws.mutual_information.mean()),
@@ -91,20 +103,27 @@ def predict(arguments: PredictArguments) -> None:
     print_table(f"{arguments.run} on {arguments.input}", shown)
     counts = torch.bincount(draws.mean.argmax(-1), minlength=run.info.num_classes)
     print_table("predicted classes", {name: int(count) for name, count in zip(run.info.classes, counts, strict=True)})
+    print_decisions(found, run.info.classes, labels)
     print(f"draws: {arguments.out}\ntable: {table}")
 
 
-def to_csv(inputs: "Split", draws: "PredictiveDraws", classes: tuple[str, ...]) -> str:
-    """One line per image: file, class, probability, its 5% and 95% quantiles, entropy, mutual information (nats)."""
+def to_csv(
+    inputs: "Split", draws: "PredictiveDraws", classes: tuple[str, ...], more: Mapping[str, Sequence[str]]
+) -> str:
+    """One line per image: file, class, probability, its 5% and 95% quantiles, entropy, mutual information (nats).
+
+    ``more`` are further columns.
+    """
     mean, (low, high) = draws.mean, draws.interval(0.9)
     entropy, information = draws.entropy, draws.mutual_information
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "class", "probability", "p05", "p95", "entropy", "mutual_information"])
+    writer.writerow(["file", "class", "probability", "p05", "p95", "entropy", "mutual_information", *more])
     for i, top in enumerate(mean.argmax(-1).tolist()):
         numbers = (mean[i, top], low[i, top], high[i, top], entropy[i], information[i])
         name = inputs.names[i] if inputs.names else str(i)
-        writer.writerow([csv_text(name), csv_text(classes[top]), *(f"{float(number):.6f}" for number in numbers)])
+        row = [csv_text(name), csv_text(classes[top]), *(f"{float(number):.6f}" for number in numbers)]
+        writer.writerow([*row, *(column[i] for column in more.values())])
     return text.getvalue()
 
 

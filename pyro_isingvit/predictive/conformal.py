@@ -1,14 +1,14 @@
 """Prediction sets that hold the true class with a chosen probability, by split conformal prediction (MAPIE).
 
-Score of an image and a class: 1 - p(class | image). A class is in the set where its score is at most the k-th smallest of
-the n scores that the true classes of the validation part have,
+Score of an image and a class: 1 - p(class | image). A class is in the set where its score is at most the k-th smallest
+of the n scores that the true classes of the validation part have,
 
     k = ceil((n + 1) coverage),    P(y in set(x)) >= coverage,
 
 over the draw of validation and new image together, whatever the network and its calibration, as long as both are
-exchangeable: the new images come from where the validation images came from (Vovk et al. 2005; Sadinle, Lei & Wasserman,
-JASA 2019, "least ambiguous sets"). For one validation part, the coverage of all later images is itself a random number,
-Beta(k, n + 1 - k).
+exchangeable: the new images come from where the validation images came from (Vovk et al. 2005; Sadinle, Lei &
+Wasserman, JASA 2019, "least ambiguous sets"). For one validation part, the coverage of all later images is itself a
+random number, Beta(k, n + 1 - k).
 
 Shapes: B images, C classes, n validation images.
 """

@@ -117,5 +117,5 @@ def labelled_probs(predictions: Predictions, labels: Tensor | np.ndarray) -> tup
     """
     probs, y = mean_probs(predictions), np.asarray(labels, dtype=np.int64)
     need(0 < len(probs) == len(y), f"need as many labels as predictions, and one at least: {len(y)}, {len(probs)}.")
-    need(0 <= y.min() and y.max() < probs.shape[1], f"labels must lie in 0..{probs.shape[1] - 1}.")
+    need(y.min() >= 0 and y.max() < probs.shape[1], f"labels must lie in 0..{probs.shape[1] - 1}.")
     return probs, y

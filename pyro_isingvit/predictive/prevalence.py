@@ -1,7 +1,7 @@
 """Predictions where the classes are more or less frequent than in training, and how frequent they are.
 
-Label shift: what an image of a class looks like stays, p'(x | y) = p(x | y), and only the shares of the classes change, from
-pi to pi'. Then p'(y | x) is proportional to p(y | x) pi'(y) / pi(y) (Saerens, Latinne & Decaestecker 2002).
+Label shift: what an image of a class looks like stays, p'(x | y) = p(x | y), and only the shares of the classes change,
+from pi to pi'. Then p'(y | x) is proportional to p(y | x) pi'(y) / pi(y) (Saerens, Latinne & Decaestecker 2002).
 
 Shapes: S samples, B images, C classes, n validation images.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import need
-from pyro_isingvit.predictive.draws import PredictiveDraws, Predictions, labelled_probs, mean_probs
+from pyro_isingvit.predictive.draws import Predictions, PredictiveDraws, labelled_probs, mean_probs
 
 log = logging.getLogger(__name__)
 Shares = Sequence[float] | Tensor | np.ndarray
@@ -28,13 +28,13 @@ NEARLY_SINGULAR = 0.2  # least singular value of the confusion matrix, below whi
 def with_prevalence(draws: PredictiveDraws, prevalence: Shares, prior: Shares) -> PredictiveDraws:
     """Predictions for images among which the classes have other shares than in training.
 
-    The mean prediction p(y | x) = (1/S) sum_s p_s(y | x) is what is calibrated, so it is the mean that Bayes' rule corrects:
+    The mean prediction p(y | x) = (1/S) sum_s p_s(y | x) is what is calibrated, so it is what Bayes' rule corrects:
 
         p'(y | x) = p(y | x) w(y) / Z(x),    w = pi' / pi,   Z(x) = sum_y p(y | x) w(y).
 
-    If p is calibrated in training's shares, p' is in the new ones. It is not the mean of the corrected draws. Under draw s
-    images like x have the density p(x) Z_s(x) in the new shares, Z_s(x) = sum_y p_s(y | x) w(y). Seeing x therefore says
-    something about s, and the draws that expected it count more:
+    If p is calibrated in training's shares, p' is in the new ones. It is not the mean of the corrected draws. Under
+    draw s images like x have the density p(x) Z_s(x) in the new shares, Z_s(x) = sum_y p_s(y | x) w(y). Seeing x
+    therefore says something about s, and the draws that expected it count more:
 
         p'(y | x) = sum_s v_s(x) p'_s(y | x),    p'_s = p_s w / Z_s,   v_s(x) = Z_s(x) / sum_r Z_r(x).
 
@@ -116,9 +116,9 @@ def estimate_prevalence(
     has the least |A pi' - m|^2. It needs no calibrated probabilities and no prior.
 
     The intervals are percentiles of the bootstrap over both samples: the validation images of each class and the new
-    images are drawn anew, ``replicates`` times. A class that validation images are never confused with would have no
-    scatter at all; each column of A is therefore drawn from its Dirichlet posterior, with one image in all spread evenly as
-    the prior (the Bayesian bootstrap, smoothed).
+    images are drawn anew, ``replicates`` times. A class that is never confused would have no scatter at all; each
+    column of A is therefore drawn from its Dirichlet posterior, with one image in all, spread evenly, as the prior
+    (the Bayesian bootstrap, smoothed).
 
     A warning is logged where classes have few validation images or can hardly be told apart.
 
@@ -165,8 +165,8 @@ def estimate_prevalence(
         )  # fmt: skip
     if singular < NEARLY_SINGULAR:
         log.warning(
-            "the confusion matrix is nearly singular (least singular value %.2f): some classes can hardly be told apart, "
-            "and neither can their shares", singular,
+            "the confusion matrix is nearly singular (least singular value %.2f): some classes can hardly be told "
+            "apart, and neither can their shares", singular,
         )  # fmt: skip
     rng = np.random.default_rng(seed)
     made = np.empty((replicates, classes))

@@ -56,8 +56,8 @@ def acceptance(
 
         p_k = P(Binomial(k, max_error) <= errors_k),
 
-    for growing k until one cannot be rejected (fixed-sequence testing, as in Learn then Test: Angelopoulos et al., arXiv
-    2110.01052; Geifman & El-Yaniv 2017 take all at once). The first k is the smallest at which p_k can be small
+    for growing k until one cannot be rejected (fixed-sequence testing, as in Learn then Test: Angelopoulos et al.,
+    arXiv 2110.01052; Geifman & El-Yaniv 2017 take all at once). The first k is the smallest at which p_k can be small
     enough. With many images the search starts at up to four places, which share 1 - ``certainty``. Then
 
         P(R(threshold) <= max_error) >= certainty,

@@ -27,7 +27,7 @@ def predictions_to_datatree(
     """Predictions for any images.
 
     Groups as in ``run_to_datatree``, all over ``image``: ``posterior_predictive``, ``predictive_summary``,
-    and ``observed_data`` where labels are known.
+    and ``observed_data`` where labels are known. Draws that do not all count the same have ``weight`` (sample, image).
 
     Args:
         draws: predictive draws, (S, B, C).
@@ -64,9 +64,12 @@ def prediction_groups(
     scores = {name: getattr(draws, name) for name in ("entropy", "expected_entropy", "mutual_information")}
     scores, y = (scores, {}) if labels is None else (scores | {"y": labels}, {"y": labels[index]})
     dims = {name: [every, "class"] for name in probs} | {name: [every] for name in scores}
-    dims["probs"] = ["image", "class"]
+    dims |= {"probs": ["image", "class"], "weight": ["image"]}
+    drawn = {"probs": draws.probs[:, index]}
+    if draws.weights is not None:
+        drawn["weight"] = draws.weights[:, index]
     return {
-        "posterior_predictive": make_group({"probs": draws.probs[:, index]}, dims, coords, "sample"),
+        "posterior_predictive": make_group(drawn, dims, coords, "sample"),
         "predictive_summary": make_group(probs | scores, dims, coords),
         "observed_data": make_group(y, {"y": ["image"]}, coords),
     }

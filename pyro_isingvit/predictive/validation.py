@@ -51,7 +51,7 @@ class Validation:
         try:
             group, classes = tree.children[GROUP].dataset, len(json.loads(tree.attrs["classes"]))
             probs, labels = group["prob_mean"].values, group["y"].values.astype(np.int64)
-            fits = probs.shape == (len(labels), classes) and 0 <= labels.min() and labels.max() < classes
+            fits = probs.shape == (len(labels), classes) and labels.min() >= 0 and labels.max() < classes
             samples, seed = int(group.attrs["num_samples"]), int(group.attrs["draw_seed"])
             return cls(torch.from_numpy(probs), torch.from_numpy(labels), samples, seed) if fits else None
         except (KeyError, ValueError, TypeError, AttributeError):

@@ -6,7 +6,7 @@ from pathlib import Path
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.data.load import load_data
 from pyro_isingvit.data.sources import DATASETS, PREFIXES
-from pyro_isingvit.data.split import Split
+from pyro_isingvit.data.split import ImageData, Split
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.predictive.validation import Validation
 from pyro_isingvit.runs.folder import POSTERIOR
@@ -17,8 +17,8 @@ from pyro_isingvit.runs.run import Run
 def validation_of(run: Run, val: Split | None = None, data_root: str | Path | None = None) -> Validation:
     """Predictions for a run's validation part.
 
-    The run's posterior.nc has them since version 0.7. Where it lacks them, they are drawn anew, from the images that the
-    settings and the seed of the run lead to.
+    The run's posterior.nc has them since version 0.7. Where it lacks them, they are drawn anew, from the images that
+    the settings and the seed of the run lead to.
 
     Args:
         run: a trained run.
@@ -39,21 +39,47 @@ def validation_of(run: Run, val: Split | None = None, data_root: str | Path | No
     return Validation(draws.mean, part.labels.cpu(), len(draws.probs), seed)
 
 
+def prior_of(run: Run, data_root: str | Path | None = None) -> tuple[float, ...]:
+    """Shares of the classes that a run's probabilities stand for, (C,), sum 1.
+
+    A run of version 0.6 or earlier did not count its training images: they are counted now.
+
+    Args:
+        run: a trained run.
+        data_root: folder of the torchvision data sets; None: the run's own.
+
+    Raises:
+        UserError: the run does not know them and its data cannot be loaded.
+    """
+    if run.class_prior is not None:
+        return run.class_prior
+    given = (
+        f"{run.folder or 'this run'} does not know how frequent the classes were in training; give their shares "
+        "(`training_prevalence`)"
+    )
+    shares = _own_data(run, data_root, given).info.shares
+    assert shares is not None  # no class of a training part is empty
+    return shares
+
+
 def _validation_part(run: Run, data_root: str | Path | None) -> Split:
+    again = (
+        f"{run.folder or 'this run'} keeps no predictions for its validation part; evaluate it again with the data it "
+        "was trained on and save it: `run.evaluate(data)`, `run.save(folder, overwrite=True)`"
+    )
+    return _own_data(run, data_root, again).val
+
+
+def _own_data(run: Run, data_root: str | Path | None, told: str) -> ImageData:
+    """The parts that the run was trained on, from its settings and seed; ``told`` is what is said where that fails."""
     source = run.config.data
     named = source.dataset in DATASETS or source.dataset.partition(":")[0] in PREFIXES
-    again = (
-        f"{run.folder or 'this run'} keeps no predictions for its validation part; evaluate it again with the data it was "
-        "trained on and save it: `run.evaluate(data)`, `run.save(folder, overwrite=True)`"
-    )
-    need(named, f"{again}. It was trained on images given in memory.")
+    need(named, f"{told}. It was trained on images given in memory.")
     try:
         root = source.data_root if data_root is None else str(data_root)
         data = load_data(**asdict(replace(source, download=False, data_root=root)), seed=run.config.train.seed)
     except UserError as error:
-        raise UserError(f"{again}. Its data cannot be loaded: {error}") from error
-    need(
-        (data.info.classes, data.info.image_shape) == (run.info.classes, run.info.image_shape),
-        f"{again}. {source.dataset} has other classes or images now than in training.",
-    )
-    return data.val
+        raise UserError(f"{told}. Its data cannot be loaded: {error}") from error
+    same = (data.info.classes, data.info.image_shape) == (run.info.classes, run.info.image_shape)
+    need(same, f"{told}. {source.dataset} has other classes or images now than in training.")
+    return data
