@@ -67,9 +67,14 @@ def area_under_risk_coverage(confidence: np.ndarray, right: np.ndarray) -> float
         confidence: (B,), larger is answered earlier.
         right: (B,) 0 or 1.
     """
+    return float(selective_risk(confidence, right).mean())
+
+
+def selective_risk(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Error rate among the k most confident images, k = 1..B: (B,), (B,) 0 or 1 -> (B,). Ties spread their errors."""
     _, group, sizes = np.unique(-confidence, return_inverse=True, return_counts=True)  # most confident first
     errors = np.bincount(group, 1.0 - right) / sizes  # (groups,) error rate of each tie
-    return float((np.repeat(errors, sizes).cumsum() / np.arange(1, len(right) + 1)).mean())
+    return np.asarray(np.repeat(errors, sizes).cumsum() / np.arange(1, len(right) + 1))
 
 
 def classification_metrics(probs: Tensor, labels: Tensor) -> dict[str, Any]:

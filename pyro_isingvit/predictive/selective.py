@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.predictive.draws import Predictions, labelled_probs, mean_probs
+from pyro_isingvit.predictive.metrics import selective_risk
 
-STARTS = 4  # at most this many places where the search for a threshold starts
 LARGEST_FACTOR = 1000  # of the validation part, up to which it is said how many images would do
 
 
@@ -58,7 +58,7 @@ def acceptance(
 
     for growing k until one cannot be rejected (fixed-sequence testing, as in Learn then Test: Angelopoulos et al.,
     arXiv 2110.01052; Geifman & El-Yaniv 2017 take all at once). The first k is the smallest at which p_k can be small
-    enough. With many images the search starts at up to four places, which share 1 - ``certainty``. Then
+    enough. Then
 
         P(R(threshold) <= max_error) >= certainty,
 
@@ -80,28 +80,26 @@ def acceptance(
         >>> labels = (torch.arange(400) < 40).long()  # the 40 images that it doubts most are wrong
         >>> found = acceptance(torch.stack([sure, 1 - sure], 1), labels, max_error=0.05)
         >>> found.accepted, found.errors, round(found.threshold, 3)
-        (369, 9, 0.538)
+        (371, 11, 0.535)
         >>> found.accepts(torch.tensor([[0.9, 0.1], [0.5, 0.5]])).tolist()
         [True, False]
     """
-    from mapie.risk_control import FWERFixedSequenceTesting, control_fwer
+    from mapie.risk_control import control_fwer
 
     for name, value in (("max_error", max_error), ("certainty", certainty)):
         need(0 < value < 1, f"`{name}` must lie in (0, 1), not {value}.")
-    errors, thresholds = _by_confidence(*labelled_probs(val_predictions, val_labels))
-    images, delta = len(errors), 1 - certainty
-    starts = max(1, min(STARTS, images // (2 * _first(max_error, delta))))
-    first = _first(max_error, delta / starts)
-    ks = np.arange(first, images + 1)
-    ks = ks[(ks == images) | (thresholds[ks - 1] < thresholds[ks - 2])] if len(ks) else ks  # ties are accepted together
-    passed: list[int] = []
-    if len(ks):
-        starts = min(starts, len(ks))
-        p = _p_values(errors[ks - 1], ks, max_error)
-        passed = ks[control_fwer(p, delta, FWERFixedSequenceTesting(starts))].tolist()
-    if not passed:
+    probs, y = labelled_probs(val_predictions, val_labels)
+    order = np.argsort(-probs.max(1), kind="stable")
+    confidence, errors = probs.max(1)[order], (probs.argmax(1) != y)[order].cumsum()
+    thresholds = np.append(confidence[1:], 0.0)  # the k-th lets the k most confident pass
+    images, delta = len(y), 1 - certainty
+    ks = np.arange(_first(max_error, delta), images + 1)
+    ks = ks[confidence[ks - 1] > thresholds[ks - 1]]  # images of one confidence are accepted together
+    p = _p_values(errors[ks - 1], ks, max_error)
+    passed = ks[control_fwer(p, delta, "fixed_sequence")] if len(ks) else ks
+    if not len(passed):
         return Acceptance(1.0, max_error, certainty, images, 0, 0, _needed(errors, max_error, delta))
-    k = passed[-1]
+    k = int(passed[-1])
     return Acceptance(float(thresholds[k - 1]), max_error, certainty, images, k, int(errors[k - 1]))
 
 
@@ -116,18 +114,7 @@ def risk_coverage(predictions: Predictions, labels: Tensor | np.ndarray) -> tupl
         coverage k / B and risk, each (B,). Within a tie the errors are spread evenly.
     """
     probs, y = labelled_probs(predictions, labels)
-    _, group, sizes = np.unique(-probs.max(1), return_inverse=True, return_counts=True)  # most confident first
-    errors = np.bincount(group, probs.argmax(1) != y) / sizes
-    counts = np.arange(1, len(y) + 1)
-    return counts / len(y), np.repeat(errors, sizes).cumsum() / counts
-
-
-def _by_confidence(probs: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Errors among the k most confident, and the threshold that accepts these k, for k = 1..n."""
-    confidence = probs.max(1)
-    order = np.argsort(-confidence, kind="stable")
-    errors = (probs.argmax(1) != y)[order].cumsum()
-    return errors, np.append(confidence[order][1:], 0.0)
+    return np.arange(1, len(y) + 1) / len(y), selective_risk(probs.max(1), probs.argmax(1) == y)
 
 
 def _p_values(errors: np.ndarray, counts: np.ndarray, max_error: float) -> np.ndarray:

@@ -3,7 +3,6 @@
 import base64
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,31 +21,14 @@ from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.predictive.thresholds import Threshold
 from pyro_isingvit.pruning.assembly import structure
 from pyro_isingvit.report import attention_figures, figures, mask_figures, pruning_figures, style, two_classes
+from pyro_isingvit.report.decisions import decision_sections
 from pyro_isingvit.report.metric_table import class_rows, metric_rows
+from pyro_isingvit.report.section import Section
 from pyro_isingvit.report.verdicts import verdicts
 from pyro_isingvit.runs.folder import CONFIG, HISTORY, METRICS, POSTERIOR, is_evaluated, read_config, read_history
 
 PAGE = "index.html"
 THRESHOLD = 0.5  # retention below it: pruned
-
-
-@dataclass(frozen=True)
-class Section:
-    """One figure of the page.
-
-    Attributes:
-        name: of the PNG and of the anchor.
-        title: heading.
-        caption: how to read it.
-        draw: called with ``narrow=``; None where the run lacks what it shows.
-        half: takes half of a wide page.
-    """
-
-    name: str
-    title: str
-    caption: str
-    draw: Callable[..., Figure] | None
-    half: bool = False
 
 
 def write_report(folder: Path) -> Path:
@@ -212,6 +194,7 @@ def _sections(tree: xr.DataTree, history: list[dict[str, Any]], config: RunConfi
                 right, len(classes),
             ),
         ),
+        *decision_sections(tree, probs, labels),
         Section(
             "intervals", "Credible intervals of single images",
             "For the images of highest and lowest entropy: the most probable classes (and the true one, in"
