@@ -130,7 +130,7 @@ SCRIPTS = {
     "inference.backbones": "BackbonesArguments", "inference.start_cost": "CostArguments",
     "inference.rates": "RatesArguments", "analysis.rates": "Arguments", "analysis.benchmark": "BenchmarkFigures",
     "analysis.ood": "Arguments", "analysis.corruptions": "Arguments", "analysis.comparison": "Arguments",
-    "analysis.starts": "Arguments",
+    "analysis.starts": "Arguments", "analysis.decisions": "Arguments",
     "analysis.trials": "Arguments", "analysis.tutorial": "Arguments", "analysis.method_figure": "Arguments",
 }  # fmt: skip
 QUICK_FLAGS = ["--dataset", "digits", "--epochs", "3", "--depth", "1", "--width", "16", "--samples", "5",

@@ -88,7 +88,7 @@ class PrevalenceEstimate:
     """Shares of the classes among images without labels.
 
     Attributes:
-        shares: (C,), at least 0, sum 1.
+        shares: (C,), above 0, sum 1.
         low: (C,), lower ends of the intervals.
         high: (C,), upper ends.
         singular: the least singular value of the confusion matrix; near 0 the classes cannot be told apart.
@@ -112,13 +112,13 @@ def estimate_prevalence(
     """Black-box shift estimation (Lipton, Wang & Smola, arXiv 1802.03916), with its uncertainty.
 
     With A[i, j] the share of validation images of class j that are predicted as i, and m[i] the share of the new images
-    that are predicted as i, label shift says m = A pi'. The estimate is the pi' on the simplex (at least 0, sum 1) that
-    has the least |A pi' - m|^2. It needs no calibrated probabilities and no prior.
+    that are predicted as i, label shift says m = A pi'. That needs no calibrated probabilities and no prior.
 
-    The intervals are percentiles of the bootstrap over both samples: the validation images of each class and the new
-    images are drawn anew, ``replicates`` times. A class that is never confused would have no scatter at all; each
-    column of A is therefore drawn from its Dirichlet posterior, with one image in all, spread evenly, as the prior
-    (the Bayesian bootstrap, smoothed).
+    Both samples are drawn anew, ``replicates`` times: m from the new images, and each column of A from its Dirichlet
+    posterior, with one image in all, spread evenly, as the prior (a smoothed bootstrap: a class that is never confused
+    would have no scatter at all). The shares are the mean of the replicates' pi' on the simplex with the least
+    |A pi' - m|^2, again with one image in all spread evenly: a class with a share of 0 would never be predicted.
+    The intervals are percentiles of A^-1 m, cut to [0, 1]: percentiles on the simplex are too narrow near 0.
 
     A warning is logged where classes have few validation images or can hardly be told apart.
 
@@ -156,8 +156,7 @@ def estimate_prevalence(
     counts, seen = table.sum(0), np.bincount(guesses, minlength=classes)
     missing = np.flatnonzero(counts == 0).tolist()
     need(not missing, f"the validation part has no image of class {missing[:5]}: its prevalence cannot be estimated.")
-    confusion = table / counts
-    singular = float(np.linalg.svd(confusion, compute_uv=False)[-1])
+    singular = float(np.linalg.svd(table / counts, compute_uv=False)[-1])
     if counts.min() < FEW:
         log.warning(
             "%d classes have fewer than %d validation images: the estimated prevalence is rough",
@@ -169,12 +168,15 @@ def estimate_prevalence(
             "apart, and neither can their shares", singular,
         )  # fmt: skip
     rng = np.random.default_rng(seed)
-    made = np.empty((replicates, classes))
+    shares, free = np.zeros(classes), np.empty((replicates, classes))
     for row in range(replicates):
         drawn = np.stack([rng.dirichlet(column + 1 / classes) for column in table.T], axis=1)
-        made[row] = _solve(drawn, rng.multinomial(len(guesses), seen / len(guesses)) / len(guesses))
-    low, high = np.quantile(made, [(1 - mass) / 2, (1 + mass) / 2], axis=0)
-    return PrevalenceEstimate(_solve(confusion, seen / len(guesses)), low, high, singular)
+        m = rng.multinomial(len(guesses), seen / len(guesses)) / len(guesses)
+        shares += _solve(drawn, m) / replicates
+        free[row] = np.linalg.lstsq(drawn, m, rcond=None)[0]
+    low, high = np.quantile(free, [(1 - mass) / 2, (1 + mass) / 2], axis=0).clip(0, 1)
+    shares = (len(guesses) * shares + 1 / classes) / (len(guesses) + 1)
+    return PrevalenceEstimate(shares, low, high, singular)
 
 
 def _solve(confusion: np.ndarray, shares: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from pyro_isingvit.core.errors import need
 from pyro_isingvit.predictive.draws import Predictions, labelled_probs, mean_probs
 from pyro_isingvit.predictive.metrics import selective_risk
 
-LARGEST_FACTOR = 1000  # of the validation part, up to which it is said how many images would do
+FACTORS = np.geomspace(1, 100, 60)  # of the validation part, at which it is tried whether more images would do
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _first(max_error: float, delta: float) -> int:
 def _needed(errors: np.ndarray, max_error: float, delta: float) -> int | None:
     """Validation images at which some k would pass with the error rates seen now; None: with none."""
     counts = np.arange(1, len(errors) + 1)
-    for factor in np.geomspace(1, LARGEST_FACTOR, 200):
+    for factor in FACTORS:
         if (_p_values(np.ceil(errors * factor), np.ceil(counts * factor), max_error) <= delta).any():
             return math.ceil(len(errors) * factor)
     return None

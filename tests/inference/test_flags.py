@@ -111,6 +111,7 @@ def required(script: str, folder: Path) -> list[str]:
         "analysis.rates": ["--results", missing],
         "analysis.starts": ["--nothing", missing, "--started", missing],
         "analysis.trials": ["--records", missing],
+        "analysis.decisions": ["--run", missing],
         "analysis.benchmark": ["--results", missing],
         "analysis.report": ["--run", missing],
         "analysis.ood": ["--run", missing, "--ood", "noise"],

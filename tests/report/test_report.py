@@ -24,6 +24,8 @@ SECTIONS = (
     "calibration",
     "confusion",
     "uncertainty",
+    "risk",
+    "sets",
     "intervals",
     "retention",
     "structure",
