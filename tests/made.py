@@ -100,6 +100,10 @@ def make_tree(classes, channels=1, side=8, depth=2, heads=4, width=8, images=40,
             "expected_entropy": ("image_all", expected),
             "mutual_information": ("image_all", entropy - expected), "y": ("image_all", y),
         }),
+        "/validation": xr.Dataset(
+            {"prob_mean": (("image_val", "class"), mean), "y": ("image_val", y)},
+            attrs={"num_samples": S, "draw_seed": 0},
+        ),
         "/observed_data": xr.Dataset({"y": ("image", y[:stored])}),
         "/constant_data": xr.Dataset({
             "pixels": (("image", "channel", "height", "width"),

@@ -5,6 +5,7 @@ Shapes: B images, C classes, n validation images.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from pyro_isingvit.core.errors import need
 from pyro_isingvit.predictive.draws import Predictions, labelled_probs, mean_probs
 from pyro_isingvit.predictive.metrics import selective_risk
 
+START = 4  # the search begins at this part of the images
 FACTORS = np.geomspace(1, 100, 60)  # of the validation part, at which it is tried whether more images would do
 
 
@@ -58,11 +60,12 @@ def acceptance(
 
     for growing k until one cannot be rejected (fixed-sequence testing, as in Learn then Test: Angelopoulos et al.,
     arXiv 2110.01052; Geifman & El-Yaniv 2017 take all at once). The first k is the smallest at which p_k can be small
-    enough. Then
+    enough without an error, or about a quarter of the images where that is more: a single error among few images would
+    end the search. Then
 
         P(R(threshold) <= max_error) >= certainty,
 
-    exactly where the error rate does not rise with confidence among the images before the first k.
+    exactly where R does not fall again with the threshold among the images before the first k.
 
     Args:
         val_predictions: of the validation images, draws or (n, C).
@@ -93,7 +96,7 @@ def acceptance(
     confidence, errors = probs.max(1)[order], (probs.argmax(1) != y)[order].cumsum()
     thresholds = np.append(confidence[1:], 0.0)  # the k-th lets the k most confident pass
     images, delta = len(y), 1 - certainty
-    ks = np.arange(_first(max_error, delta), images + 1)
+    ks = np.arange(_first(images, max_error, delta), images + 1)
     ks = ks[confidence[ks - 1] > thresholds[ks - 1]]  # images of one confidence are accepted together
     p = _p_values(errors[ks - 1], ks, max_error)
     passed = ks[control_fwer(p, delta, "fixed_sequence")] if len(ks) else ks
@@ -117,15 +120,18 @@ def risk_coverage(predictions: Predictions, labels: Tensor | np.ndarray) -> tupl
     return np.arange(1, len(y) + 1) / len(y), selective_risk(probs.max(1), probs.argmax(1) == y)
 
 
-def _p_values(errors: np.ndarray, counts: np.ndarray, max_error: float) -> np.ndarray:
+def _p_values(errors: Any, counts: Any, max_error: float) -> np.ndarray:
     from scipy.stats import binom
 
     return np.asarray(binom.cdf(errors, counts, max_error))
 
 
-def _first(max_error: float, delta: float) -> int:
-    """The smallest k at which no error at all rejects R > max_error: (1 - max_error)^k <= delta."""
-    return math.ceil(round(math.log(delta) / math.log1p(-max_error), 9))
+def _first(images: int, max_error: float, delta: float) -> int:
+    """The smallest k at which as many errors are allowed as among a quarter of the images, or none."""
+    alone = math.ceil(round(math.log(delta) / math.log1p(-max_error), 9))  # (1 - max_error)^k <= delta
+    ks = np.arange(alone, max(alone, images // START) + 1)
+    allowed = (_p_values(np.arange(ks[-1] + 1), ks[-1], max_error) <= delta).sum() - 1
+    return int(ks[_p_values(allowed, ks, max_error) <= delta][0])
 
 
 def _needed(errors: np.ndarray, max_error: float, delta: float) -> int | None:

@@ -2,11 +2,12 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import here, refused
+from helpers import ROOT, here, refused
 
 from inference.decide import read_shares
 from pyro_isingvit.core.errors import UserError
@@ -35,7 +36,7 @@ def predict(run: Path, out: Path, *flags: object) -> tuple[str, list[dict[str, s
 
 
 def test_sets_and_decisions(run: Path, tmp_path: Path) -> None:
-    shown, rows, tree = predict(run, tmp_path / "p.nc", "--coverage", 0.9, "--max-error", 0.05, "--certainty", 0.9)
+    shown, rows, tree = predict(run, tmp_path / "p.nc", "--coverage", 0.9, "--max-error", 0.08, "--certainty", 0.9)
     summary = tree["predictive_summary"]
     held, labels = summary["in_set"].values, summary["y"].values
     assert held[np.arange(len(labels)), labels].mean() > 0.85
@@ -117,6 +118,25 @@ def test_what_cannot_be_is_refused(run: Path, tmp_path: Path, flags: list[object
     out = ["--run", run, "--input", "digits", "--out", tmp_path / "p.nc", "--device", "cpu"]
     refused(here("inference.predict", *out, *flags), *words)
     assert not [*tmp_path.iterdir()]
+
+
+PAGE = (ROOT / "docs" / "decisions.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in PAGE.splitlines() if "inference.predict" in line and "python" in line]
+)
+def test_the_commands_of_the_page_run(run: Path, tmp_path: Path, line: str) -> None:
+    words = line.split()[3:]
+    changed = {"runs/mine": str(run), "FOLDER": "digits", "sick=0.02": "8=0.02"}
+    shown, _, _ = predict(run, tmp_path / "p.nc", *(changed.get(word, word) for word in words))
+    assert "decisions" in shown or "prevalence" in shown
+
+
+def test_the_example_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    exec(compile(code, "decisions.md", "exec"), {})
+    assert "torch.Size([360, 10]) torch.Size([360]) torch.Size([360, 10])" in capsys.readouterr().out
 
 
 def test_shares_in_words() -> None:

@@ -45,6 +45,8 @@ def test_confidence_that_says_nothing_is_not_trusted() -> None:
 
 def test_the_threshold_by_the_bound_of_clopper_and_pearson() -> None:
     """The hypothesis is rejected exactly where the upper confidence bound of the error rate is below the limit."""
+    most = max(e for e in range(75) if beta.ppf(0.95, e + 1, 75 - e) <= 0.2)  # errors allowed in a quarter
+    first = min(k for k in range(most + 1, 76) if beta.ppf(0.95, most + 1, k - most) <= 0.2)
     for trial in range(30):
         rng = np.random.default_rng(trial)
         confidence = rng.uniform(0.5, 1, 300)
@@ -52,7 +54,7 @@ def test_the_threshold_by_the_bound_of_clopper_and_pearson() -> None:
         found = acceptance(*two_classes(confidence, right), 0.2, 0.95)
         order = np.argsort(-confidence)
         errors, best = (~right)[order].cumsum(), 0
-        for k in range(math.ceil(math.log(0.05) / math.log(0.8)), 301):
+        for k in range(first, 301):
             bound = beta.ppf(0.95, errors[k - 1] + 1, k - errors[k - 1]) if errors[k - 1] < k else 1.0
             if bound > 0.2:
                 break
