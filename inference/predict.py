@@ -79,14 +79,14 @@ def predict(arguments: PredictArguments) -> None:
     own_root = None if arguments.data_root == PredictArguments.data_root else Path(arguments.data_root)
     samples, seed, val = draws_for(run, wanted, arguments.samples, arguments.seed, own_root)
     drawn = draw_predictive(run, inputs.images, samples, arguments.chunk, seed, progress=True)
-    found = decide(run, drawn, val, wanted, own_root)
-    draws = found.draws
+    decided = decide(run, drawn, val, wanted, own_root)
+    draws = decided.draws
     labels = inputs.labels if int(inputs.labels.min()) >= 0 else None
     attrs = {"run": str(arguments.run), "input": arguments.input, "config": run.config.to_json()}
     tree = predictions_to_datatree(draws, run.info.classes, inputs.names or None, labels, attrs)
-    add_to_tree(tree, found, wanted, 0 if val is None else len(val))
+    add_to_tree(tree, decided, wanted, 0 if val is None else len(val))
     save_datatree(tree, arguments.out)
-    write_text(table, to_csv(inputs, draws, run.info.classes, columns(found, run.info.classes)))
+    write_text(table, to_csv(inputs, draws, run.info.classes, columns(decided, run.info.classes)))
 
     shown: dict[str, object] = {
         "images": len(inputs),
@@ -105,7 +105,7 @@ def predict(arguments: PredictArguments) -> None:
     print_table(f"{arguments.run} on {arguments.input}", shown)
     counts = torch.bincount(draws.mean.argmax(-1), minlength=run.info.num_classes)
     print_table("predicted classes", {name: int(count) for name, count in zip(run.info.classes, counts, strict=True)})
-    print_decisions(found, run.info.classes, labels)
+    print_decisions(decided, run.info.classes, labels)
     print(f"draws: {arguments.out}\ntable: {table}")
 
 

@@ -5,13 +5,14 @@ Shapes: n validation images, C classes.
 
 import json
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import xarray as xr
 from torch import Tensor
 
-from pyro_isingvit.predictive.datatree import make_group
+if TYPE_CHECKING:
+    import xarray as xr
 
 GROUP = "validation"  # of posterior.nc
 
@@ -39,14 +40,16 @@ class Validation:
         """The number of images, n."""
         return len(self.labels)
 
-    def to_group(self, classes: tuple[str, ...]) -> xr.Dataset:
+    def to_group(self, classes: tuple[str, ...]) -> "xr.Dataset":
         """The group ``validation`` of posterior.nc: ``prob_mean`` (image_val, class) and ``y`` (image_val)."""
+        from pyro_isingvit.predictive.datatree import make_group
+
         dims = {"prob_mean": ["image_val", "class"], "y": ["image_val"]}
         group = make_group({"prob_mean": self.probs, "y": self.labels}, dims, {"class": list(classes)})
         return group.assign_attrs(num_samples=self.samples, draw_seed=self.seed)
 
     @classmethod
-    def from_tree(cls, tree: xr.DataTree) -> "Validation | None":
+    def from_tree(cls, tree: "xr.DataTree") -> "Validation | None":
         """Reads what ``to_group`` wrote; None where a tree has none, or one that does not fit its classes."""
         try:
             group, classes = tree.children[GROUP].dataset, len(json.loads(tree.attrs["classes"]))

@@ -7,7 +7,6 @@ from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.data.load import load_data
 from pyro_isingvit.data.sources import DATASETS, PREFIXES
 from pyro_isingvit.data.split import ImageData, Split
-from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.predictive.validation import Validation
 from pyro_isingvit.runs.folder import POSTERIOR
 from pyro_isingvit.runs.predict import draw_predictive
@@ -29,6 +28,8 @@ def validation_of(run: Run, val: Split | None = None, data_root: str | Path | No
         UserError: the folder does not have them and the data cannot be loaded, or the run has no validation part.
     """
     if val is None and run.folder is not None and (run.folder / POSTERIOR).is_file():
+        from pyro_isingvit.predictive.datatree import load_datatree
+
         kept = Validation.from_tree(load_datatree(run.folder / POSTERIOR))
         if kept is not None:
             return kept
