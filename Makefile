@@ -5,8 +5,9 @@ DEMO := runs/demo
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 SOAK_MINUTES ?= 30
+FUZZ_SECONDS ?= 60
 
-.PHONY: help lint format test test-all test-matrix demo soak clean
+.PHONY: help lint format test test-all test-matrix demo soak fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -48,6 +49,10 @@ demo: $(VENV)/.installed ## train on real handwritten digits and write the repor
 
 soak: $(VENV)/.installed ## train, kill, resume, predict, prune for SOAK_MINUTES=30: memory and open files must not grow
 	OMP_NUM_THREADS=1 $(PY) tests/soak.py --minutes $(SOAK_MINUTES) --out runs/soak.json
+
+fuzz: $(VENV)/.installed ## give every reader of files bytes that nobody meant, FUZZ_SECONDS=60 each (Python 3.12 or 3.13)
+	$(PY) -m pip install --quiet --disable-pip-version-check atheris
+	set -e; for reader in png jpeg tiff npy npz array table cache; do $(PY) tests/fuzz.py --seconds $(FUZZ_SECONDS) --reader $$reader; done
 
 clean: ## remove environments, caches and build outputs; runs/ stays
 	rm -rf $(VENV) .venv-matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

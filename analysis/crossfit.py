@@ -97,7 +97,8 @@ def cross_fit(
         folds: K.
         samples: S.
         jobs: folds that are trained at the same time, in processes of their own.
-        groups: (N,) numbers; images of one group are in one fold. None: copies of one image are a group.
+        groups: (N,) numbers; images of one group are in one fold. None: the groups of the data, if there are, otherwise
+            copies of one image are a group.
         progress: show progress bars.
 
     Raises:
@@ -111,7 +112,9 @@ def cross_fit(
         source = partial(replace, data)
     labels, val_labels = (part.labels.cpu().numpy() for part in (data.train, data.val))
     prints = digests(data.train.images)
-    groups = copy_groups(prints) if groups is None else groups
+    if groups is None:
+        named = data.train.groups
+        groups = np.unique(np.array(named), return_inverse=True)[1] if named else copy_groups(prints)
     numbers = fold_numbers(labels, folds, data.info.classes, config.train.seed, groups)
     said = json.dumps([asdict(portable(config)), samples, data.info.to_dict()], sort_keys=True).encode()
     parts = [said, *prints, *digests(data.val.images), labels.tobytes(), val_labels.tobytes(), numbers.tobytes()]

@@ -51,7 +51,7 @@ def run_data(config: "RunConfig") -> "ImageData":
     pool, val, test, classes = load_parts(source, numbered=True)
     return divide(
         pool, val, test, classes, name=source.dataset, train_size=source.train_size, val_fraction=source.val_fraction,
-        seed=config.train.seed,
+        seed=config.train.seed, intensity=source.intensity,
     )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def find_doubtful(arguments: Arguments) -> None:
     }  # fmt: skip
     table = page.with_suffix(".csv")
     write_text(table, to_csv(checked))
-    write_page(page, checked, data.info.dataset, summary, arguments.show)
+    write_page(page, checked, data.info, summary, arguments.show)
     print_table("labels", summary)
     classes = data.info.classes
     if pairs := found.confused(fitted.labels):

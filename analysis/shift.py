@@ -77,6 +77,11 @@ def own_test_part(run: Run, data_root: str | None, max_images: int, seed: int) -
         UserError: neither the data nor posterior.nc can be read, or max_images below 1.
     """
     need(max_images >= 1, f"`max_images` must be at least 1, not {max_images}.")
+    need(
+        run.info.visible,
+        f"corruptions and other images have 8 bits, grey or colour; this run has {run.info.channels} channels of "
+        f"{run.info.kind}{', scaled by percentiles' if run.info.low else ''}.",
+    )
     config = run.config.data
     config = replace(config, download=False, data_root=data_root or config.data_root)
     try:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import tyro
 
-from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.errors import ProcessLost, UserError, need
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.launcher import by_torchrun
 from pyro_isingvit.core.untrusted import printable
@@ -99,7 +99,7 @@ class Terminated(KeyboardInterrupt):
 def with_clear_errors(call: Callable[[], object], arguments: type | None = None) -> None:
     """Runs ``call``; errors and signals end the script with their message alone, in the script's own words.
 
-    Exit codes: 2 for a ``UserError``, 130 for Ctrl-C, 143 for SIGTERM.
+    Exit codes: 2 for a ``UserError``, 130 for Ctrl-C, 143 for SIGTERM, 1 where another process of a training is lost.
 
     Args:
         call: takes nothing; its result is dropped.
@@ -115,6 +115,9 @@ def with_clear_errors(call: Callable[[], object], arguments: type | None = None)
         call()
     except UserError as error:
         _fail(f"error: {in_flags(str(error), arguments)}\n")
+    except ProcessLost as lost:  # each process that is left says so: which ones are is not known
+        sys.stderr.write(f"error: {in_flags(str(lost), arguments)}\n")
+        raise SystemExit(1) from None
     except KeyboardInterrupt as stop:
         if SPEAKS:
             sys.stderr.write(f"\n{in_flags(str(stop), arguments)}\n" if stop.args else "\ninterrupted\n")

@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from inference.cli import REPORTS, print_table, resumes, run_script, with_clear_errors, with_interval
-from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.errors import ProcessLost, UserError
 from pyro_isingvit.core.launcher import by_torchrun
 from pyro_isingvit.core.presets import PRESETS, default_preset, preset
 from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
@@ -93,7 +93,7 @@ def _train_and_report(config: RunConfig, folder: Path, resume: bool, full: bool)
 
     try:
         metrics = train_run(config, folder, resume=resume, full_posterior=full)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, ProcessLost) as stop:
         if stop.args:  # the library's message says what is kept
             stop.args = (f"{stop}{_how_to_go_on(folder)}",)
         raise

@@ -1,4 +1,4 @@
-"""The one error that the user can fix."""
+"""The one error that the user can fix, and one that nobody here has made."""
 
 
 class UserError(ValueError):
@@ -15,6 +15,13 @@ class UserError(ValueError):
         ... except UserError as error:
         ...     print(error)
         `val_fraction` must be between 0 and 0.5, got 2.
+    """
+
+
+class ProcessLost(RuntimeError):
+    """Another of several processes that train together is gone, killed or out of memory.
+
+    Scripts print the message alone and leave with exit code 1.
     """
 
 

@@ -61,6 +61,13 @@ def follow_first(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, 0)
 
 
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error says that one of several processes no longer answers: gloo and NCCL have words of their own."""
+    words = str(error).lower()
+    gone = any(each in words for each in ("connection closed by peer", "connection reset by peer", "broken pipe"))
+    return world() > 1 and (gone or isinstance(error, dist.DistError))
+
+
 def own_rows(count: int) -> slice:
     """This process's contiguous share of ``count`` rows, ceil(count / W) of them; the last processes have fewer."""
     size = -(-count // world())

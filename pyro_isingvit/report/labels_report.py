@@ -11,11 +11,11 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-import torch
 from torch import Tensor
 
 from pyro_isingvit.core.checkpoint import write_text
 from pyro_isingvit.core.untrusted import csv_text, printable
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.predictive.labels import Doubts
 
@@ -74,13 +74,13 @@ def to_csv(checked: Checked) -> str:
     return text.getvalue()
 
 
-def write_page(path: Path, checked: Checked, dataset: str, summary: dict[str, object], most: int = 200) -> None:
+def write_page(path: Path, checked: Checked, info: DataInfo, summary: dict[str, object], most: int = 200) -> None:
     """Writes one HTML file that needs nothing else.
 
     Args:
         path: the file.
         checked: what it shows.
-        dataset: its name.
+        info: of the data.
         summary: names and values for the head of the page.
         most: images shown, the most doubtful flagged ones.
     """
@@ -95,8 +95,9 @@ def write_page(path: Path, checked: Checked, dataset: str, summary: dict[str, ob
     for row in shown:
         part, number = checked.where(row)
         low, high = doubts.interval[:, row].tolist()
+        seen = info.scale.shown(checked.parts[part].images[number : number + 1])[0]
         images.append({
-            "address": thumbnail(checked.parts[part].images[number]), "name": checked.name(row), "part": part,
+            "address": thumbnail(seen), "name": checked.name(row), "part": part,
             "given": printable(checked.classes[labels[row]]), "p": float(doubts.given[row]), "low": low, "high": high,
             "suggested": printable(checked.classes[doubts.suggested[row]]),
         })  # fmt: skip
@@ -105,20 +106,18 @@ def write_page(path: Path, checked: Checked, dataset: str, summary: dict[str, ob
         for given, other, count in doubts.confused(labels)
     ]
     page = environment.get_template("labels.html.j2").render(
-        dataset=printable(dataset), summary=[*summary.items()], pairs=pairs, images=images,
+        dataset=printable(info.dataset), summary=[*summary.items()], pairs=pairs, images=images,
         flagged=int(doubts.flagged.sum()), small=max(sides) <= THUMBNAIL,
     )  # fmt: skip
     write_text(path, page)
 
 
 def thumbnail(image: Tensor) -> str:
-    """An image as the address of a PNG; three channels as colours, others as their mean grey."""
+    """An image (1 or 3, H, W) uint8 as the address of a PNG."""
     from PIL import Image
     from torchvision.transforms.v2.functional import resize
 
     image = image.cpu()
-    if len(image) != 3:
-        image = image.float().mean(0, keepdim=True).round().to(torch.uint8)
     height, width = image.shape[1:]
     if (longer := max(height, width)) > THUMBNAIL:
         sides = [max(1, round(side * THUMBNAIL / longer)) for side in (height, width)]

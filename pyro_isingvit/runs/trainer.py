@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.errors import ProcessLost, UserError, need, why
 from pyro_isingvit.core.fields import check_fields
-from pyro_isingvit.core.processes import averaged, is_first, on_first, world
+from pyro_isingvit.core.processes import averaged, is_first, is_lost, on_first, world
 from pyro_isingvit.core.settings import RunConfig, TrainConfig
 from pyro_isingvit.data.augment import Augmentation, group_size
 from pyro_isingvit.data.batches import batches, count_steps
@@ -206,12 +206,18 @@ class Trainer:
         Raises:
             TrainingDiverged: the loss was not finite.
             KeyboardInterrupt: Ctrl-C; its message says what is kept.
+            ProcessLost: another process of this training is gone.
         """
         try:
             self._fit()
         except KeyboardInterrupt as stop:
             stop.args = (self.session.interrupted(self.total_epochs),)
             raise
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            told = self.session.interrupted(self.total_epochs)
+            raise ProcessLost(f"another process of this training was lost ({why(error)[:120]}); {told}") from error
         return self.run
 
     def _fit(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CONFIG, EVIL, here, refused, script, trainer, write_npz
+from helpers import CONFIG, EVIL, INFO, here, refused, script, trainer, write_npz
 
 from analysis import crossfit
 from analysis.crossfit import cross_fit, digests, read_fold
@@ -239,15 +239,15 @@ def test_the_table_has_every_image_and_no_formula() -> None:
 
 def test_the_page_stands_alone_and_escapes_names(tmp_path: Path) -> None:
     found = checked()
-    write_page(tmp_path / "labels.html", found, EVIL, {"Images": 40, EVIL: EVIL}, most=3)
+    write_page(tmp_path / "labels.html", found, replace(INFO, dataset=EVIL), {"Images": 40, EVIL: EVIL}, most=3)
     page = (tmp_path / "labels.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page and "\x1b" not in page
     assert page.count("data:image/png;base64,") == 3 and not re.search(r"(src|href)=\"(?!data:)", page)
-    write_page(tmp_path / "none.html", found, "made", {}, most=0)
+    write_page(tmp_path / "none.html", found, INFO, {}, most=0)
     assert "data:image" not in (tmp_path / "none.html").read_text()
 
 
-@pytest.mark.parametrize(("shape", "size"), [((1, 8, 8), (8, 8)), ((3, 300, 150), (112, 56)), ((2, 5, 9), (5, 9))])
+@pytest.mark.parametrize(("shape", "size"), [((1, 8, 8), (8, 8)), ((3, 300, 150), (112, 56))])
 def test_thumbnails(shape: tuple[int, ...], size: tuple[int, int]) -> None:
     from base64 import b64decode
 

@@ -191,3 +191,27 @@ def test_bad_input_is_one_message(wrong: list, word: str, tmp_path: Path) -> Non
     assert code != 0 and not (tmp_path / "r").exists()
     assert (out + err).count(word) == 1, err
     assert "exitcode  : 2" in err and 'File "' not in err.split(word)[0]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_is_killed_the_other_ends_and_the_run_resumes(victim: int, tmp_path: Path) -> None:
+    """SIGKILL, as the kernel sends it where memory is short: resumed by two, the run is that of two undisturbed."""
+    words = [*SMALL, "--epochs", 60]
+    forks = ranks(2, "inference.train", *words, "--out", tmp_path / "r")
+    limit = time.monotonic() + 120
+    while not (tmp_path / "r" / "checkpoint.previous.pt").is_file() and time.monotonic() < limit:
+        time.sleep(0.02)
+    os.kill(forks[victim].child, signal.SIGKILL)
+    died, other = forks[victim].wait(), forks[1 - victim].wait()
+    assert died.returncode == -signal.SIGKILL and other.returncode == 1, other.stderr
+    assert "another process of this training was lost" in other.stderr and "Traceback" not in other.stderr
+    assert 1 <= len(history(tmp_path / "r")) < 61
+    code, _, said = two_forks("--resume", tmp_path / "r")
+    assert code == 0, said
+    code, _, said = two_forks(*words, "--out", tmp_path / "whole")
+    assert code == 0, said
+    ours, theirs = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("r", "whole"))
+    for part in ("model", "guide"):
+        for name, value in theirs[part].items():
+            assert not isinstance(value, torch.Tensor) or torch.equal(value, ours[part][name]), name
+    assert torch.equal(ours["rng"], theirs["rng"])
