@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pyro_isingvit.predictive.labels import Score
 
 RESULTS = "results.json"
+DRAWS = 16  # of the predictions of the test part, which would otherwise take longer than the training
 MARKERS = ("<!-- labels: made by analysis.label_noise -->", "<!-- end of labels -->")
 SCORES: tuple["Score", ...] = ("given", "margin", "upper")
 DETECT = {
@@ -189,7 +190,7 @@ def trained(config: RunConfig, data: "ImageData") -> dict[str, float]:
     from pyro_isingvit.runs.trainer import Trainer
 
     run = Trainer(config, data, None, False).fit()
-    draws = draw_predictive(run, data.test.images, config.train.samples, seed=config.train.seed)
+    draws = draw_predictive(run, data.test.images, DRAWS, seed=config.train.seed)
     metrics = classification_metrics(draws.mean, data.test.labels)
     return {name: metrics[name] for name in ("accuracy", "nll", "ece")}
 
