@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
-import atheris
+import atheris  # noqa: E402 - the line above finds the library
 
 with atheris.instrument_imports(include=["pyro_isingvit.data", "tifffile"]):
     import numpy as np

@@ -4,6 +4,7 @@ Files may come from anyone: few readers, no decompression bombs, nothing unpickl
 Shapes: C channels (1 to 16), H height, W width.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,11 +309,17 @@ def _odd_tiff(path: Path, pages: Pages) -> bool:
         return True
 
 
-def _tiff_shape(path: Path, pages: Pages) -> tuple[tuple[int, int, int], np.dtype]:
-    """(H, W, C) of a TIFF, and its type, by its tags."""
+def _tifffile() -> Any:
+    """The package, without its own reports of every damaged tag: what cannot be read is told once, by name."""
     import tifffile
 
-    with tifffile.TiffFile(path) as file:
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    return tifffile
+
+
+def _tiff_shape(path: Path, pages: Pages) -> tuple[tuple[int, int, int], np.dtype]:
+    """(H, W, C) of a TIFF, and its type, by its tags."""
+    with _tifffile().TiffFile(path) as file:
         return _tiff_plan(file, pages)
 
 
@@ -336,9 +343,7 @@ def _tiff_plan(file: Any, pages: Pages) -> tuple[tuple[int, int, int], np.dtype]
 
 def _tiff(path: Path, pages: Pages) -> np.ndarray:
     """(H, W, C) of a TIFF."""
-    import tifffile
-
-    with tifffile.TiffFile(path) as file:
+    with _tifffile().TiffFile(path) as file:
         shape, _ = _tiff_plan(file, pages)
         if pages == "channels" and len(file.pages) > 1:
             return np.stack([page.asarray() for page in file.pages], axis=2)

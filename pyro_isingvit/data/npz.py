@@ -142,7 +142,7 @@ class Stored:
             UserError: an array that is missing or not as it must be.
         """
         for key in (images, labels):
-            found = ", ".join(self.names) or "none"
+            found = ", ".join(map(printable, self.names)) or "none"
             need(key is None or key in self.names, f"{self.path} has no array {key!r}; found: {found}.")
         pixels = self.images(images)
         numbers = np.full(len(pixels), UNLABELLED) if labels is None else self._labels(labels)
