@@ -225,6 +225,23 @@ def checked() -> Checked:
     return Checked(parts, (EVIL, "@b", "c\x1b[31m", "d"), found)
 
 
+def test_images_of_one_group_are_held_out_together(data: ImageData, monkeypatch) -> None:
+    groups = tuple(f"patient {i // 3}" for i in range(len(data.train)))
+    grouped = replace(data, train=replace(data.train, groups=groups))
+    folds: list[np.ndarray] = []
+    real = crossfit.fold_numbers
+
+    def watched(*arguments) -> np.ndarray:
+        folds.append(real(*arguments))
+        return folds[-1]
+
+    monkeypatch.setattr(crossfit, "fold_numbers", watched)
+    config = replace(CONFIG, method="deterministic", train=replace(CONFIG.train, epochs=1))
+    cross_fit(config, lambda: grouped, folds=3, samples=1, progress=False)
+    held = {(group, int(fold)) for group, fold in zip(groups, folds[0], strict=True)}
+    assert len(held) == len(set(groups)) and {fold for _, fold in held} == {0, 1, 2}
+
+
 def test_the_table_has_every_image_and_no_formula() -> None:
     found = checked()
     rows = list(csv.reader(io.StringIO(to_csv(found))))
