@@ -180,8 +180,9 @@ def fit_fold(number: int, task: Task) -> Arrays:
     arrays: Arrays = {}
     for prefix, part in (("", held_out), ("val_", data.val)):
         means, given = [np.empty((0, data.info.num_classes), np.float32)], list[np.ndarray]()
-        for first in range(0, len(part), CHUNK):
-            rows, labels = slice(first, first + CHUNK), part.labels[first : first + CHUNK].cpu()
+        chunk = min(CHUNK, part.images.chunk)
+        for first in range(0, len(part), chunk):
+            rows, labels = slice(first, first + chunk), part.labels[first : first + chunk].cpu()
             drawn = draw_predictive(run, part.images[rows], task.samples, seed=config.train.seed).probs
             means.append(drawn.mean(0).numpy())
             given.append(drawn[:, torch.arange(len(labels)), labels].numpy())
@@ -219,7 +220,7 @@ def portable(config: RunConfig) -> RunConfig:
 def digests(images: Images) -> list[bytes]:
     """A digest of each image's pixels."""
     found: list[bytes] = []
-    for first in range(0, len(images), CHUNK):
-        pixels: Any = images[first : first + CHUNK].cpu().numpy()
+    for first in range(0, len(images), images.chunk):
+        pixels: Any = images[first : first + images.chunk].cpu().numpy()
         found += [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]
     return found

@@ -12,14 +12,14 @@ import argparse
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from inference.cli import print_table, resumes, run_script, with_clear_errors
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.presets import PRESETS, default_preset, preset, without_stem
-from pyro_isingvit.core.settings import PretrainConfig, ViTConfig
+from pyro_isingvit.core.settings import DataConfig, PretrainConfig, ViTConfig
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class PretrainArguments:
     """What to learn from, and where to keep the network."""
 
     images: str
-    """digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH, npz:PATH, FILE.npz or a folder of images."""
+    """digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH, csv:FILE, npz:FILE, npy:FOLDER, FILE.npz or a
+    folder of images."""
     out: Path
     """Folder of the pretraining."""
     preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))]
@@ -40,6 +41,13 @@ class PretrainArguments:
     """Resize the images to squares with this many pixels a side."""
     vit: ViTConfig = field(default_factory=ViTConfig)
     train: PretrainConfig = field(default_factory=PretrainConfig)
+    resize: Literal["fit", "crop", "stretch"] = "fit"
+    """With image_size, images that are no squares are shown whole with dark margins, cut to their middle, or lose their
+    shape."""
+    pages: Literal["first", "channels"] = "first"
+    """Which pages of a TIFF file are read: the first, or all of them as channels."""
+    cache: str | None = None
+    """Folder where decoded images are kept and read from row by row, for data that do not fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,9 @@ def pretrain(arguments: PretrainArguments) -> None:
             f"{out} already holds a pretraining; continue it with --resume {out} alone, or replace it with --overwrite."
         )
     settings = PretrainSettings(
-        arguments.images, arguments.data_root, arguments.image_size, arguments.vit, arguments.train
-    )
+        arguments.images, arguments.data_root, arguments.image_size, arguments.vit, arguments.train,
+        resize=arguments.resize, pages=arguments.pages, cache=arguments.cache,
+    )  # fmt: skip
     settings.check()
     training = _made(settings, out)
     for name in (SETTINGS, CHECKPOINT, previous_of(Path(CHECKPOINT)).name, HISTORY, START):
@@ -87,7 +96,8 @@ def _made(settings, out):  # type: ignore[no-untyped-def]
     from pyro_isingvit.data.load import load_unlabelled
     from pyro_isingvit.runs.pretrain import Pretraining
 
-    images = load_unlabelled(settings.source, data_root=settings.data_root, image_size=settings.image_size)
+    how = DataConfig(resize=settings.resize, pages=settings.pages, cache=settings.cache)
+    images = load_unlabelled(settings.source, data_root=settings.data_root, image_size=settings.image_size, source=how)
     return Pretraining(settings, images, out)
 
 

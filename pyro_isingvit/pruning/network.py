@@ -275,6 +275,7 @@ class CompactViT(nn.Module):
         """
         need(samples >= 1 and chunk >= 1, f"`samples` ({samples}) and `chunk` ({chunk}) must be at least 1.")
         bayes, images = self.config.form == "bayes", as_images(images)
+        chunk = min(chunk, images.chunk)
         noise = torch.Generator(device=self.position.device).manual_seed(seed)
         result = torch.empty(samples if bayes else 1, len(images), len(self.config.classes))
         for s in range(len(result)):

@@ -44,7 +44,7 @@ def draw_predictive(
         run: a trained run.
         images: (B, channels, height, width) uint8, as the data set gives them: ``Images``, a tensor or an array.
         num_samples: S, at most as many as the method has networks.
-        chunk: at most this many (draw, image) pairs pass through the network at a time.
+        chunk: at most this many (draw, image) pairs pass through the network at a time; fewer where images are large.
         seed: of the draws; the global random state is left as it was.
         progress: show a progress bar.
 
@@ -66,7 +66,7 @@ def draw_predictive(
         raise UserError(f"`num_samples` ({num_samples}) and `chunk` ({chunk}) must be at least 1.")
     images = as_images(images)
     run.info.normalise(images[:1])  # refuses images that do not fit before any work
-    batch, classes = len(images), run.info.num_classes
+    batch, classes, chunk = len(images), run.info.num_classes, min(chunk, images.chunk)
     num_samples = min(num_samples, run.max_draws or num_samples)
     images = images.take(own_rows(batch))
     probs = torch.empty(num_samples, len(images), classes)

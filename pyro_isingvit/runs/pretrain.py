@@ -24,7 +24,8 @@ from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.settings import PretrainConfig, TrainConfig, ViTConfig
 from pyro_isingvit.data.augment import Augmentation
 from pyro_isingvit.data.batches import batches, count_steps
-from pyro_isingvit.data.images import Images
+from pyro_isingvit.data.decode import Pages
+from pyro_isingvit.data.images import Images, Resize
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.intensity import fit_scale
 from pyro_isingvit.data.split import UNLABELLED, Split
@@ -51,6 +52,9 @@ class PretrainSettings:
     vit: ViTConfig
     train: PretrainConfig
     format: int = FORMAT
+    resize: Resize = "fit"
+    pages: Pages = "first"
+    cache: str | None = None
 
     def check(self) -> None:
         """Raises UserError where a setting is of another kind or out of its range."""
@@ -74,6 +78,7 @@ class PretrainSettings:
             raw = json.loads(path.read_text(errors="replace"))
             need(raw["format"] == FORMAT, f"{path} is of format {raw['format']}, this version reads {FORMAT}.")
             raw["vit"], raw["train"] = ViTConfig(**raw["vit"]), PretrainConfig(**raw["train"])
+            raw = {"resize": "stretch"} | raw  # before version 0.7
             settings = cls(**raw)
             settings.check()
             return settings

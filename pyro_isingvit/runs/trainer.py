@@ -246,7 +246,8 @@ class Trainer:
         for kind, layer in self.run.dropped_layers() if is_first() else []:
             log.warning("%s of layer %d is dropped: skip connections carry the signal past it", kind, layer)
         self.loss.eval()
-        self.method.finish(self.data.train.batches(CHUNK, self.run.info.normalise))
+        train = self.data.train
+        self.method.finish(train.batches(min(CHUNK, train.images.chunk), self.run.info.normalise))
         if self.settings.calibrate and len(self.data.val):
             self._calibrate()
         session.finished = True

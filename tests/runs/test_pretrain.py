@@ -1,7 +1,9 @@
 """Pretraining without labels: it learns, resumes bit for bit, and a training starts from it."""
 
+import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, make_split
@@ -9,8 +11,10 @@ from torch.testing import assert_close
 
 from pyro_isingvit import UserError, fit
 from pyro_isingvit.core.settings import PretrainConfig
+from pyro_isingvit.data.images import InMemory
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.report.pretrain_figure import draw_guesses
+from pyro_isingvit.runs.pretrain import SETTINGS as FILE
 from pyro_isingvit.runs.pretrain import Pretraining, PretrainSettings
 
 TRAIN = PretrainConfig(
@@ -86,10 +90,10 @@ def test_other_images_and_damaged_folders_are_refused(tmp_path):
     other = Pretraining(replace(SETTINGS, train=replace(TRAIN, epochs=1)), images(50), tmp_path, progress=False)
     with pytest.raises(UserError, match="other images"):
         other.restore()
-    (tmp_path / "pretrain.json").write_text('{"format": 1}')
+    (tmp_path / FILE).write_text('{"format": 1}')
     with pytest.raises(UserError, match="damaged"):
         PretrainSettings.read(tmp_path)
-    (tmp_path / "pretrain.json").write_text('{"format": 9}')
+    (tmp_path / FILE).write_text('{"format": 9}')
     with pytest.raises(UserError, match="format 9"):
         PretrainSettings.read(tmp_path)
     with pytest.raises(UserError, match="holds no pretraining"):
@@ -126,3 +130,18 @@ def test_guesses_are_pictures(tmp_path):
     shown = seen == real
     assert shown.float().mean() >= 0.5 and guessed.shape == real.shape
     assert draw_guesses(training, tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_deep_images_and_settings_of_older_versions(tmp_path):
+    """16 bits as they are; a folder without the newer settings means what it meant."""
+    deep = InMemory((torch.rand(40, 1, 4, 4) * 60000).to(torch.uint16))
+    training = Pretraining(SETTINGS, deep, None, progress=False)
+    training.run()
+    assert training.info.kind == "uint16" and np.isfinite(training.history[-1]["loss"])
+    kept = json.loads(replace(SETTINGS, resize="crop", pages="channels").to_json())
+    (tmp_path / FILE).write_text(json.dumps(kept))
+    assert PretrainSettings.read(tmp_path).pages == "channels"
+    for name in ("resize", "pages", "cache"):
+        del kept[name]
+    (tmp_path / FILE).write_text(json.dumps(kept))
+    assert PretrainSettings.read(tmp_path).resize == "stretch"
