@@ -299,7 +299,10 @@ def _record(results: dict[tuple[Any, ...], dict[str, Any]], cell: Cell, outcome:
         text = in_flags(str(outcome), None) or repr(outcome)  # a cell's settings are not flags of the grid
         row |= {"status": "failed", "error": text.splitlines()[0][:300]}
     else:
-        row |= {"status": "done", "metrics": outcome}
+        plain = {
+            name: value for name, value in outcome.items() if not isinstance(value, dict | list)
+        }  # the run has all
+        row |= {"status": "done", "metrics": plain}
     results[cell.key] = row
 
 

@@ -19,7 +19,8 @@ import tyro
 from inference.cli import print_table, resumes, run_script, with_clear_errors
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.presets import PRESETS, default_preset, preset, without_stem
-from pyro_isingvit.core.settings import DataConfig, PretrainConfig, ViTConfig
+from pyro_isingvit.core.pretraining import PretrainConfig
+from pyro_isingvit.core.settings import DataConfig, ViTConfig
 
 
 @dataclass(frozen=True)

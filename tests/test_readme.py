@@ -115,7 +115,7 @@ def made(*words: str) -> str:
 
 
 def test_make_targets_of_the_readme_and_of_ci_exist() -> None:
-    assert TARGETS == ["help", "lint", "format", "test", "test-all", "test-matrix", "demo", "soak", "clean"]
+    assert TARGETS == ["help", "lint", "format", "test", "test-all", "test-matrix", "demo", "soak", "fuzz", "clean"]
     (phony,) = re.findall(r"^\.PHONY: (.*)", MAKEFILE, re.M)
     assert phony.split() == TARGETS
     assert set(re.findall(r"^make ([\w-]+)", SHELL, re.M)) <= set(TARGETS)

@@ -73,6 +73,7 @@ class Stored:
             UserError: an array that is no images.
         """
         shape, dtype, packed = self._header(key)
+        need(not dtype.hasobject, f"cannot read {self.path}: {key} holds objects, and object arrays are refused.")
         fix = "convert values from 0 to 255 by images.astype('uint8')"
         usable = dtype.kind == "f" or dtype.newbyteorder("=") in (np.uint8, np.uint16, np.bool_)
         need(usable, f"{self.path}: {key} is {dtype}; uint8, uint16 or floats are expected; {fix}.")

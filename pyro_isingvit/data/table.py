@@ -5,9 +5,9 @@ The table may come from anyone: paths stay below its folder, texts are shown wit
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 
 from pyro_isingvit.core.errors import UserError, need, why
@@ -17,6 +17,9 @@ from pyro_isingvit.data.arrays import image_weights
 from pyro_isingvit.data.files import read_files
 from pyro_isingvit.data.named import Parts, groups_of, path_of, reading_of
 from pyro_isingvit.data.split import Split
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = ("path", "label", "split", "group", "weight")
 NEEDED = COLUMNS[:2]
@@ -35,6 +38,8 @@ def csv_table(source: DataConfig) -> Parts:
     Raises:
         UserError: a missing or unreadable table, a missing column, or a line that cannot be used; the message names it.
     """
+    import pandas as pd  # slow to import; other sources need none of it
+
     file = path_of(source)
     table = read_table(file, source.columns)
     need(len(table), f"{file} has no lines below its header.")
@@ -64,7 +69,7 @@ def csv_table(source: DataConfig) -> Parts:
     return cut["train"], cut.get("val"), cut.get("test"), tuple(map(printable, classes))
 
 
-def read_table(file: Path, renamed: str = "") -> pd.DataFrame:
+def read_table(file: Path, renamed: str = "") -> "pd.DataFrame":
     """The table as texts, its known columns called as in ``COLUMNS``; others are left out.
 
     Args:
@@ -74,6 +79,8 @@ def read_table(file: Path, renamed: str = "") -> pd.DataFrame:
     Raises:
         UserError: a missing or unreadable table, or a missing or doubled column.
     """
+    import pandas as pd
+
     names = dict(zip(COLUMNS, COLUMNS, strict=True))
     for pair in filter(None, renamed.split(",")):
         known, equals, name = (text.strip() for text in pair.partition("="))
@@ -128,13 +135,15 @@ def files_of(texts: "pd.Series[str]", file: Path) -> list[Path]:
     return paths
 
 
-def _weights(file: Path, table: pd.DataFrame) -> torch.Tensor | None:
+def _weights(file: Path, table: "pd.DataFrame") -> torch.Tensor | None:
+    import pandas as pd
+
     numbers = pd.to_numeric(table["weight"], errors="coerce")
     _each(file, table, "weight", np.isfinite(numbers) & (numbers > 0), "is no positive number")
     return image_weights(numbers.to_numpy())
 
 
-def _each(file: Path, table: pd.DataFrame, column: str, good: "pd.Series[bool]", problem: str) -> None:
+def _each(file: Path, table: "pd.DataFrame", column: str, good: "pd.Series[bool]", problem: str) -> None:
     """Raises UserError for the first line that is not good."""
     bad = np.flatnonzero(~good.to_numpy())
     if len(bad):

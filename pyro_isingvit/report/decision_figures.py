@@ -26,7 +26,8 @@ def risk_against_coverage(
     figure = Figure((NARROW, 3.6) if narrow else (HALF, 4.4), layout="constrained")
     ax = figure.subplots()
     ax.fill_between(coverage, risk, color=BLUE, alpha=0.12, linewidth=0)
-    ax.plot(coverage, risk, color=BLUE, linewidth=1.6, label=f"by confidence, area {risk.mean():.4f}")
+    label, clipped = f"by confidence, area {risk.mean():.4f}", bool(risk.any())  # without errors, it lies on the axis
+    ax.plot(coverage, risk, color=BLUE, linewidth=1.6, clip_on=clipped, zorder=3, label=label)
     ax.axhline(risk[-1], color=GREY, linestyle=":", linewidth=1.2, label="chosen at random")
     for (limit, share, wrong), marker in zip(limits, MARKERS, strict=False):
         ax.plot(

@@ -61,7 +61,7 @@ def _limits_text(val: Validation | None) -> str:
     return (
         f"Red marks: thresholds from the {len(val)} validation images that keep the error rate below a limit with "
         f"{CERTAINTY:.0%} certainty, and what they do on the test part; limits without a mark cannot be promised from "
-        "so few images, or let every prediction stand. inference.predict --max-error applies one."
+        "so few images, or let every prediction stand. Prediction applies one as the setting `max_error`."
     )
 
 
@@ -84,6 +84,6 @@ def _sets(val: Validation | None, probs: np.ndarray, labels: np.ndarray) -> Sect
         "for images like the validation images, however wrong the network's own probabilities are. Sets of one class "
         "can be acted on; larger ones say which classes are still in question. The most probable class is always in, "
         "so easy data are covered more often than asked for. "
-        + (f"On the test part {', '.join(told)}. inference.predict --coverage writes them." if told else ""),
+        + (f"On the test part {', '.join(told)}. Prediction writes them with the setting `coverage`." if told else ""),
         partial(decision_figures.set_sizes, sizes) if sizes else None, half=True,
     )  # fmt: skip

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint, write_text
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.fields import check_fields
-from pyro_isingvit.core.settings import PretrainConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.pretraining import PretrainConfig
+from pyro_isingvit.core.settings import TrainConfig, ViTConfig
 from pyro_isingvit.data.augment import Augmentation
 from pyro_isingvit.data.batches import batches, count_steps
 from pyro_isingvit.data.decode import Pages

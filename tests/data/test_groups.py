@@ -11,6 +11,7 @@ from pyro_isingvit import ImageData, load_data
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.data.load import development_data
+from pyro_isingvit.data.named import groups_of
 from pyro_isingvit.data.stratify import hold_out_groups, shared_group
 
 RNG = np.random.default_rng(0)
@@ -63,6 +64,11 @@ def test_groups_in_the_files_names(tmp_path):
     with pytest.raises(UserError, match="is for names of files"):
         np.savez(tmp_path / "a.npz", train_images=pixels(4, 6, 6), train_labels=[0, 1, 0, 1])
         load_data(f"npz:{tmp_path / 'a.npz'}", groups="x")
+
+
+def test_what_a_pattern_finds():
+    assert groups_of(["a/p1_x.png", "b/p22_y.png"], r"p\d+") == ("p1", "p22")
+    assert groups_of(["a/p1_x.png"], r"p(\d+)_(.)") == ("1",) and groups_of(["a"], None) == ()
 
 
 def test_groups_in_an_npz_and_a_leak(tmp_path):

@@ -148,9 +148,9 @@ def test_batches_have_pairs_of_images(data) -> None:
     seen: list[int] = []
     call = Augmentation.__call__
 
-    def spy(self: Augmentation, images, labels):
+    def spy(self: Augmentation, images, labels, weights):
         seen.append(len(images))
-        return call(self, images, labels)
+        return call(self, images, labels, weights)
 
     fewer = replace(data, train=replace(data.train, images=data.train.images[:51], labels=data.train.labels[:51]))
     with patch.object(Augmentation, "__call__", spy):

@@ -54,7 +54,7 @@ def test_the_curves_name_their_areas() -> None:
 def test_the_page_has_them_for_two_classes_alone(classes, tmp_path) -> None:
     page = write_report(make_run(tmp_path / "run", classes)).read_text()
     two = len(classes) == 2
-    for text in ('id="ranking"', "Youden", "optimistic", "Called positive"):
+    for text in ('id="ranking"', "Youden", "images of the validation part", "Called positive"):
         assert (text in page) == two
     assert (tmp_path / "run" / "report" / "ranking.png").exists() == two
     assert "<script>" not in page

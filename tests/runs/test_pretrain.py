@@ -10,7 +10,7 @@ from helpers import TINY, make_split
 from torch.testing import assert_close
 
 from pyro_isingvit import UserError, fit
-from pyro_isingvit.core.settings import PretrainConfig
+from pyro_isingvit.core.pretraining import PretrainConfig
 from pyro_isingvit.data.images import InMemory
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.report.pretrain_figure import draw_guesses

@@ -80,7 +80,7 @@ def test_two_processes_train_the_run_of_one(single: Path, tmp_path: Path, start)
     code, out, err = start(*SMALL, "--out", tmp_path / "r")
     assert code == 0, err
     assert_alike(tmp_path / "r", single)
-    assert out.count("accuracy") == 1 and out.count("run: ") == 1 and err.count("training, ") == 1
+    assert out.count("macro F1") == 1 and out.count("run: ") == 1 and err.count("training, ") == 1
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == sorted(path.name for path in single.iterdir())
 
 
