@@ -4,10 +4,13 @@ import importlib
 import io
 import itertools
 import os
+import re
 import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -148,6 +151,18 @@ def here(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         except SystemExit as leave:
             code = int(leave.code or 0)
     return subprocess.CompletedProcess(module, code, out.getvalue(), err.getvalue())
+
+
+def prints_what_it_shows(page: str, folder: Path) -> None:
+    """The Python example of a page of docs/ prints the text that the page shows below it."""
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    (shown,) = re.findall(r"```text\n(.*?)```", page, re.S)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=folder, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == shown
 
 
 def refused(result: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -1,15 +1,12 @@
 """docs/skew.md keeps its word: its example prints what it shows, and its commands run."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from forks import ROOT
-from helpers import here
+from helpers import here, prints_what_it_shows
 from skewed import SHOWN, table
 
 PAGE = (ROOT / "docs" / "skew.md").read_text()
@@ -17,14 +14,7 @@ QUICK = ["--epochs", "2", "--samples", "3", "--device", "cpu", "--val-samples", 
 
 
 def test_the_example_prints_what_is_shown(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    (shown,) = re.findall(r"```text\n(.*?)```", PAGE, re.S)
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == shown
+    prints_what_it_shows(PAGE, tmp_path)
 
 
 def test_its_commands_run(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -1,15 +1,11 @@
 """docs/starting.md keeps its word: its example prints what it shows, and its commands run, with random weights."""
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from forks import ROOT
-from helpers import here
+from helpers import here, prints_what_it_shows
 from PIL import Image
 from torchvision import models
 
@@ -19,14 +15,7 @@ QUICK = ["--epochs", "2", "--samples", "3", "--device", "cpu", "--val-samples", 
 
 
 def test_the_example_prints_what_is_shown(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    (shown,) = re.findall(r"```text\n(.*?)```", PAGE, re.S)
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == shown
+    prints_what_it_shows(PAGE, tmp_path)
 
 
 @pytest.fixture
