@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from pyro_isingvit.core.errors import UserError
@@ -164,3 +166,34 @@ def test_resizing_agrees_with_images_in_memory():
         there = Resized(InMemory(torch.from_numpy(array.transpose(0, 3, 1, 2).copy())), 12, how)[:][0, 0].int()
         here = torch.from_numpy(resized(array[0], (12, 12), how)[..., 0]).int()
         assert (there - here).abs().float().mean() < 12, how
+
+
+def whole_files(folder):
+    """One file of each kind that can be read."""
+    Image.fromarray(DEEP).save(folder / "a.png")
+    write_deep_colour_png(folder / "b.png", COLOURS)
+    tifffile.imwrite(folder / "c.tif", COLOURS, photometric="rgb")
+    tifffile.imwrite(folder / "d.tif", PAGES, photometric="minisblack", compression="zlib")
+    np.save(folder / "e.npy", FIVE)
+    Image.new("RGB", (9, 7), "red").save(folder / "f.jpg")
+    return sorted(folder.iterdir())
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(0, 5), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6), st.integers(0, 2000),
+    st.sampled_from(["first", "channels"]),
+)  # fmt: skip
+def test_damaged_files_are_images_or_one_clear_line(tmp_path_factory, number, changes, cut, pages):
+    """``make fuzz`` goes on where this ends."""
+    folder = tmp_path_factory.mktemp("files")
+    path = whole_files(folder)[number]
+    raw = bytearray(path.read_bytes())
+    for at, value in changes:
+        raw[at % len(raw)] = value
+    path.write_bytes(raw[: len(raw) - cut % (len(raw) + 1) * (cut > 1500)])
+    try:
+        images, _ = read_files([path], Reading((4, 4), pages=pages))
+        assert images[:].shape[2:] == (4, 4)
+    except UserError as error:
+        assert path.name in str(error) and len(str(error).splitlines()) == 1
