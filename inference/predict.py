@@ -29,7 +29,8 @@ class PredictArguments:
     run: Path
     """Folder of a trained run."""
     input: str
-    """A folder of images, an npz file, or the name of a data set (its test part)."""
+    """A folder of images, a table csv:FILE with or without labels, an npz file, or the name of a data set (its test
+    part)."""
     out: Path = Path("predictions.nc")
     """ArviZ DataTree to write; a CSV with the same name goes to the same folder."""
     samples: int | None = None

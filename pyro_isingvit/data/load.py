@@ -29,6 +29,7 @@ from pyro_isingvit.data.named import reading_of
 from pyro_isingvit.data.npz import Stored
 from pyro_isingvit.data.sources import DATASETS, PREFIXES, known
 from pyro_isingvit.data.split import UNLABELLED, ImageData, Split, check_division, divide, hold_out_test
+from pyro_isingvit.data.table import table_inputs
 
 log = logging.getLogger(__name__)
 TEST_FRACTION = 0.2  # of the images, where there is no official test part
@@ -137,9 +138,10 @@ def load_inputs(
 ) -> Split:
     """Images to predict, in the shape of the run that ``info`` describes.
 
-    ``spec`` is a data set as for ``load_data`` (its test part), an ``.npz`` file (``images`` or
-    ``test_images``, with ``labels`` or ``test_labels`` or without) or a folder of images, nested or not. A
-    folder is labelled if every image lies in a subfolder that is called like a class.
+    ``spec`` is a data set as for ``load_data`` (its test part), another table ``csv:FILE`` than the run's (its test
+    part, or all of its images where it has no column of splits; with labels or without), an ``.npz`` file (``images``
+    or ``test_images``, with ``labels`` or ``test_labels`` or without) or a folder of images, nested or not. A folder is
+    labelled if every image lies in a subfolder that is called like a class.
 
     Args:
         spec: what to read.
@@ -151,9 +153,12 @@ def load_inputs(
         UserError: nothing readable there, or images of another shape than the run's.
     """
     path, source = Path(spec).expanduser(), source or DataConfig()
-    if spec in DATASETS or spec.partition(":")[0] in PREFIXES:
-        files = spec.partition(":")[0] in ("imagefolder", "csv")
-        size = info.height if files and info.height == info.width else source.image_size
+    if spec.startswith("csv:") and spec != source.dataset:  # not the table that the run learned from
+        paths, lines, numbers = table_inputs(replace(source, dataset=spec), info.classes)
+        split = replace(load_image_files(paths, info, source), names=tuple(lines), labels=numbers)
+    elif spec in DATASETS or spec.partition(":")[0] in PREFIXES:
+        square = spec.startswith(("imagefolder:", "csv:")) and info.height == info.width
+        size = info.height if square else source.image_size
         asked = replace(source, dataset=spec, data_root=str(data_root), image_size=size, download=False)
         *_, split, classes = load_parts(asked)
         if classes != info.classes:
@@ -161,10 +166,10 @@ def load_inputs(
             split = replace(split, labels=torch.full_like(split.labels, UNLABELLED))
     elif path.is_dir():
         paths = list_images(path)
-        names = [file.relative_to(path) for file in paths]
+        inner = [file.relative_to(path) for file in paths]
         split = load_image_files(paths, info, source)
-        split = replace(split, names=tuple(printable(name.as_posix()) for name in names))
-        tops = [printable(name.parts[0]) if len(name.parts) > 1 else None for name in names]
+        split = replace(split, names=tuple(printable(name.as_posix()) for name in inner))
+        tops = [printable(name.parts[0]) if len(name.parts) > 1 else None for name in inner]
         if all(top in info.classes for top in tops):
             split = replace(split, labels=torch.tensor([info.classes.index(str(top)) for top in tops]))
     else:

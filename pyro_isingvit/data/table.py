@@ -4,6 +4,7 @@ The table may come from anyone: paths stay below its folder, texts are shown wit
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.arrays import image_weights
 from pyro_isingvit.data.files import read_files
 from pyro_isingvit.data.named import Parts, groups_of, path_of, reading_of
-from pyro_isingvit.data.split import Split
+from pyro_isingvit.data.split import UNLABELLED, Split
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,9 +57,7 @@ def csv_table(source: DataConfig) -> Parts:
     weights = _weights(file, table) if "weight" in table else None
     parts = pd.Series("train", table.index)
     if "split" in table:
-        said = table["split"].str.strip().str.lower()
-        _each(file, table, "split", said.isin(list(SPLITS)), "is none of train, val and test")
-        parts = said.map(SPLITS)
+        parts = _splits(file, table)
         need((parts == "train").any(), f"{file} has no line whose split is train.")
     images, _ = read_files(paths, reading_of(source), cache=source.cache)
     whole = Split(images, numbers, tuple(names), groups, weights)
@@ -69,12 +68,39 @@ def csv_table(source: DataConfig) -> Parts:
     return cut["train"], cut.get("val"), cut.get("test"), tuple(map(printable, classes))
 
 
-def read_table(file: Path, renamed: str = "") -> "pd.DataFrame":
+def table_inputs(source: DataConfig, classes: Sequence[str]) -> tuple[list[Path], list[str], torch.Tensor]:
+    """The images of a table that are to be predicted: all, or those whose split is test where it has such a column.
+
+    Args:
+        source: whose ``dataset`` names the table.
+        classes: of the run.
+
+    Returns:
+        files, names, and (n,) class numbers: -1 for all where the table has no labels, or one that is no class.
+
+    Raises:
+        UserError: as ``csv_table``; no label is needed.
+    """
+    file = path_of(source)
+    table = read_table(file, source.columns, ("path",))
+    if "split" in table:
+        table = table[_splits(file, table) == "test"]
+        need(len(table), f"{file} has no line whose split is test.")
+    need(len(table), f"{file} has no lines below its header.")
+    known = {name: number for number, name in enumerate(classes)}
+    said = [known.get(printable(text.strip()), UNLABELLED) for text in table.get("label", [])]
+    unknown = UNLABELLED in said or not said
+    labels = torch.full((len(table),), UNLABELLED) if unknown else torch.tensor(said)
+    return files_of(table["path"], file), [printable(path) for path in table["path"]], labels
+
+
+def read_table(file: Path, renamed: str = "", needed: Sequence[str] = NEEDED) -> "pd.DataFrame":
     """The table as texts, its known columns called as in ``COLUMNS``; others are left out.
 
     Args:
         file: comma, semicolon or tab between the columns; UTF-8.
         renamed: "path=file,label=finding" where the columns have other names.
+        needed: columns that must be there.
 
     Raises:
         UserError: a missing or unreadable table, or a missing or doubled column.
@@ -103,7 +129,7 @@ def read_table(file: Path, renamed: str = "") -> "pd.DataFrame":
     table.columns = table.columns.str.strip()
     have = ", ".join(printable(str(column)) for column in table.columns)
     for known, name in names.items():
-        optional = known not in NEEDED and name == known
+        optional = known not in needed and (name == known or needed != NEEDED)
         count = int((table.columns == name).sum())
         need(count or optional, f"{file} has no column {name!r}; it has: {have}. `columns` names others.")
         need(count <= 1, f"{file} has {count} columns {name!r}; keep one.")
@@ -133,6 +159,13 @@ def files_of(texts: "pd.Series[str]", file: Path) -> list[Path]:
         need(not path.is_symlink() or path.resolve().is_relative_to(folder), f"{where} {inside}.")
         paths.append(path)
     return paths
+
+
+def _splits(file: Path, table: "pd.DataFrame") -> "pd.Series[str]":
+    """The part of each line."""
+    said = table["split"].str.strip().str.lower()
+    _each(file, table, "split", said.isin(list(SPLITS)), "is none of train, val and test")
+    return said.map(SPLITS)
 
 
 def _weights(file: Path, table: "pd.DataFrame") -> torch.Tensor | None:

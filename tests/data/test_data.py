@@ -137,7 +137,8 @@ def test_every_loader(name, tmp_path, folders, monkeypatch):
     check(loaded)
     assert loaded.info.dataset == spec
     assert not set(rows(loaded.train)) & set(rows(loaded.val))
-    assert load_inputs(spec, loaded.info, data_root=tmp_path).labels.equal(loaded.test.labels)
+    own = loaded.source[0]
+    assert load_inputs(spec, loaded.info, data_root=tmp_path, source=own).labels.equal(loaded.test.labels)
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -44,7 +44,6 @@ def test_path_and_label_are_enough(folder):
     number = int(data.train.names[row].rpartition("_")[2][:-4])
     assert np.array_equal(data.train.images[row][0].numpy(), pixels(6, 5, seed=number))
     assert int(data.train.labels[row]) == (number % 3 != 0)
-    assert len(load_inputs(lines(folder), data.info)) == 5
 
 
 def test_all_columns_under_other_names(folder):
@@ -57,6 +56,30 @@ def test_all_columns_under_other_names(folder):
     assert (len(data.train), len(data.val), len(data.test)) == (15, 3, 6)
     assert set(data.train.groups) == {f"p{i}" for i in range(5)}
     assert (8 * data.train.weights).tolist() == pytest.approx(list(range(1, 16)))  # the mean of training images is 1
+
+
+def test_predicting_a_table(folder):
+    """All of its images, or those for testing; labels are not needed."""
+    data = load_data(lines(folder))
+    inputs = load_inputs(lines(folder), data.info)
+    assert len(inputs) == COUNT and inputs.labels.bincount().tolist() == [8, 16]
+    assert inputs.names[4] == "scans/p1_4.png"
+    assert np.array_equal(inputs.images[4][0].numpy(), pixels(6, 5, seed=4))
+    own, _ = data.source
+    assert len(load_inputs(lines(folder), data.info, source=own)) == 5  # what the run learned from is left out
+    split = lines(folder, lambda i: "test" if i > 20 else "train", header="path,label,split")
+    assert load_inputs(split, data.info).names == tuple(f"scans/p7_{i}.png" for i in (21, 22, 23))
+    spec = lines(folder, header="picture,finding")
+    for columns in ("path=picture", "path=picture,label=finding,group=patient"):
+        found = load_inputs(spec, data.info, source=DataConfig(columns=columns))
+        assert found.labels.tolist() == ([-1] * COUNT if columns == "path=picture" else inputs.labels.tolist())
+    other = (folder / "table.csv").read_text().replace("sick", "unsure")
+    (folder / "table.csv").write_text(other)
+    assert set(load_inputs(spec, data.info, source=DataConfig(columns=columns)).labels.tolist()) == {-1}
+    with pytest.raises(UserError, match="has no column 'path'"):
+        load_inputs(spec, data.info)
+    with pytest.raises(UserError, match="no line whose split is test"):
+        load_inputs(lines(folder, lambda i: "train", header="path,label,split"), data.info)
 
 
 def test_numbers_are_sorted_as_numbers(folder):
