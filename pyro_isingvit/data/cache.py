@@ -6,7 +6,7 @@
     CACHE/KEY/index.json    how many, of which shape and type; written last
 
 A file that changes has another digest, and so has the cache. The one who comes first fills it, others wait; one that
-was killed is continued. Every image is checked when it is first read.
+was killed is continued. Every image is checked when it is first read. Less than 256 MiB of them are read at once.
 
 Shapes: N images, C channels, H height, W width.
 """
@@ -27,8 +27,8 @@ import numpy as np
 from pyro_isingvit.core.checkpoint import write_atomically, write_json
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.data.decode import Look, Reading, common, look, read
-from pyro_isingvit.data.images import KINDS
-from pyro_isingvit.data.on_disk import OnDisk
+from pyro_isingvit.data.images import KINDS, Images
+from pyro_isingvit.data.on_disk import SMALL, OnDisk
 from pyro_isingvit.data.parallel import in_parallel
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Cache:
         except OSError as error:
             raise UserError(f"`cache` {folder} cannot be a folder ({why(error)}); name another one.") from error
 
-    def of_files(self, paths: Sequence[Path], reading: Reading, wanted: Look | None) -> tuple[OnDisk, list[Look]]:
+    def of_files(self, paths: Sequence[Path], reading: Reading, wanted: Look | None) -> tuple[Images, list[Look]]:
         """Images of files, decoded if they are not there yet; and what the files hold.
 
         Args:
@@ -77,7 +77,7 @@ class Cache:
         how: dict[str, str] = {"how": reading.how, "pages": reading.pages}
         return self.images(content, how, len(paths), chosen, rows), looks
 
-    def images(self, content: bytes, how: dict[str, str], count: int, wanted: Look, rows: Rows) -> OnDisk:
+    def images(self, content: bytes, how: dict[str, str], count: int, wanted: Look, rows: Rows) -> Images:
         """Images that ``rows`` gives, kept under the digest of ``content`` and of how it was read.
 
         Args:
@@ -185,7 +185,7 @@ class Cache:
         else:
             os.truncate(target, size)
 
-    def _open(self, place: Path, about: dict[str, object], count: int, wanted: Look) -> OnDisk:
+    def _open(self, place: Path, about: dict[str, object], count: int, wanted: Look) -> Images:
         damaged = f"the cache {place} is damaged; delete this folder to have it made anew"
         try:
             written = json.loads((place / INDEX).read_text())
@@ -194,7 +194,8 @@ class Cache:
             raise UserError(f"{damaged} ({why(error)}).") from error
         need(written == about and len(sums) == count, f"{damaged}.")
         shape = (count, wanted.channels, wanted.height, wanted.width)
-        return OnDisk(place / IMAGES, shape, "first", wanted.kind, sums=sums)
+        images = OnDisk(place / IMAGES, shape, "first", wanted.kind, sums=sums)
+        return images.in_memory() if count * images.row <= SMALL else images
 
     def _cannot(self, place: Path, error: OSError) -> UserError:
         """What to say when writing fails; a full disk is given back what was written."""

@@ -20,11 +20,10 @@ from pyro_isingvit.data.cache import Cache
 from pyro_isingvit.data.decode import Look
 from pyro_isingvit.data.images import KINDS, MOST_CHANNELS, Images, InMemory, from_numpy
 from pyro_isingvit.data.named import Parts, path_of
-from pyro_isingvit.data.on_disk import Layout, OnDisk, array_header, layout_of, open_member, open_npy
+from pyro_isingvit.data.on_disk import SMALL, Layout, array_header, layout_of, open_member, open_npy
 from pyro_isingvit.data.split import UNLABELLED, Split
 
 PARTS = ("train", "val", "test")
-SMALL = 2**28  # bytes of an array that is read into memory
 AT_ONCE = 2**24  # bytes that are unpacked at a time
 
 
@@ -85,7 +84,7 @@ class Stored:
         )
         assert layout is not None
         if int(np.prod(shape)) * dtype.itemsize > SMALL:
-            there = open_npy(self.path / f"{key}.npy") if self.folder else open_member(self.path, key)
+            there: Images | None = open_npy(self.path / f"{key}.npy") if self.folder else open_member(self.path, key)
             if there is None and self.cache is not None and packed and dtype.name in KINDS:
                 there = self._unpacked(key, shape, dtype, layout)
             if there is not None:
@@ -108,7 +107,7 @@ class Stored:
         except Exception as error:
             raise self._unreadable(error) from error
 
-    def _unpacked(self, key: str, shape: tuple[int, ...], dtype: np.dtype, layout: Layout) -> OnDisk:
+    def _unpacked(self, key: str, shape: tuple[int, ...], dtype: np.dtype, layout: Layout) -> Images:
         """The images of a compressed array, unpacked into the cache."""
         count, *rest = shape
         row = dtype.itemsize * int(np.prod(rest))

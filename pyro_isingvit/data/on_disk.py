@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError, need, why
-from pyro_isingvit.data.images import KINDS, MOST_CHANNELS, Images, Kind
+from pyro_isingvit.data.images import KINDS, MOST_CHANNELS, Images, InMemory, Kind
 
 Layout = Literal["grey", "first", "last"]
 AXES: tuple[tuple[Layout, int], ...] = (("last", 3), ("first", 1))
+SMALL = 2**28  # bytes of images that are read into memory at once
 NAME_AT, HEADER = 26, 30  # of a zip's local header: where the lengths of name and extra field stand, and its size
 
 
@@ -76,9 +77,16 @@ class OnDisk(Images):
         vars(self).update(state)
         self._open()
 
+    def in_memory(self) -> InMemory:
+        """All images, read and checked, as they are stored."""
+        return InMemory(self._images(np.arange(len(self))))
+
     def rows(self, index: Tensor) -> Tensor:
         """The images at ``index`` (n,); neighbouring rows are read at once."""
-        numbers = index.numpy()
+        images = self._images(index.numpy())
+        return images.float() if self.kind == "uint16" else images
+
+    def _images(self, numbers: np.ndarray) -> Tensor:
         array = np.empty((len(numbers), *self.stored[1:]), self.kind)
         if len(numbers) == 1 + numbers[-1] - numbers[0] and (np.diff(numbers) == 1).all():
             self._read(array, int(numbers[0]))
@@ -92,7 +100,6 @@ class OnDisk(Images):
             bad = next(i for i, each in zip(numbers, array, strict=True) if not np.isfinite(each).all())
             raise UserError(f"image {bad} of {self.path} has NaN or infinite pixels; repair or remove it.")
         images = torch.from_numpy(array)
-        images = images.float() if self.kind == "uint16" else images
         if self.layout == "grey":
             return images[:, None]
         return images if self.layout == "first" else images.permute(0, 3, 1, 2).contiguous()

@@ -71,7 +71,9 @@ def test_the_same_images_as_in_memory_and_decoded_once(files, store, decoded):
     assert torch.equal(smaller[:], read_files(files, Reading((4, 4), "crop"))[0][:])
 
 
-def test_training_from_the_cache_is_training_from_memory(files, store):
+@pytest.mark.parametrize("small", [0, 2**28])
+def test_training_from_the_cache_is_training_from_memory(small, files, store, monkeypatch):
+    monkeypatch.setattr(module, "SMALL", small)
     for i, path in enumerate(files):
         (path.parent / "ab"[i % 2]).mkdir(exist_ok=True)
         path.rename(path.parent / "ab"[i % 2] / path.name)
@@ -155,8 +157,10 @@ def _flip(path, at):
     path.write_bytes(raw)
 
 
+@pytest.mark.parametrize("small", [0, 2**28])
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_refused(name, files, store):
+def test_damage_is_refused(name, small, files, store, monkeypatch):
+    monkeypatch.setattr(module, "SMALL", small)
     read_files(files, Reading(), cache=store)
     DAMAGE[name](key(store))
     with pytest.raises(UserError, match=r"damaged; delete|cut short|cannot read") as caught:
@@ -194,7 +198,8 @@ def test_a_folder_that_cannot_be_one(files, tmp_path):
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize("shape", [(30, 6, 5), (30, 6, 5, 3), (30, 3, 17, 18)])
 def test_a_compressed_array_is_unpacked(dtype, shape, store, tmp_path, monkeypatch):
-    monkeypatch.setattr(arrays, "SMALL", 0)
+    for place in (arrays, module):
+        monkeypatch.setattr(place, "SMALL", 0)
     images = pixels(*shape).astype(dtype)
     np.savez_compressed(tmp_path / "a.npz", train_images=images, train_labels=np.arange(30) % 3)
     for _ in range(2):
