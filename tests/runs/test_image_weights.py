@@ -12,6 +12,8 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import TrainConfig
 from pyro_isingvit.data.augment import Augmentation
 from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.methods.base import method_class
+from pyro_isingvit.methods.laplace import LastLayerLaplace
 from pyro_isingvit.methods.registry import METHODS
 
 VIT = ViTConfig(patch_size=2, width=8, heads=2, depth=1)
@@ -66,9 +68,12 @@ def test_equal_weights_are_none():
     assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
 
 
-def test_who_cannot_weigh_says_so():
-    with pytest.raises(UserError, match=r"method laplace measures .* leave out the weights"):
-        fit(VIT, data(np.arange(1, 61)), method="laplace", epochs=1, progress=False)
+def test_who_cannot_weigh_says_so(monkeypatch):
+    """laplace is one; its package is not everywhere, so another method says it here."""
+    assert not LastLayerLaplace.weighs_images
+    monkeypatch.setattr(method_class("dropout"), "weighs_images", False)
+    with pytest.raises(UserError, match=r"method dropout measures .* leave out the weights"):
+        fit(VIT, data(np.arange(1, 61)), method="dropout", epochs=1, progress=False)
 
 
 @pytest.mark.parametrize("bad", [[1.0] * 59 + [0.0], [1.0] * 59 + [np.nan], [[1.0]] * 60, [-1.0] * 60])
