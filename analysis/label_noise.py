@@ -6,7 +6,6 @@ A share of the training and validation labels is moved to another class at rando
 cross-fitting; ``train`` cells train on them and predict the clean test part. Re-run the same command to resume.
 """
 
-import json
 import logging
 import os
 import time
@@ -17,7 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from inference.cli import in_flags, run_script
+from inference.cli import earlier_records, in_flags, run_script
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import DataConfig, RunConfig
 from pyro_isingvit.methods.registry import OURS, row, with_defaults
@@ -256,17 +255,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is damaged.
     """
-    if not path.is_file():
-        return []
-    try:
-        records = json.loads(path.read_text())
-        for record in records:
-            Cell(**record["cell"])
-            if not all(isinstance(value, int | float) for value in record["scores"].values()):
-                raise TypeError("scores are numbers")
-        return list(records)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); move it away and run again.") from error
+
+    def check(record: dict[str, Any]) -> None:
+        Cell(**record["cell"])
+        if not all(isinstance(value, int | float) for value in record["scores"].values()):
+            raise TypeError("scores are numbers")
+
+    return earlier_records(path, check)
 
 
 def to_tables(records: list[dict[str, Any]]) -> str:

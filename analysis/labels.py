@@ -44,15 +44,9 @@ class Arguments:
 
 def run_data(config: "RunConfig") -> "ImageData":
     """The parts of a run, divided as in training; an image is named by its file, or its row in the data set's part."""
-    from pyro_isingvit.data.load import load_parts
-    from pyro_isingvit.data.split import divide
+    from pyro_isingvit.data.load import load_divided
 
-    source = config.data
-    pool, val, test, classes = load_parts(source, numbered=True)
-    return divide(
-        pool, val, test, classes, name=source.dataset, train_size=source.train_size, val_fraction=source.val_fraction,
-        seed=config.train.seed, intensity=source.intensity,
-    )  # fmt: skip
+    return load_divided(config.data, config.train.seed, numbered=True)
 
 
 def find_doubtful(arguments: Arguments) -> None:

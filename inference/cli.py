@@ -7,6 +7,7 @@ script has that setting, the message shows its flag, --patch-size; other names l
 import contextlib
 import dataclasses
 import io
+import json
 import logging
 import os
 import re
@@ -150,6 +151,27 @@ def results_file(folder: Path, name: str, overwrite: bool) -> Path:
     path = folder / name
     need(overwrite or not path.exists(), f"{path} exists; choose another --out, or replace it with --overwrite.")
     return path
+
+
+def earlier_records(path: Path, check: Callable[[dict[str, Any]], object]) -> list[dict[str, Any]]:
+    """Records of earlier calls; none where there is no file.
+
+    Args:
+        path: a JSON list.
+        check: raises ValueError, KeyError, TypeError or AttributeError for what is no record.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.is_file():
+        return []
+    try:
+        records = json.loads(path.read_text())
+        for record in records:
+            check(record)
+        return list(records)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); move it away and run again.") from error
 
 
 def resumes(argv: list[str]) -> bool:

@@ -6,7 +6,6 @@ The widths have the first depth, and the depths the first width. Validation imag
 Re-run the same command to resume. Another command with the same folder adds its records.
 """
 
-import json
 import logging
 import math
 import sys
@@ -16,8 +15,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from inference.cli import run_script
-from pyro_isingvit.core.errors import UserError, need
+from inference.cli import earlier_records, run_script
+from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
 from pyro_isingvit.methods.registry import row
@@ -139,15 +138,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is damaged.
     """
-    if not path.is_file():
-        return []
-    try:
-        records = json.loads(path.read_text())
-        for record in records:
-            float(record["settings"]["rate"]), float(record["nll"]), float(record["accuracy"])
-        return list(records)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); move it away and run again.") from error
+
+    def check(record: dict[str, Any]) -> None:
+        float(record["settings"]["rate"]), float(record["nll"]), float(record["accuracy"])
+
+    return earlier_records(path, check)
 
 
 def best_rate(rates: list[float], nlls: list[float]) -> float:

@@ -329,7 +329,7 @@ def _some(values: set[Any], most: int = 5) -> str:
     return ", ".join([*shown, *(["..."] if len(values) > most else [])])
 
 
-def image_weights(weights: Any) -> Tensor | None:
+def loss_weights(weights: Any) -> Tensor | None:
     """Weights of images in the training loss, (N,) float32 with mean 1; None stays None.
 
     Raises:

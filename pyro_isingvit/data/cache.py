@@ -19,7 +19,8 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from hashlib import blake2b
+from functools import partial
+from hashlib import blake2b, file_digest
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,7 @@ class Cache:
             fresh[:] = True
         changed = np.flatnonzero(fresh)
         results = in_parallel(
-            lambda path: (_digest(path), look(path, reading)), [paths[i] for i in changed.tolist()], "looking"
+            lambda path: (digest_of(path), look(path, reading)), [paths[i] for i in changed.tolist()], "looking"
         )
         for row, (found, one) in zip(changed, results, strict=True):
             digests[row] = np.frombuffer(found, np.uint8)
@@ -215,10 +216,15 @@ def _touched(path: Path) -> tuple[int, int, int, int]:
     return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
 
 
-def _digest(path: Path) -> bytes:
-    """16 bytes of BLAKE2 over the content."""
+def digest_of(path: Path) -> bytes:
+    """16 bytes of BLAKE2 over a file's content.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     try:
-        return blake2b(path.read_bytes(), digest_size=16).digest()
+        with path.open("rb") as file:
+            return file_digest(file, partial(blake2b, digest_size=16)).digest()
     except OSError as error:
         raise UserError(f"cannot read {path} ({why(error)}).") from error
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.data.images import Images, Kind, as_images
-from pyro_isingvit.data.intensity import Scale
+from pyro_isingvit.data.intensity import Scale, fit_scale
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,22 @@ class DataInfo:
     low: tuple[float, ...] = ()  # (C,), pixels that become 0; empty: 0, or no change for floats
     high: tuple[float, ...] = ()  # (C,), pixels that become 1; empty: the largest whole number
     counts: tuple[int, ...] = ()  # training images of each class; () where they are not known, as before version 0.7
+
+    @classmethod
+    def of(cls, dataset: str, classes: tuple[str, ...], images: Images, intensity: str = "full") -> "DataInfo":
+        """Describes training images.
+
+        Args:
+            dataset: its name.
+            classes: their names.
+            images: of the training part.
+            intensity: which pixel values become 0 and 1 (data/intensity.py).
+
+        Raises:
+            UserError: as ``fit_scale``.
+        """
+        scale, (_, channels, height, width) = fit_scale(images, intensity), images.shape
+        return cls(dataset, classes, channels, height, width, scale.mean, scale.std, scale.kind, scale.low, scale.high)
 
     @property
     def shares(self) -> tuple[float, ...] | None:

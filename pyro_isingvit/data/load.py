@@ -89,13 +89,26 @@ def load_data(
         dataset, str(data_root), download, train_size, val_fraction, image_size, resize, intensity, pages, groups,
         columns, cache,
     )  # fmt: skip
-    percentiles(intensity)  # refuses what it is not before any work
-    pool, val, test, classes = load_parts(source)
-    data = divide(
-        pool, val, test, classes, name=dataset, train_size=train_size, val_fraction=val_fraction, seed=seed,
-        intensity=intensity,
+    return replace(load_divided(source, seed), source=(replace(source, download=False), seed))
+
+
+def load_divided(source: DataConfig, seed: int, numbered: bool = False) -> ImageData:
+    """The parts that the settings and a seed lead to.
+
+    Args:
+        source: the settings.
+        seed: of the training subset and the validation part.
+        numbered: images without a file are named by their row in the part that the data set has.
+
+    Raises:
+        UserError: as ``load_data``.
+    """
+    percentiles(source.intensity)  # refuses what it is not before any work
+    pool, val, test, classes = load_parts(source, numbered)
+    return divide(
+        pool, val, test, classes, name=source.dataset, train_size=source.train_size, val_fraction=source.val_fraction,
+        seed=seed, intensity=source.intensity,
     )  # fmt: skip
-    return replace(data, source=(replace(source, download=False), seed))
 
 
 def development_data(source: DataConfig, dev_size: int = DEV_SIZE, seed: int = 0) -> ImageData:

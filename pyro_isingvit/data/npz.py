@@ -7,7 +7,6 @@ Shapes: N images, C channels (1 to 16), H height, W width.
 
 import zipfile
 from collections.abc import Iterator
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import check_archive, printable
-from pyro_isingvit.data.cache import Cache
+from pyro_isingvit.data.cache import Cache, digest_of
 from pyro_isingvit.data.decode import Look
 from pyro_isingvit.data.images import KINDS, MOST_CHANNELS, Images, InMemory, from_numpy
 from pyro_isingvit.data.named import Parts, path_of
@@ -24,7 +23,6 @@ from pyro_isingvit.data.on_disk import SMALL, Layout, array_header, layout_of, o
 from pyro_isingvit.data.split import UNLABELLED, Split
 
 PARTS = ("train", "val", "test")
-AT_ONCE = 2**24  # bytes that are unpacked at a time
 
 
 class Stored:
@@ -121,14 +119,10 @@ class Stored:
                     if number >= start:
                         yield as_rows(np.frombuffer(data, dtype).reshape(1, *rest), layout)[0]
 
-        with self.path.open("rb") as file:
-            digest = blake2b(digest_size=16)
-            while block := file.read(AT_ONCE):
-                digest.update(block)
         sample = as_rows(np.zeros((1, *rest), dtype), layout)
         channels, height, width = sample.shape[1:]
         wanted = Look(channels, height, width, sample.dtype.name)  # type: ignore[arg-type]
-        return Cache(Path(self.cache or "")).images(digest.digest(), {"array": key}, count, wanted, rows)
+        return Cache(Path(self.cache or "")).images(digest_of(self.path), {"array": key}, count, wanted, rows)
 
     def part(self, images: str, labels: str | None, groups: str | None = None) -> Split:
         """Checked images and labels as a part.

@@ -19,14 +19,13 @@ from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.arrays import (
     class_numbers,
     find_classes,
-    image_weights,
     is_dataset,
+    loss_weights,
     read_arrays,
     read_dataset,
 )
 from pyro_isingvit.data.images import Images, Normalise, Resize, Resized, as_images, copies
 from pyro_isingvit.data.info import DataInfo
-from pyro_isingvit.data.intensity import fit_scale
 from pyro_isingvit.data.stratify import hold_out, hold_out_groups, shared_group, stratified
 
 log = logging.getLogger(__name__)
@@ -215,7 +214,7 @@ class ImageData:
         pixels, raw = read(images, labels, "")
         names, numbers = find_classes(raw, classes)
         named = () if groups is None else tuple(printable(str(group)) for group in groups)
-        pool = Split(pixels, class_numbers(raw, numbers, ""), (), named, image_weights(weights))
+        pool = Split(pixels, class_numbers(raw, numbers, ""), (), named, loss_weights(weights))
         parts: dict[str, Split | None] = {}
         for part, given in (("val", val), ("test", test)):
             parts[part] = None
@@ -337,9 +336,7 @@ def divide(
     _, again, tested = copies(part.images for part in (train, val, test))
     if again or tested:
         log.warning("%d validation and %d test images are copies of images in an earlier part", again, tested)
-    scale, (_, depth, height, width) = fit_scale(train.images, intensity), train.images.shape
-    info = DataInfo(name, classes, depth, height, width, scale.mean, scale.std, scale.kind, scale.low, scale.high)
-    return ImageData(train, val, test, info)
+    return ImageData(train, val, test, DataInfo.of(name, classes, train.images, intensity))
 
 
 def _cut(

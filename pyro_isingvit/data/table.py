@@ -14,7 +14,7 @@ import torch
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
-from pyro_isingvit.data.arrays import image_weights
+from pyro_isingvit.data.arrays import loss_weights
 from pyro_isingvit.data.files import read_files
 from pyro_isingvit.data.named import Parts, groups_of, path_of, reading_of
 from pyro_isingvit.data.split import UNLABELLED, Split
@@ -173,7 +173,7 @@ def _weights(file: Path, table: "pd.DataFrame") -> torch.Tensor | None:
 
     numbers = pd.to_numeric(table["weight"], errors="coerce")
     _each(file, table, "weight", np.isfinite(numbers) & (numbers > 0), "is no positive number")
-    return image_weights(numbers.to_numpy())
+    return loss_weights(numbers.to_numpy())
 
 
 def _each(file: Path, table: "pd.DataFrame", column: str, good: "pd.Series[bool]", problem: str) -> None:

@@ -28,7 +28,6 @@ from pyro_isingvit.data.batches import batches, count_steps
 from pyro_isingvit.data.decode import Pages
 from pyro_isingvit.data.images import Images, Resize
 from pyro_isingvit.data.info import DataInfo
-from pyro_isingvit.data.intensity import fit_scale
 from pyro_isingvit.data.split import UNLABELLED, Split
 from pyro_isingvit.methods.rates import matrix_groups
 from pyro_isingvit.nets.masked import MaskedImages
@@ -121,15 +120,11 @@ class Pretraining:
             accelerator=train.device, devices=1, precision="bf16-mixed" if train.precision == "bf16" else "32-true"
         )
         self.split, self.held = part.take(order[held:]), part.take(order[:held])
-        scale, (channels, height, width) = fit_scale(self.split.images), images.shape[1:]
-        self.info = DataInfo(
-            settings.source, ("no", "labels"), channels, height, width, scale.mean, scale.std, scale.kind, scale.low,
-            scale.high,
-        )  # fmt: skip
+        self.info = DataInfo.of(settings.source, ("no", "labels"), self.split.images)
         views = TrainConfig(augment=train.augment, margin=train.margin)
         self.views = Augmentation(views, self.info)
         torch.manual_seed(train.seed)
-        vit = ViT(settings.vit, channels, height, width, classes=2)
+        vit = ViT(settings.vit, *images.shape[1:], classes=2)
         self.network = MaskedImages(vit, train.masked, train.decoder_width, train.decoder_depth)
         self.steps = count_steps(len(self.split), train.batch_size)
         self.model, self.optimizer = self.fabric.setup(self.network, self._optimizer())
