@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -53,13 +54,23 @@ class PruneArguments:
     """Write the report, with the frontier and the network."""
     overwrite: bool = False
     """Replace the compact network that the folder holds."""
+    merge: bool | None = None
+    """Refit what is left to what the dropped units wrote, on training images, in closed form; by default where the
+    masks cover units, heads or blocks. Zeros inside the matrices are filled."""
+    distil: int = 0
+    """Epochs of training towards the posterior's mean prediction, on augmented and mixed training images."""
+    teacher: tuple[Path, ...] = ()
+    """With --distil, runs whose mean prediction is the target, such as those of other seeds; by default --run."""
+    unlabelled: str | None = None
+    """With --distil, further images: a folder, an npz file or a data set (its training files)."""
 
 
 def prune(arguments: PruneArguments) -> None:
     """Turn a run's masks into a smaller network; measure it against the dense one and the full posterior."""
+    from inference.prune_tuning import make_tuning
     from pyro_isingvit.core.checkpoint import write_json
     from pyro_isingvit.predictive.metrics import classification_metrics
-    from pyro_isingvit.pruning.choose import SAMPLES, calibrated, choose_masks, finetune, from_masks, guide_of
+    from pyro_isingvit.pruning.choose import SAMPLES, choose_masks, from_masks, guide_of
     from pyro_isingvit.pruning.export import need_extras
     from pyro_isingvit.pruning.frontier import frontier, kept_share
     from pyro_isingvit.runs.folder import METRICS
@@ -78,24 +89,23 @@ def prune(arguments: PruneArguments) -> None:
     masks = None if arguments.max_accuracy_drop is not None else choose_masks(run, arguments.threshold, arguments.keep)
     data = _load(run, arguments.data_root)
     seed = run.config.train.seed
-    rate = 0.1 * run.config.train.lr
+    merge = data.train.images if _merges(arguments, run) else None
     found: list[Candidate] = []
     if len(data.val):
         full = classification_metrics(draw_predictive(run, data.val.images, SAMPLES, seed=seed).mean, data.val.labels)
-        found = frontier(run, data.val, arguments.repeats, masks)
+        found = frontier(run, data.val, arguments.repeats, masks, merge)
         _print_frontier([candidate.point for candidate in found], full)
 
-    def improved(model: "CompactViT") -> "CompactViT":
-        size, balanced = run.config.train.batch_size, run.balanced
-        tuned = finetune(model, data.train, arguments.finetune, rate, size, seed, balanced)
-        return calibrated(tuned, data.val, balanced)
-
+    tuning = make_tuning(
+        run, data, arguments.finetune, arguments.distil, arguments.teacher, arguments.unlabelled, arguments.data_root
+    )
+    improved = tuning.improved if tuning else None
     if masks is None:
         need(found, "--max-accuracy-drop needs a validation part, and this run has none (--val-fraction 0).")
         masks, model = _search(arguments, found, full["accuracy"], improved, data.val)
     else:
-        model = from_masks(run, masks, "mean", "auto", data.val)
-        model = improved(model) if arguments.finetune else model
+        model = from_masks(run, masks, "mean", "auto", data.val, merge)
+        model = improved(model) if improved else model
     bayes = from_masks(run, masks, "bayes", val=data.val)
 
     _clear(arguments.out)
@@ -106,14 +116,16 @@ def prune(arguments: PruneArguments) -> None:
         **_cost(run, model, arguments, data),
         "kept_fraction": kept_share(run, masks), "threshold": arguments.threshold, "keep": arguments.keep,
         "max_accuracy_drop": arguments.max_accuracy_drop, "finetune_epochs": arguments.finetune,
+        "distil_epochs": arguments.distil, "merged": merge is not None, "teachers": len(arguments.teacher) or 1,
         "dataset": data.info.dataset, "method": f"{run.config.method}, compact",
         "granularity": run.config.ising.granularity, "run": str(arguments.run), "train_size": len(data.train),
         "val_size": len(data.val), "test_size": len(data.test), "seed": seed,
     }  # fmt: skip
     if arguments.peers:
         from inference.prune_peers import compare_peers
+        from inference.prune_tuning import after_cutting
 
-        metrics["peers"] = compare_peers(run, data, model, arguments.finetune, arguments.repeats)
+        metrics["peers"] = compare_peers(run, data, model, tuning or after_cutting(run, data), arguments.repeats)
     write_json(arguments.out / METRICS, metrics)
     write_json(arguments.out / FRONTIER, _frontier_file(run, masks, found, full if found else {}, metrics))
     _show(arguments, metrics)
@@ -125,7 +137,11 @@ def _check(arguments: PruneArguments) -> None:
     }  # fmt: skip
     named = [name for name, value in given.items() if value is not None]
     need(len(named) <= 1, f"{' and '.join(named)} contradict each other; give one of them.")
-    need(arguments.finetune >= 0, f"--finetune takes a number of epochs, not {arguments.finetune}.")
+    for name in ("finetune", "distil"):
+        need(getattr(arguments, name) >= 0, f"--{name} takes a number of epochs, not {getattr(arguments, name)}.")
+    need(not (arguments.finetune and arguments.distil), "--finetune and --distil contradict each other; give one.")
+    for name in ("teacher", "unlabelled"):
+        need(arguments.distil or not getattr(arguments, name), f"--{name} says what --distil learns from; add it.")
     need(arguments.repeats >= 1, f"--repeats must be at least 1, not {arguments.repeats}.")
     drop = arguments.max_accuracy_drop
     need(drop is None or 0 <= drop <= 100, f"--max-accuracy-drop is in percentage points, 0 to 100, not {drop}.")
@@ -135,6 +151,16 @@ def _check(arguments: PruneArguments) -> None:
     need(not (out / "config.json").exists(), f"{out} holds a run; name another --out.")
     held = (out / "compact.json").exists()
     need(not held or arguments.overwrite, f"{out} already holds a compact network; name another --out or --overwrite.")
+
+
+def _merges(arguments: PruneArguments, run: "Run") -> bool:
+    """Whether what is left is refitted."""
+    by_weight = run.config.ising.granularity == "weight"
+    need(
+        not (arguments.merge and by_weight),
+        "--merge is for masks of units, heads and blocks; it would fill the zeros that masks of weights leave.",
+    )
+    return not by_weight if arguments.merge is None else arguments.merge
 
 
 def _load(run: "Run", data_root: str | None) -> "ImageData":
@@ -152,18 +178,23 @@ def _load(run: "Run", data_root: str | None) -> "ImageData":
 
 
 def _search(
-    arguments: PruneArguments, found: "list[Candidate]", reference: float, improved: Any, val: "Split"
+    arguments: PruneArguments,
+    found: "list[Candidate]",
+    reference: float,
+    improved: "Callable[[CompactViT], CompactViT] | None",
+    val: "Split",
 ) -> tuple[Any, "CompactViT"]:
     """Masks and network of the smallest candidate within the allowed drop, on the validation part."""
     from pyro_isingvit.predictive.metrics import classification_metrics
     from pyro_isingvit.pruning.frontier import smallest_within
 
     def improve(candidate: "Candidate") -> float:
+        assert improved is not None
         improved(candidate.model)
         return classification_metrics(candidate.model.predict(val.images)[0], val.labels)["accuracy"]
 
     assert arguments.max_accuracy_drop is not None
-    chosen = smallest_within(found, reference, arguments.max_accuracy_drop, improve if arguments.finetune else None)
+    chosen = smallest_within(found, reference, arguments.max_accuracy_drop, improve if improved else None)
     return chosen.kept, chosen.model
 
 
@@ -265,16 +296,19 @@ def _print_frontier(points: "list[Point]", full: dict[str, float]) -> None:
     table = Table(
         title="frontier, validation part; ms at batch 1 and 256", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
     )
-    for name in ("pi >=", "kept", "params", "kMACs", "ms, 1", "256", "acc", "NLL", "ECE"):
+    merged = any(p.unmerged for p in points)
+    for name in ("pi >=", "kept", "params", "kMACs", "ms, 1", "256", "acc", "NLL", "ECE", *["acc*"] * merged):
         table.add_column(name, justify="right", no_wrap=True)
     for p in points:
         table.add_row(
             f"{p.threshold:.3f}", f"{100 * p.kept:.1f}%", f"{p.parameters:,}", f"{p.macs / 1e3:,.0f}",
             f"{1e3 * p.latency_1:.2f}", f"{1e3 * p.latency_256:.1f}", f"{p.accuracy:.4f}", f"{p.nll:.4f}",
-            f"{p.ece:.4f}",
+            f"{p.ece:.4f}", *([f"{p.unmerged['accuracy']:.4f}"] if p.unmerged else []),
         )  # fmt: skip
     table.add_row("full", *["-"] * 5, *(f"{full[name]:.4f}" for name in ("accuracy", "nll", "ece")))
     Console().print(table)
+    if merged:
+        print("  * where the dropped units are only dropped, not refitted into those that are left (--no-merge)\n")
 
 
 def _clear(out: Path) -> None:

@@ -1,29 +1,34 @@
 """Other ways to prune, at the same multiply-accumulates: Torch-Pruning's group magnitude and GroupTaylor.
 
-They prune the same vision transformer, trained by cross entropy for as many epochs as the run. They remove hidden units
-and head channels. The result is fine-tuned and calibrated like the compact network.
+They prune the same vision transformer, trained by the method deterministic with its own defaults for as many epochs as
+the run. They remove hidden units and head channels. The result is fine-tuned, or distilled from the run, like the
+compact network, for as many epochs, and calibrated.
 """
 
 import copy
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from inference.prune_tuning import Tuning
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import ViTConfig
 from pyro_isingvit.data.split import ImageData, Split
+from pyro_isingvit.methods.plain import Plain
+from pyro_isingvit.methods.registry import with_defaults
 from pyro_isingvit.nets.plain import PlainViT
 from pyro_isingvit.predictive.calibration import fit_temperature
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.pruning.cost import latency, macs
 from pyro_isingvit.pruning.network import CompactViT
 from pyro_isingvit.runs.run import Run
+from pyro_isingvit.runs.trainer import Trainer
 
 STEPS = 50  # pruning ratios that are tried
-FINETUNE = 5  # epochs, at least
 MOST = 0.95  # share of a layer that may go
 
 
@@ -48,21 +53,16 @@ def inner(network: PlainViT) -> tuple[dict[nn.Module, int], list[nn.Module]]:
     return heads, [network.patch, network.head, *linears["attn_out"], *linears["fc2"]]
 
 
-def train_plainly(network: nn.Module, run: Run, split: Split, epochs: int, lr: float) -> None:
-    """Cross entropy, AdamW, cosine to 0, in place."""
-    size = run.config.train.batch_size
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.01)
-    steps = epochs * -(-len(split) // size)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(100, steps), pct_start=0.05)
-    generator = torch.Generator().manual_seed(run.config.train.seed)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(split), generator=generator).split(size):
-            loss = F.cross_entropy(network(run.info.normalise(split.images[rows])), split.labels[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
+def train_dense(run: Run, data: ImageData) -> PlainViT:
+    """A plain network of the run's shape, trained by the method deterministic with its own defaults, as long."""
+    ours = run.config.train
+    config = with_defaults("deterministic", run.config, ours.epochs + ours.finetune_epochs)
+    same = {name: getattr(ours, name) for name in ("augment", "margin", "batch_size", "seed", "device", "balance")}
+    config = replace(config, train=replace(config.train, **same))
+    trained = Trainer(config, data, None, False).fit()
+    assert isinstance(trained.network, Plain)
+    vit = trained.network.vit
+    return PlainViT(vit).copy_from(vit, trained.network.weights()).eval()
 
 
 def prune_to(dense: PlainViT, importance: Any, wanted: int, run: Run, data: ImageData) -> PlainViT:
@@ -97,14 +97,16 @@ def prune_to(dense: PlainViT, importance: Any, wanted: int, run: Run, data: Imag
     return best
 
 
-def compare_peers(run: Run, data: ImageData, model: CompactViT, epochs: int, repeats: int) -> dict[str, dict[str, Any]]:
+def compare_peers(
+    run: Run, data: ImageData, model: CompactViT, tuning: Tuning, repeats: int
+) -> dict[str, dict[str, Any]]:
     """Accuracy, NLL, Brier and ECE on the test part, multiply-accumulates and latency of each peer.
 
     Args:
         run: the run that was pruned.
         data: its data.
         model: the compact network whose multiply-accumulates the peers must meet.
-        epochs: of fine-tuning the peers; at least 5, since they were not trained with masks.
+        tuning: of the compact network, and of the peers.
         repeats: of each time measurement, interleaved with the compact network's.
 
     Raises:
@@ -115,9 +117,7 @@ def compare_peers(run: Run, data: ImageData, model: CompactViT, epochs: int, rep
     import torch_pruning as tp
 
     torch.manual_seed(run.config.train.seed)
-    shape, settings = run.model.vit.image_shape, run.config.train
-    dense = PlainViT.fresh(run.config.vit, *shape, run.info.num_classes)
-    train_plainly(dense, run, data.train, settings.epochs, settings.lr)
+    shape, dense = run.model.vit.image_shape, train_dense(run, data)
     wanted = macs(model, shape)
     networks: dict[str, nn.Module] = {"plain, dense": dense}
     importances = {
@@ -126,7 +126,7 @@ def compare_peers(run: Run, data: ImageData, model: CompactViT, epochs: int, rep
     }
     for name, importance in importances.items():
         networks[name] = prune_to(dense, importance, wanted, run, data)
-        train_plainly(networks[name], run, data.train, max(FINETUNE, epochs), 0.1 * settings.lr)
+        tuning.peer(networks[name])
     everything = [model, *networks.values()]
     times = {batch: latency(everything, shape, batch, repeats) for batch in (1, 256)}
     result = {}

@@ -33,6 +33,9 @@ from .predictive.selective import risk_coverage as risk_coverage
 from .predictive.validation import Validation as Validation
 from .pruning.choose import compact as compact
 from .pruning.export import export_onnx as export_onnx
+from .pruning.finetune import Distillation as Distillation
+from .pruning.finetune import distil as distil
+from .pruning.merge import merge_units as merge_units
 from .pruning.network import CompactViT as CompactViT
 from .runs.predict import attention_margins as attention_margins
 from .runs.predict import draw_predictive as draw_predictive

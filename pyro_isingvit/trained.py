@@ -261,6 +261,7 @@ class TrainedRun(Run):
         form: Form = "mean",
         weighting: Weighting = "auto",
         val: Labelled | None = None,
+        merge: Any = None,
     ) -> CompactViT:
         """Cuts the run down to a smaller, ordinary network, as ``compact`` does.
 
@@ -271,6 +272,8 @@ class TrainedRun(Run):
             weighting: of the form ``mean``: ``slab``, ``mean``, or ``auto``: whichever has the lower NLL on ``val``.
             val: validation images, on which the temperature is fitted anew; None: those of training, while the run
                 knows them.
+            merge: of the form ``mean``: training images, as ``predict`` takes them, on which what is left is refitted
+                to what the dropped units wrote; None: they are only dropped.
 
         Returns:
             the network in evaluation mode, on the CPU; ``save_pretrained`` writes it.
@@ -288,7 +291,8 @@ class TrainedRun(Run):
             torch.Size([2, 10])
         """
         part = self.val if val is None else labelled(val, self.info, "val")
-        return compact(self, form, threshold=threshold, keep=keep, weighting=weighting, val=part)
+        images = None if merge is None else pixels(merge, self.info)
+        return compact(self, form, threshold=threshold, keep=keep, weighting=weighting, val=part, merge=images)
 
     def report(
         self, folder: str | Path | None = None, data: Labelled | None = None, *, overwrite: bool = False

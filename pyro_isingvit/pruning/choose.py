@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.data.images import Images
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.nets.vit import Weights
 from pyro_isingvit.predictive.calibration import fit_temperature, with_shares_of
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.pruning.assembly import PosteriorParts, assemble
+from pyro_isingvit.pruning.merge import merge_units
 from pyro_isingvit.pruning.network import CompactViT
 from pyro_isingvit.runs.run import Run
 
@@ -117,6 +119,7 @@ def compact(
     keep: float | None = None,
     weighting: Weighting = "auto",
     val: Split | None = None,
+    merge: Images | None = None,
 ) -> CompactViT:
     """Cuts a run down to a smaller, ordinary network.
 
@@ -128,6 +131,8 @@ def compact(
         weighting: of the form ``mean``: slab means m ("slab"), posterior means pi m ("mean"), or whichever has the
             lower NLL on ``val`` ("auto"; m without ``val``).
         val: validation images, on which the temperature is fitted anew; None: the run's temperature is kept.
+        merge: of the form ``mean``: training images on which what is left is refitted to what the dropped units
+            wrote (``merge_units``); None: they are only dropped.
 
     Returns:
         the network in evaluation mode, on the CPU.
@@ -150,13 +155,19 @@ def compact(
     """
     need(form in ("mean", "bayes"), f"`form` must be mean or bayes, not {form!r}.")
     kept = choose_masks(run, threshold, keep)
-    return from_masks(run, kept, form, weighting, val)
+    return from_masks(run, kept, form, weighting, val, merge)
 
 
 def from_masks(
-    run: Run, kept: Kept, form: Form = "mean", weighting: Weighting = "auto", val: Split | None = None
+    run: Run,
+    kept: Kept,
+    form: Form = "mean",
+    weighting: Weighting = "auto",
+    val: Split | None = None,
+    merge: Images | None = None,
 ) -> CompactViT:
     """``compact`` with the masks already chosen."""
+    need(form == "mean" or merge is None, "`merge` is for the form 'mean': draws have masks of their own.")
     if form == "bayes":
         vit, weights = run.model.vit.whole(masked_weights(run, kept))
         model = assemble(vit, run.info, weights, posterior_parts(run, kept))
@@ -165,10 +176,12 @@ def from_masks(
     names: list[Literal["slab", "mean"]] = ["slab", "mean"] if weighting == "auto" else [weighting]
     if val is None or len(val) == 0:
         names = names[:1]
-    models = []
+    models, reference = [], None if merge is None else dense_network(run, None)
     for name in names:
         vit, weights = run.model.vit.whole(masked_weights(run, kept, name))
         model = assemble(vit, run.info, weights)
+        if merge is not None and reference is not None:
+            merge_units(model, reference, merge)
         model.temperature.copy_(run.model.temperature)
         models.append(calibrated(model, val, run.balanced))
     if len(models) == 1:
@@ -227,58 +240,3 @@ def posterior_parts(run: Run, kept: Kept) -> PosteriorParts:
         {} if by_weight else {name: F.pad(values.flatten(), (0, 1)) for name, values in pi.items()},
         below,
     )
-
-
-def finetune(
-    model: CompactViT,
-    train: Split,
-    epochs: int,
-    lr: float = 2e-4,
-    batch_size: int = 64,
-    seed: int = 0,
-    balanced: bool = False,
-) -> CompactViT:
-    """Trains what is left on plain cross entropy, in place; zeros stay zeros. Calibrate again afterwards.
-
-    AdamW without weight decay, the learning rate falling to 0 by a cosine.
-
-    Args:
-        model: the form ``mean``.
-        train: training images.
-        epochs: passes over them.
-        lr: peak learning rate.
-        batch_size: images per step.
-        seed: of the order of the images.
-        balanced: the network's probabilities are those under equal classes, and stay so: logits are adjusted by the
-            classes' shares in ``train`` (nets/likelihood.py), however the run had balanced them (``Run.balanced``).
-
-    Raises:
-        UserError: the form is ``bayes``, epochs below 0, no images, or a loss that is not finite.
-    """
-    need(
-        model.config.form == "mean",
-        "only the form 'mean' can be fine-tuned with cross entropy; make the network with `form` mean.",
-    )
-    need(epochs >= 0, f"`epochs` must be at least 0, not {epochs}.")
-    need(epochs == 0 or len(train) > 0, "`train` has no images to fine-tune on.")
-    counts = torch.bincount(train.labels, minlength=len(model.config.classes)) if balanced else torch.ones(1)
-    shift = (counts / counts.sum()).log()  # 0 unless balanced
-    trained = list(model.parameters())
-    alive = [value.detach() != 0 for value in trained]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    steps = epochs * -(-len(train) // batch_size)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(train), generator=generator).split(batch_size):
-            logits = model(model.normalise(train.images[rows])) * model.temperature + shift
-            loss = F.cross_entropy(logits, train.labels[rows])
-            need(bool(loss.isfinite()), "fine-tuning diverged: the loss is not finite; lower `lr`.")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            for value, on in zip(trained, alive, strict=True):
-                if value.grad is not None:
-                    value.grad *= on  # Adam's step is 0 where the gradient always was
-            optimizer.step()
-            scheduler.step()
-    return model

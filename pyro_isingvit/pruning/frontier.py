@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.data.images import Images
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.pruning.choose import Kept, choose_masks, from_masks, guide_of
@@ -37,6 +38,8 @@ class Point:
     accuracy: float
     nll: float
     ece: float
+    unmerged: dict[str, float] | None = None
+    """accuracy, nll and ece where the dropped units are only dropped; None where ``accuracy`` is that."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ def kept_share(run: Run, kept: Kept) -> float:
 
 
 @torch.no_grad()
-def frontier(run: Run, val: Split, repeats: int = REPEATS, chosen: Kept | None = None) -> list[Candidate]:
+def frontier(
+    run: Run, val: Split, repeats: int = REPEATS, chosen: Kept | None = None, merge: Images | None = None
+) -> list[Candidate]:
     """Networks from large to small: retention thresholds, then shares of what the threshold 0.5 keeps.
 
     Shares reach networks that no threshold gives: retention is clipped at max_keep, many masks are equal there, and
@@ -70,6 +75,7 @@ def frontier(run: Run, val: Split, repeats: int = REPEATS, chosen: Kept | None =
         val: validation images, for the temperature and the metrics.
         repeats: of each time measurement.
         chosen: masks that are a candidate too.
+        merge: training images on which what is left is refitted (``merge_units``); None: it is not.
 
     Returns:
         candidates of different masks, by falling multiply-accumulates.
@@ -93,7 +99,7 @@ def frontier(run: Run, val: Split, repeats: int = REPEATS, chosen: Kept | None =
     seen: set[tuple[int, ...]] = set()
     for kept in masks:
         try:
-            model = from_masks(run, kept, "mean", "auto", val)
+            model = from_masks(run, kept, "mean", "auto", val, merge)
         except UserError:  # nothing left of the patch embedding or the classifier
             continue
         size = (macs(model, shape), *parameters(model))
@@ -104,16 +110,21 @@ def frontier(run: Run, val: Split, repeats: int = REPEATS, chosen: Kept | None =
     singles, batches = (latency(models, shape, batch, repeats) for batch in (1, BATCH))
     candidates = []
     for (kept, model), single, many in zip(networks, singles, batches, strict=True):
-        scores = classification_metrics(model.predict(val.images)[0], val.labels)
+        scores = _scores(model, val)
+        unmerged = None if merge is None else _scores(from_masks(run, kept, "mean", "auto", val), val)
         total, nonzero = parameters(model)
         on = torch.cat([guide.retention(name)[mask] for name, mask in kept.items()])
         point = Point(
             threshold=float(on.min()), kept=kept_share(run, kept), parameters=total, nonzero=nonzero,
-            macs=macs(model, shape), latency_1=single, latency_256=many, accuracy=scores["accuracy"],
-            nll=scores["nll"], ece=scores["ece"],
+            macs=macs(model, shape), latency_1=single, latency_256=many, **scores, unmerged=unmerged,
         )  # fmt: skip
         candidates.append(Candidate(point, kept, model))
     return sorted(candidates, key=lambda candidate: (-candidate.point.macs, -candidate.point.nonzero))
+
+
+def _scores(model: CompactViT, val: Split) -> dict[str, float]:
+    scores = classification_metrics(model.predict(val.images)[0], val.labels)
+    return {name: scores[name] for name in ("accuracy", "nll", "ece")}
 
 
 def smallest_within(

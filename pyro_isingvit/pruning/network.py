@@ -86,11 +86,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        if self.has_attention:
-            x = x + self.attention(self.attention_norm(x))
-        if self.has_mlp:
-            x = x + self.fc2(self.activate(self.fc1(self.mlp_norm(x))))
-        return x
+        return self.feed(self.attend(x))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """The first branch, attention."""
+        return x + self.attention(self.attention_norm(x)) if self.has_attention else x
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The second branch, the MLP."""
+        return x + self.fc2(self.activate(self.fc1(self.mlp_norm(x)))) if self.has_mlp else x
 
 
 class Posterior(nn.Module):
@@ -208,6 +212,13 @@ class CompactViT(nn.Module):
         Returns:
             (B, C).
         """
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.classify(x) / self.temperature
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Normalised images (B, channels, height, width) to the tokens (B, T, D) that the first block reads."""
         config = self.config
         x = self.patch(self._patches(F.pad(x, self.padding) if any(self.padding) else x))  # (B, T, D)
         if config.registers:
@@ -215,16 +226,18 @@ class CompactViT(nn.Module):
         if config.pool == "cls":
             x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
         x = x + self.position
-        x = self.norm_pre(x) if config.norm_pre else x
-        for block in self.blocks:
-            x = block(x)
+        return self.norm_pre(x) if config.norm_pre else x
+
+    def classify(self, x: Tensor) -> Tensor:
+        """The tokens (B, T, D) that the last block gives to logits (B, C), not divided by the temperature."""
+        config = self.config
         x = x if config.final_norm == "pooled" else self.norm(x)
         x = x[:, 0] if config.pool == "cls" else x[:, config.registers :].mean(1)
         x = self.norm(x) if config.final_norm == "pooled" else x
         x = x if self.features is None else x.index_select(-1, self.features)
-        if self.config.head_hidden is not None:
+        if config.head_hidden is not None:
             x = F.relu(self.head_hidden(x))
-        return self.head(x) / self.temperature
+        return self.head(x)
 
     def _patches(self, x: Tensor) -> Tensor:
         """(B, channels, height, width), padded, to (B, patches, numbers of a patch)."""

@@ -76,7 +76,7 @@ def _units(ax: Axes, strip: np.ndarray) -> None:
 
 @styled
 def frontier(
-    points: Sequence[Mapping[str, float]],
+    points: Sequence[Mapping[str, Any]],
     full: Mapping[str, float],
     chosen: Mapping[str, float],
     dense: Mapping[str, float],
@@ -86,7 +86,7 @@ def frontier(
 
     Args:
         points: ``kept``, ``parameters``, ``macs``, ``latency_1`` and ``latency_256`` (seconds), ``accuracy``, ``nll``,
-            ``ece`` of each network.
+            ``ece`` of each network, and these three once more in ``unmerged``, or None there.
         full: accuracy, nll, ece of the full posterior.
         chosen: ``kept`` of the network that was taken.
         dense: ``parameters`` and ``macs`` with nothing removed.
@@ -111,7 +111,10 @@ def frontier(
         line(ax, name, GREY, 1e3)
         ax.set(title=f"{title}, ms", ylim=(0, None))
     for ax, name, title in ((axes[3], "accuracy", "accuracy"), (axes[4], "nll", "NLL, nats"), (axes[5], "ece", "ECE")):
-        line(ax, name, BLUE)
+        plain = [(point["kept"], point["unmerged"][name]) for point in order if point.get("unmerged")]
+        line(ax, name, BLUE, label="refitted" if plain else None)
+        if plain:
+            ax.plot(*zip(*plain, strict=True), "o:", color=ORANGE, markersize=3, linewidth=1, label="only dropped")
         ax.axhline(full[name], color=GREY, linestyle="--", linewidth=1, label="full posterior")
         ax.set(title=title)
         if name != "nll":

@@ -65,6 +65,17 @@ def test_max_accuracy_drop(run: Path, tmp_path: Path) -> None:
     assert not (out / "report").exists()
 
 
+def test_distilled_from_two_runs_on_unlabelled_images(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    result = script("inference.prune", "--run", run, "--out", out, "--keep", 0.6, "--repeats", 1, "--no-plot",
+                    "--distil", 1, "--teacher", run, run, "--unlabelled", "digits")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    assert metrics["distil_epochs"] == 1 and metrics["teachers"] == 2 and metrics["merged"] is True
+    points = json.loads((tmp_path / "o" / "frontier.json").read_text())["points"]
+    assert all({"accuracy", "nll", "ece"} == set(point["unmerged"]) for point in points)
+
+
 def test_what_is_there_stays_unless_asked(run: Path, small: Path) -> None:
     before = (small / "compact.safetensors").read_bytes()
     refused(here("inference.prune", "--run", run, "--out", small), "already holds", "--overwrite")
@@ -84,6 +95,12 @@ def test_what_is_there_stays_unless_asked(run: Path, small: Path) -> None:
         (("--threshold", "0.99999"), ("nothing is left", "--threshold")),
         (("--finetune", "-1"), ("--finetune",)),
         (("--repeats", "0"), ("--repeats",)),
+        (("--distil", "-1"), ("--distil",)),
+        (("--distil", "1", "--finetune", "1"), ("--finetune and --distil contradict",)),
+        (("--unlabelled", "digits"), ("--unlabelled", "--distil")),
+        (("--teacher", "there"), ("--teacher", "--distil")),
+        (("--distil", "1", "--teacher", "nowhere"), ("nowhere", "no run folder")),
+        (("--distil", "1", "--unlabelled", "nowhere"), ("nowhere",)),
     ],
 )
 def test_bad_input(run: Path, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""From a run to compact networks: which masks stay, both forms, calibration, fine-tuning, costs and the frontier."""
+"""From a run to compact networks: which masks stay, both forms, calibration, costs and the frontier."""
 
 import sys
 from dataclasses import replace
@@ -11,9 +11,8 @@ from torch.func import functional_call
 
 from pyro_isingvit import compact
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, TrainConfig
+from pyro_isingvit.core.settings import DataConfig, RunConfig, TrainConfig
 from pyro_isingvit.data.split import ImageData
-from pyro_isingvit.experiment import fit
 from pyro_isingvit.ising.layout import GRANULARITIES
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.predictive.metrics import classification_metrics
@@ -21,7 +20,6 @@ from pyro_isingvit.pruning.assembly import assemble, structure
 from pyro_isingvit.pruning.choose import (
     choose_masks,
     dense_network,
-    finetune,
     from_masks,
     guide_of,
     masked_weights,
@@ -47,20 +45,6 @@ def make_run(granularity: str = "unit", seed: int = 0, **shape: object) -> Run:
     model.temperature.fill_(0.8)
     config = RunConfig(data=DataConfig(), vit=vit, ising=model.ising, train=TrainConfig(), preset="custom")
     return around(model, guide, config)
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[Run, ImageData]:
-    from helpers import INFO, make_split
-
-    from pyro_isingvit.ising.model import IsingViT
-
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    data = ImageData(make_split(150, generator), make_split(60, generator), make_split(300, generator), INFO)
-    ising = IsingConfig(granularity="unit", target_retention=0.5)
-    model = IsingViT(TINY, INFO, ising)
-    return fit(model, data, epochs=12, batch_size=16, progress=False), data
 
 
 # Masks ----------------------------------------------------------------------------------------------------------------
@@ -214,25 +198,7 @@ def test_validation_images_set_temperature_and_weighting(trained: tuple[Run, Ima
     assert scores["auto"] == pytest.approx(min(scores["slab"], scores["mean"]))
 
 
-# Fine-tuning, costs, frontier -----------------------------------------------------------------------------------------
-
-
-def test_finetuning_keeps_zeros_and_lowers_the_loss(trained: tuple[Run, ImageData]) -> None:
-    run, data = trained
-    model = compact(run, keep=0.3)
-    zeros = [value == 0 for value in model.parameters()]
-
-    def loss() -> float:
-        return classification_metrics(model.predict(data.train.images)[0], data.train.labels)["nll"]
-
-    before = loss()
-    finetune(model, data.train, 4, lr=1e-3, batch_size=16)
-    assert loss() < before
-    assert all(bool((value[zero] == 0).all()) for value, zero in zip(model.parameters(), zeros, strict=True))
-    with pytest.raises(UserError, match="form 'mean'"):
-        finetune(compact(run, "bayes"), data.train, 1)
-    with pytest.raises(UserError, match="epochs"):
-        finetune(model, data.train, -1)
+# Costs, frontier -----------------------------------------------------------------------------------------
 
 
 def test_macs_by_hand() -> None:
@@ -314,17 +280,18 @@ def test_the_run_is_left_as_it_was() -> None:
 def test_peers_meet_the_multiply_accumulates(data: ImageData) -> None:
     pytest.importorskip("torch_pruning")
     from inference.prune_peers import compare_peers
+    from inference.prune_tuning import on_labels
 
     run = make_run()
     run.config = replace(run.config, train=replace(run.config.train, epochs=1, batch_size=16))
     model = compact(run, threshold=0.6)
     wanted = macs(model, run.model.vit.image_shape)
-    peers = compare_peers(run, data, model, epochs=1, repeats=1)
+    peers = compare_peers(run, data, model, on_labels(run, data, 1), repeats=1)
     assert set(peers) == {"plain, dense", "magnitude", "GroupTaylor"}
     for name in ("magnitude", "GroupTaylor"):
         assert 0.5 * wanted <= peers[name]["macs"] <= wanted
     with pytest.raises(UserError, match="mean pooling"):
-        compare_peers(make_run(pool="cls"), data, model, epochs=1, repeats=1)
+        compare_peers(make_run(pool="cls"), data, model, on_labels(run, data, 1), repeats=1)
 
 
 def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,292 @@
+"""More training for what pruning left: on labels, or towards the predictions of a posterior.
+
+Both leave zeros at zero, and end at temperature-free logits: calibrate again afterwards (``choose.calibrated``).
+
+Shapes: S samples, B batch, C classes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Beta
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from pyro_isingvit.core.errors import need
+from pyro_isingvit.data.augment import Augmentation
+from pyro_isingvit.data.batches import batches, count_steps
+from pyro_isingvit.data.images import Images
+from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.data.split import Split
+from pyro_isingvit.pruning.network import CompactViT
+from pyro_isingvit.runs.run import Run
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How ``distil`` trains; the defaults were chosen on training images alone (docs/pruning.md)."""
+
+    epochs: int = 30
+    """Passes over the images, with the unlabelled ones."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    batch_size: int = 64
+    """Images of a step."""
+    mixed: float = 0.5
+    """Share of each batch whose images are mixtures of two."""
+    mix_alpha: float = 1.0
+    """The share of the first image in a mixture is drawn from Beta(mix_alpha, mix_alpha)."""
+    draws: int = 2
+    """Networks drawn from each teacher in a step."""
+    seed: int = 0
+    """Of the order of the images, their augmentation and the teachers' draws."""
+
+    def check(self) -> None:
+        """Raises UserError for values out of their range."""
+        for name in ("epochs", "batch_size", "draws"):
+            need(getattr(self, name) >= 1, f"`{name}` of a distillation must be at least 1, not {getattr(self, name)}.")
+        for name in ("lr", "mix_alpha"):
+            need(getattr(self, name) > 0, f"`{name}` of a distillation must be above 0, not {getattr(self, name)}.")
+        need(0 <= self.mixed <= 1, f"`mixed` of a distillation is a share, 0 to 1, not {self.mixed}.")
+
+
+def finetune(
+    model: CompactViT,
+    train: Split,
+    epochs: int,
+    lr: float = 2e-4,
+    batch_size: int = 64,
+    seed: int = 0,
+    balanced: bool = False,
+) -> CompactViT:
+    """Trains what is left on plain cross entropy, in place; zeros stay zeros. Calibrate again afterwards.
+
+    AdamW without weight decay, the learning rate falling to 0 by a cosine.
+
+    Args:
+        model: the form ``mean``.
+        train: training images.
+        epochs: passes over them.
+        lr: peak learning rate.
+        batch_size: images per step.
+        seed: of the order of the images.
+        balanced: the network's probabilities are those under equal classes, and stay so: logits are adjusted by the
+            classes' shares in ``train`` (nets/likelihood.py), however the run had balanced them (``Run.balanced``).
+
+    Raises:
+        UserError: the form is ``bayes``, epochs below 0, no images, or a loss that is not finite.
+    """
+    need(epochs >= 0, f"`epochs` must be at least 0, not {epochs}.")
+    need(epochs == 0 or len(train) > 0, "`train` has no images to fine-tune on.")
+    counts = torch.bincount(train.labels, minlength=len(model.config.classes)) if balanced else torch.ones(1)
+    shift = (counts / counts.sum()).log()  # 0 unless balanced
+
+    _need_mean(model)
+    forward: Callable[[Tensor], Tensor] = lambda x: model(model.normalise(x)) * model.temperature + shift  # noqa: E731
+    finetune_any(model, forward, train, epochs, lr, batch_size, seed)
+    return model
+
+
+def finetune_any(
+    network: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    train: Split,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """``finetune`` for any network; ``forward`` takes images as they are read to logits (B, C)."""
+
+    def losses() -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(train), generator=generator).split(batch_size):
+                yield F.cross_entropy(forward(train.images[rows]), train.labels[rows])
+
+    optimise(network, losses(), epochs * -(-len(train) // batch_size), lr)
+
+
+def distil(
+    model: CompactViT,
+    teachers: Run | Sequence[Run],
+    train: Split | Images,
+    unlabelled: Images | None = None,
+    how: Distillation | None = None,
+    progress: bool = False,
+) -> CompactViT:
+    """Trains what is left towards the mean prediction of posteriors, in place; zeros stay zeros. Calibrate afterwards.
+
+        loss = E_x CE(q(x), p(x)),   q(x) = mean over teachers of E_{W ~ q} softmax(f_W(x) / T)
+
+    p is the network's softmax. The gradient by its logits is p - q: none where both agree. The loss is linear in q, so
+    that a few networks drawn anew in each step give an unbiased gradient at a few forward passes (KL and loss differ by
+    the entropy of q, a constant). Labels play no part. On training images themselves a posterior is nearly certain, so
+    images are augmented as in the run's training, and part of each batch are mixtures l x + (1 - l) x', on which the
+    teacher is asked as well (the targets are not mixed).
+
+    Args:
+        model: the form ``mean``, on the CPU.
+        teachers: the run that was cut, or several, such as runs of other seeds.
+        train: images whose augmentation the first teacher's settings name.
+        unlabelled: further images; each step takes as many of them as of ``train``.
+        how: epochs, rate, mixtures; None: the defaults.
+        progress: show a progress bar.
+
+    Returns:
+        the model.
+
+    Raises:
+        UserError: the form is ``bayes``, no images, a teacher of other classes or image shape, values out of their
+            range, or a loss that is not finite.
+
+    Examples:
+        >>> from pyro_isingvit import Distillation, ViTConfig, compact, distil, fit, load_data
+        >>> data = load_data("digits", train_size=100)
+        >>> run = fit(ViTConfig(patch_size=4, width=16, heads=4, depth=1), data, epochs=3, progress=False)
+        >>> small = distil(compact(run, keep=0.5), run, data.train, how=Distillation(epochs=2))
+        >>> small.predict(data.test.images[:2]).shape
+        torch.Size([1, 2, 10])
+    """
+    teachers = [teachers] if isinstance(teachers, Run) else list(teachers)
+    _need_mean(model)
+    _check_teachers(model, teachers)
+    distil_any(model, lambda x: model(x) * model.temperature, teachers, train, unlabelled, how, progress)
+    return model
+
+
+def distil_any(
+    network: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    teachers: Sequence[Run],
+    train: Split | Images,
+    unlabelled: Images | None = None,
+    how: Distillation | None = None,
+    progress: bool = False,
+) -> None:
+    """``distil`` for any network.
+
+    Args:
+        network: whose parameters are trained.
+        forward: images normalised as the first teacher's (B, channels, height, width) -> logits (B, C).
+        teachers: see ``distil``, like the other arguments.
+        train: images.
+        unlabelled: further images.
+        how: epochs, rate, mixtures.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: as ``distil``.
+    """
+    how = how or Distillation()
+    how.check()
+    labels = train.labels if isinstance(train, Split) else torch.zeros(len(train), dtype=torch.long)
+    split = Split(train.images if isinstance(train, Split) else train, labels)
+    need(len(split) > 0, "`train` has no images to distil on.")
+    need(unlabelled is None or len(unlabelled) > 0, "`unlabelled` has no images.")
+    settings = replace(teachers[0].config.train, mix="none", label_smoothing=0.0, balance="none")
+    view = Augmentation(settings, teachers[0].info)
+    steps = how.epochs * count_steps(len(split), how.batch_size)
+
+    def losses() -> Iterator[Tensor]:
+        more = None if unlabelled is None else _endless(unlabelled, how)
+        step = 0
+        for epoch in range(how.epochs):
+            for images, _, _ in batches(split, how.batch_size, how.seed, epoch):
+                images = images if more is None else torch.cat([images, next(more)])
+                x = _mixed(view(images, torch.zeros(len(images)))[0], how)
+                target = torch.stack([_soft(run, x, view.info, how.draws, step) for run in teachers]).mean(0)
+                yield F.cross_entropy(forward(x), target)
+                step += 1
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(how.seed)
+        optimise(network, losses(), steps, how.lr, progress)
+
+
+def _need_mean(model: CompactViT) -> None:
+    need(
+        model.config.form == "mean",
+        "only the form 'mean' can be fine-tuned with cross entropy; make the network with `form` mean.",
+    )
+
+
+def _check_teachers(model: CompactViT, teachers: Sequence[Run]) -> None:
+    need(teachers, "`teachers` names no run.")
+    config = model.config
+    for run in teachers:
+        info, name = run.info, f"the teacher {run.folder or run.config.method}"
+        need(info.classes == config.classes, f"{name} has other classes than the network that it should teach.")
+        shape = (info.channels, info.height, info.width)
+        need(
+            shape == config.image_shape and info.kind == config.kind,
+            f"{name} reads images {shape} {info.kind}, the network that it should teach {config.image_shape} "
+            f"{config.kind}.",
+        )
+
+
+def _endless(images: Images, how: Distillation) -> Iterator[Tensor]:
+    """Batches of images in random order, over and over; every image once before any comes again."""
+    generator, rows = torch.Generator().manual_seed(how.seed), torch.zeros(0, dtype=torch.long)
+    while True:
+        while len(rows) < how.batch_size:
+            rows = torch.cat([rows, torch.randperm(len(images), generator=generator)])
+        yield images[rows[: how.batch_size]].cpu()
+        rows = rows[how.batch_size :]
+
+
+def _mixed(x: Tensor, how: Distillation) -> Tensor:
+    """The batch, the first ``mixed`` share of it as mixtures with other images, each with a share of its own."""
+    count = round(how.mixed * len(x))
+    if count == 0:
+        return x
+    share = Beta(how.mix_alpha, how.mix_alpha).sample((count, 1, 1, 1))
+    others = x[torch.randperm(len(x))[:count]]
+    return torch.cat([share * x[:count] + (1 - share) * others, x[count:]])
+
+
+@torch.no_grad()
+def _soft(run: Run, x: Tensor, info: DataInfo, draws: int, step: int) -> Tensor:
+    """Mean prediction (B, C) of networks drawn from a teacher, of images normalised by ``info``."""
+    scale, own = info.scale, run.info.scale
+    if (scale.mean, scale.std) != (own.mean, own.std):
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (scale.mean, scale.std))
+        x = own.standardised(x * std + mean)
+    first = step * draws
+    if (most := run.max_draws) is not None:
+        draws = min(draws, most)
+        first = step * draws % most
+        draws = min(draws, most - first)
+    logits = run.draw_networks(draws, first)(x.to(run.device)) / run.temperature
+    return logits.softmax(-1).mean(0).cpu()
+
+
+def optimise(network: nn.Module, losses: Iterator[Tensor], steps: int, lr: float, progress: bool = False) -> None:
+    """One step of AdamW for every loss, the learning rate falling to 0 by a cosine; zeros stay zeros.
+
+    Args:
+        network: whose parameters are trained.
+        losses: each computed when it is asked for.
+        steps: their number.
+        lr: peak learning rate.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: a loss that is not finite.
+    """
+    trained = list(network.parameters())
+    alive = [value.detach() != 0 for value in trained]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    bar = tqdm(losses, desc="distil", total=steps, unit="step", disable=not progress, dynamic_ncols=True)
+    for loss in bar:
+        need(bool(loss.isfinite()), "fine-tuning diverged: the loss is not finite; lower `lr`.")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for value, on in zip(trained, alive, strict=True):
+            if value.grad is not None:
+                value.grad *= on  # Adam's step is 0 where the gradient always was
+        optimizer.step()
+        scheduler.step()
