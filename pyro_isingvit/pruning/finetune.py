@@ -28,13 +28,13 @@ from pyro_isingvit.runs.run import Run
 class Distillation:
     """How ``distil`` trains; the defaults were chosen on training images alone (docs/pruning.md)."""
 
-    epochs: int = 30
+    epochs: int = 60
     """Passes over the images, with the unlabelled ones."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Peak learning rate."""
     batch_size: int = 64
     """Images of a step."""
-    mixed: float = 0.5
+    mixed: float = 0.0
     """Share of each batch whose images are mixtures of two."""
     mix_alpha: float = 1.0
     """The share of the first image in a mixture is drawn from Beta(mix_alpha, mix_alpha)."""
@@ -124,7 +124,7 @@ def distil(
     p is the network's softmax. The gradient by its logits is p - q: none where both agree. The loss is linear in q, so
     that a few networks drawn anew in each step give an unbiased gradient at a few forward passes (KL and loss differ by
     the entropy of q, a constant). Labels play no part. On training images themselves a posterior is nearly certain, so
-    images are augmented as in the run's training, and part of each batch are mixtures l x + (1 - l) x', on which the
+    images are augmented as in the run's training; part of each batch may be mixtures l x + (1 - l) x', on which the
     teacher is asked as well (the targets are not mixed).
 
     Args:
