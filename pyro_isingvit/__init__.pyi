@@ -37,6 +37,8 @@ from .pruning.finetune import Distillation as Distillation
 from .pruning.finetune import distil as distil
 from .pruning.merge import merge_units as merge_units
 from .pruning.network import CompactViT as CompactViT
+from .runs.adapt import Adaptation as Adaptation
+from .runs.adapt import adapted as adapted
 from .runs.predict import attention_margins as attention_margins
 from .runs.predict import draw_predictive as draw_predictive
 from .runs.run import Run as Run

@@ -112,6 +112,7 @@ def required(script: str, folder: Path) -> list[str]:
         "analysis.starts": ["--nothing", missing, "--started", missing],
         "analysis.trials": ["--records", missing],
         "analysis.decisions": ["--run", missing],
+        "analysis.adaptation": ["--run", missing],
         "analysis.benchmark": ["--results", missing],
         "analysis.report": ["--run", missing],
         "analysis.ood": ["--run", missing, "--ood", "noise"],
