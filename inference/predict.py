@@ -69,7 +69,7 @@ def predict(arguments: PredictArguments) -> None:
     wanted, streams = arguments.decisions, arguments.out.suffix in STREAMED
     arguments.streaming.check(arguments.out, arguments.samples, wanted)
     table = arguments.out.with_suffix(".csv")
-    for path in (arguments.out,) if streams else (arguments.out, table):
+    for path in () if streams else (arguments.out, table):
         if path.exists() and not arguments.overwrite:
             raise UserError(f"{path} exists; name another --out or add --overwrite.")
     if arguments.device == "cuda" and not torch.cuda.is_available():

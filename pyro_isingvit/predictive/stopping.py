@@ -99,7 +99,7 @@ def monte_carlo_error(probs: Tensor, certainty: float = 0.95, networks: int | No
 
     need(0 < certainty < 1, f"`certainty` must lie in (0, 1), not {certainty}.")
     n, images, classes = probs.shape
-    if networks is not None and n >= networks:
+    if images == 0 or (networks is not None and n >= networks):
         return torch.zeros(images)
     if n < 2:
         return torch.full((images,), torch.inf)

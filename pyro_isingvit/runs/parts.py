@@ -15,14 +15,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pyro_isingvit.core.checkpoint import write_atomically, write_json, write_text
+from pyro_isingvit.core.checkpoint import remove_leftovers, write_atomically, write_json, write_text
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.data.cache import digest_of
 from pyro_isingvit.predictive.table import Columns, csv_of, join_parquet, parquet, parquet_bytes
 
 log = logging.getLogger(__name__)
-SUFFIXES = (".parquet", ".csv")
+SUFFIXES, PLAN = (".parquet", ".csv"), "plan.json"
 Sums = dict[str, Any]
+
+
+def listed_beside(out: Path) -> Path:
+    """Where what could not be read is listed."""
+    return out.with_suffix(".unreadable.csv")
 
 
 class Parts:
@@ -43,10 +48,13 @@ class Parts:
         import filelock
 
         need(out.suffix in SUFFIXES, f"`out` takes a file name that ends in {' or '.join(SUFFIXES)}, not {out}.")
-        need(overwrite or not out.exists(), f"{out} exists; name another `out` or set `overwrite`.")
         if out.suffix == ".parquet":
             parquet()
         self.out, self.count, self.folder = out, count, out.with_name(f"{out.name}.parts")
+        self.waste = out.with_name(f".{self.folder.name}")
+        shutil.rmtree(self.waste, ignore_errors=True)  # of a call that was killed when all was done
+        ready = out.exists() and self._plan() == plan and not self.missing()  # killed once the table was written
+        need(overwrite or ready or not out.exists(), f"{out} exists; name another `out` or set `overwrite`.")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = filelock.FileLock(self.folder / "lock")
@@ -58,18 +66,15 @@ class Parts:
                 f"cannot write {self.folder} ({error.strerror or why(error)}); name another `out`."
             ) from error
         try:
+            remove_leftovers(out.parent, [out.name, listed_beside(out).name])
             self._agree(dict(plan), overwrite)
         except BaseException:
             self.lock.release()
             raise
 
     def _agree(self, plan: dict[str, str], overwrite: bool) -> None:
-        file = self.folder / "plan.json"
-        try:
-            there = json.loads(file.read_text()) if file.exists() else None
-        except (OSError, ValueError):
-            there = {}
-        if there is not None and there != plan:
+        there = self._plan()
+        if there not in (None, plan):
             there = there if isinstance(there, dict) else {}
             other = [name for name in plan if there.get(name) != plan[name]]
             need(
@@ -81,7 +86,16 @@ class Parts:
             for path in self.folder.glob("*part-*"):
                 path.unlink()
         if there != plan:
-            self._guarded(lambda: write_json(file, plan))
+            self._guarded(lambda: write_json(self.folder / PLAN, plan))
+
+    def _plan(self) -> Any:
+        """That of the parts that are there; None: there is none."""
+        try:
+            return json.loads((self.folder / PLAN).read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            return "damaged"
 
     def __enter__(self) -> "Parts":
         """The lock is held already."""
@@ -135,25 +149,26 @@ class Parts:
         """Of every part, in order."""
         return [json.loads(self._files(number)[1].read_text())["sums"] for number in range(self.count)]
 
-    def finish(self, unreadable: Path, rows: Sequence[tuple[str, str]], about: Mapping[str, str]) -> None:
+    def finish(self, unreadable: Sequence[tuple[str, str]], about: Mapping[str, str]) -> None:
         """Writes the table and the list of what could not be read, and removes the parts.
 
         Args:
-            unreadable: where the list goes; nothing stays there if the list is empty.
-            rows: file and reason.
+            unreadable: file and reason.
             about: metadata of a Parquet file.
 
         Raises:
             UserError: it cannot be written; the parts stay.
         """
-        self.list_unreadable(unreadable, rows)
+        self.list_unreadable(unreadable)
         parts = [data for data, _ in map(self._files, range(self.count)) if data.exists()]
         self._guarded(lambda: write_atomically(self.out, lambda temporary: self._join(parts, temporary, about)))
+        self.folder.rename(self.waste)  # at once: parts are there as a whole or not at all
         self.lock.release()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.waste, ignore_errors=True)
 
-    def list_unreadable(self, path: Path, rows: Sequence[tuple[str, str]]) -> None:
+    def list_unreadable(self, rows: Sequence[tuple[str, str]]) -> None:
         """Writes file and reason of each as CSV; without any, removes an older list."""
+        path = listed_beside(self.out)
         if rows:
             columns = {"file": [name for name, _ in rows], "reason": [reason for _, reason in rows]}
             self._guarded(lambda: write_text(path, csv_of(columns)))

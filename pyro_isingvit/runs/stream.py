@@ -24,7 +24,7 @@ from pyro_isingvit.data.streamed import ImageStream, Part
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.predictive.stopping import Stopping
 from pyro_isingvit.predictive.table import Column, summary_columns
-from pyro_isingvit.runs.parts import Parts, Sums
+from pyro_isingvit.runs.parts import Parts, Sums, listed_beside
 from pyro_isingvit.runs.predict import CHUNK
 from pyro_isingvit.runs.run import Run
 from pyro_isingvit.runs.sequential import Drawn, SequentialDraws
@@ -132,16 +132,16 @@ def stream_predictions(
                 new += len(each.rows)
                 bar.update(len(each.rows) + len(each.unreadable))
                 took = time.monotonic()
-        found, listed = parts.sums(), out.with_suffix(".unreadable.csv")
+        found, listed = parts.sums(), listed_beside(out)
         unreadable = [(name, reason) for sums in found for name, reason in sums.pop("unreadable")]
         if len(unreadable) > max_unreadable * len(stream) or len(unreadable) == len(stream):
-            parts.list_unreadable(listed, unreadable)
+            parts.list_unreadable(unreadable)
             need(
                 False,
                 f"{len(unreadable)} of {len(stream)} images cannot be read, such as {unreadable[0][0]} "
                 f"({unreadable[0][1]}); {listed} lists them. Repair or remove them, or raise `max_unreadable`.",
             )
-        parts.finish(listed, unreadable, {"pyro_isingvit": json.dumps(plan)})
+        parts.finish(unreadable, {"pyro_isingvit": json.dumps(plan)})
     worst, counts = max(sums.pop("mc_error") for sums in found), [sums.pop("classes") for sums in found]
     totals: dict[str, float] = {}
     for sums in found:

@@ -79,7 +79,7 @@ def posterior(count: int, images: int, classes: int, generator: torch.Generator)
     return (features @ weights).softmax(-1)
 
 
-def outcomes(classes: int, stopping: Stopping, rule, seeds: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
+def outcomes(classes: int, stopping: Stopping, rule, seeds: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
     """Whether all probabilities were within the bound, and the draws taken, each (seeds, images that were settled)."""
     images = 40
     truth = posterior(100_000, images, classes, torch.Generator().manual_seed(99)).mean(0)
@@ -88,9 +88,11 @@ def outcomes(classes: int, stopping: Stopping, rule, seeds: int = 60) -> tuple[t
         draws = posterior(stopping.most, images, classes, torch.Generator().manual_seed(seed))
         left, count, mean = torch.ones(images, dtype=torch.bool), torch.zeros(images), torch.zeros(images, classes)
         for look in stopping.looks(stopping.most):
-            ends = left & (rule(draws[:look]) <= stopping.bound)
-            mean[ends], count[ends] = draws[:look, ends].mean(0), look
-            left &= ~ends
+            rows = left.nonzero()[:, 0]
+            if not len(rows):
+                break
+            ends = rows[rule(draws[:look, rows]) <= stopping.bound]
+            mean[ends], count[ends], left[ends] = draws[:look, ends].mean(0), look, False
         held.append(((mean - truth).abs().amax(-1) <= stopping.bound)[~left])
         taken.append(count[~left])
     return torch.cat(held).float(), torch.cat(taken)
@@ -101,9 +103,9 @@ def outcomes(classes: int, stopping: Stopping, rule, seeds: int = 60) -> tuple[t
 def test_the_bound_holds_as_often_as_it_says(classes: int, bound: float) -> None:
     stopping = Stopping(bound, most=3000)
     held, taken = outcomes(classes, stopping, monte_carlo_error)
-    assert len(held) > 1900 and held.mean() >= 0.95
+    assert len(held) > 1600 and held.mean() >= 0.95
     early = taken == stopping.least  # who stops at the first look is not wrong more often
-    assert early.sum() > 200 and held[early].mean() >= 0.95
+    assert early.sum() > 150 and held[early].mean() >= 0.95
 
 
 def test_one_standard_error_would_not_do() -> None:
