@@ -4,14 +4,14 @@ With n draws of a class's probability the error is half the width of a normal in
 
     h_c = t_{n-1}(1 - (1 - certainty) / (2 C)) s_c / sqrt(n),
 
-and an image is settled where every h_c is at most the bound. The quantile is divided among the C classes, so that all of
-them hold together. s_c is what the standard deviation of the probability may be, the larger of
+and an image is settled where every h_c is at most the bound. The quantile is divided among the C classes, so that all
+of them hold together. s_c is what the standard deviation of the probability may be, the larger of
 
     its value among the draws, times r,
     that of sigmoid(m + r s Z), Z ~ N(0, 1), m and s being mean and standard deviation of the draws' log-odds,
 
-with r = sqrt((n - 1) / chi2_{n-1}(0.1)), which makes a standard deviation the upper end of a one-sided 90% interval. Who
-stops as soon as a standard deviation comes out small stops too early: r stands against that. And a few draws of a
+with r = sqrt((n - 1) / chi2_{n-1}(0.1)), which makes a standard deviation the upper end of a one-sided 90% interval.
+Who stops as soon as a standard deviation comes out small stops too early: r stands against that. And a few draws of a
 probability near 1 may all have missed the cases where the network says something else; their log-odds show how far off
 these are. (Intervals of fixed width: Chow & Robbins, Ann. Math. Stat. 1965; Starr, 1966.)
 

@@ -17,6 +17,8 @@ from pyro_isingvit.predictive.stopping import Stopping, monte_carlo_error
 from pyro_isingvit.runs.predict import CHUNK, TRUNK_CHUNK, SameDraws
 from pyro_isingvit.runs.run import Run
 
+CPU_CHUNK = 512  # images in one pass on a CPU; more are slower, for their activations leave its caches
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -43,7 +45,7 @@ class SequentialDraws:
         run: a trained run.
         samples: S draws of every image, or when to stop; at most as many as the method has networks.
         seed: of the draws.
-        chunk: at most this many images pass through the network at a time.
+        chunk: at most this many images pass through the network at a time, and at most 512 on a CPU.
 
     Raises:
         UserError: S or chunk below 1.
@@ -52,7 +54,8 @@ class SequentialDraws:
     def __init__(self, run: Run, samples: int | Stopping, seed: int = 0, chunk: int = CHUNK) -> None:
         most = samples.most if isinstance(samples, Stopping) else samples
         need(most >= 1 and chunk >= 1, f"`samples` ({most}) and `chunk` ({chunk}) must be at least 1.")
-        self.run, self.seed, self.chunk, self.same = run, seed, chunk, SameDraws(run)
+        self.run, self.seed, self.same = run, seed, SameDraws(run)
+        self.chunk = min(chunk, CPU_CHUNK) if run.device.type == "cpu" else chunk
         self.most = min(most, run.max_draws or most)
         self.stopping = samples if isinstance(samples, Stopping) else None
         self.certainty = self.stopping.certainty if self.stopping else Stopping.certainty

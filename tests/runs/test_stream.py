@@ -27,6 +27,7 @@ from pyro_isingvit.data.streamed import ImageStream, open_stream
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.predictive.stopping import Stopping
 from pyro_isingvit.predictive.table import summary_columns
+from pyro_isingvit.runs.parts import Parts
 from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.run import Run
 from pyro_isingvit.runs.sequential import SequentialDraws
@@ -375,7 +376,7 @@ def test_a_disk_that_is_really_full_and_really_read_only_keeps_the_parts(small_d
         out.unlink()
         filler.write_bytes(b"x" * 190_000)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(UserError, match="cannot write .*Read-only file system"):
+    with pytest.raises(UserError, match=r"cannot write .*Read-only file system"):
         predict(images, small_disk / "p.csv", 2)
 
 
@@ -389,6 +390,13 @@ def test_what_cannot_be_is_refused(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\.parquet or \.csv"):
         predict(images, tmp_path / "p.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_a_table_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("mine")
+    with pytest.raises(UserError, match="exists; name another"):
+        Parts(tmp_path / "p.csv", {"seed": "0"}, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["p.csv"] and (tmp_path / "p.csv").read_text() == "mine"
 
 
 def test_without_pyarrow_the_extra_is_named(images: Path, tmp_path: Path, monkeypatch) -> None:
