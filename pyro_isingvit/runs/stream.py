@@ -114,7 +114,8 @@ def stream_predictions(
     until = {"samples": samples} if isinstance(samples, int) else {"samples": "auto", **asdict(samples)}
     plan = {
         "version": f"{__version__}, {FORMAT}", "run": run_digest(run), "images": stream.digest.hex(), **_words(until),
-        **_words({"seed": seed, "chunk": draws.chunk, "part": size, "device": run.device.type, "all_classes": all_classes}),
+        **_words({"seed": seed, "chunk": draws.chunk, "part": size, "all_classes": all_classes}),
+        "device": run.device.type,
         **(settings or {}),
     }  # fmt: skip
     start, waited, new = time.monotonic(), 0.0, 0
