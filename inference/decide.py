@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from inference.cli import print_table
 from pyro_isingvit.core.errors import need
-from pyro_isingvit.core.untrusted import csv_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from pyro_isingvit.predictive.draws import PredictiveDraws
     from pyro_isingvit.predictive.prevalence import PrevalenceEstimate
     from pyro_isingvit.predictive.selective import Acceptance
+    from pyro_isingvit.predictive.table import Column
     from pyro_isingvit.predictive.validation import Validation
     from pyro_isingvit.runs.run import Run
 
@@ -204,15 +204,13 @@ def decide(
     return found
 
 
-def columns(found: Decisions, classes: Sequence[str]) -> dict[str, list[str]]:
+def columns(found: Decisions, classes: Sequence[str]) -> "dict[str, Column]":
     """Columns of the table: ``set`` with its classes, ``set_size``, ``decision``."""
-    more: dict[str, list[str]] = {}
+    more: dict[str, Column] = {}
     if found.sets is not None:
         rows = found.sets.tolist()
-        more["set"] = [
-            csv_text("|".join(name for name, held in zip(classes, row, strict=True) if held)) for row in rows
-        ]
-        more["set_size"] = [str(sum(row)) for row in rows]
+        more["set"] = ["|".join(name for name, held in zip(classes, row, strict=True) if held) for row in rows]
+        more["set_size"] = found.sets.sum(-1).numpy()
     if found.accepted is not None:
         more["decision"] = ["accept" if stands else "human" for stands in found.accepted.tolist()]
     return more

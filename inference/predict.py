@@ -3,23 +3,23 @@
 python -m inference.predict --run runs/demo --input PATH --samples 100 --out predictions.nc
 python -m inference.predict --run runs/demo --input PATH --coverage 0.95 --max-error 0.01
 python -m inference.predict --run runs/demo --input PATH --prevalence sick=0.02
+python -m inference.predict --run runs/demo --input FOLDER --samples auto --out predictions.parquet
 """
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from inference.cli import print_table, run_script, with_interval
 from inference.decide import DecisionArguments, add_to_tree, columns, decide, draws_for, print_decisions
+from inference.predict_stream import STREAMED, StreamArguments, predict_stream
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.untrusted import csv_text
 
 if TYPE_CHECKING:
     from pyro_isingvit.data.split import Split
     from pyro_isingvit.predictive.draws import PredictiveDraws
+    from pyro_isingvit.predictive.table import Column
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,11 @@ class PredictArguments:
     """A folder of images, a table csv:FILE with or without labels, an npz file, or the name of a data set (its test
     part)."""
     out: Path = Path("predictions.nc")
-    """ArviZ DataTree to write; a CSV with the same name goes to the same folder."""
-    samples: int | None = None
-    """Posterior predictive draws; by default 100, or those that the validation part was shown to, where it is used."""
+    """.nc: an ArviZ DataTree with all draws, and a CSV with the same name in the same folder. .parquet or .csv: a line
+    for each image alone, written part by part, for any number of images."""
+    samples: int | Literal["auto"] | None = None
+    """Posterior predictive draws; by default 100, or those that the validation part was shown to, where it is used.
+    auto: of each image as many as its probabilities need (--mc-error); for .parquet and .csv."""
     chunk: int = 2048
     """Images times draws in one pass through the network; limits the memory."""
     seed: int | None = None
@@ -48,6 +50,7 @@ class PredictArguments:
     cache: str | None = None
     """Folder where decoded images are kept, for more of them than fit into memory."""
     decisions: DecisionArguments = field(default_factory=DecisionArguments)
+    streaming: StreamArguments = field(default_factory=StreamArguments)
 
 
 def predict(arguments: PredictArguments) -> None:
@@ -63,21 +66,28 @@ def predict(arguments: PredictArguments) -> None:
     from pyro_isingvit.runs.load import open_run
     from pyro_isingvit.runs.predict import draw_predictive
 
+    wanted, streams = arguments.decisions, arguments.out.suffix in STREAMED
+    arguments.streaming.check(arguments.out, arguments.samples, wanted)
     table = arguments.out.with_suffix(".csv")
-    if arguments.out.suffix != ".nc":
-        raise UserError(f"--out takes a file name that ends in .nc, not {arguments.out}.")
-    for path in (arguments.out, table):
+    for path in () if streams else (arguments.out, table):
         if path.exists() and not arguments.overwrite:
             raise UserError(f"{path} exists; name another --out or add --overwrite.")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is available here; use --device cpu or auto.")
-    wanted = arguments.decisions
     wanted.check()
     cuda = arguments.device != "cpu" and torch.cuda.is_available()
     run = open_run(arguments.run, "cuda" if cuda else "cpu")
     source = replace(run.config.data, cache=arguments.cache)
-    inputs = load_inputs(arguments.input, run.info, data_root=arguments.data_root, source=source)
     own_root = None if arguments.data_root == PredictArguments.data_root else Path(arguments.data_root)
+    if streams:
+        predict_stream(
+            run, arguments.input, arguments.out, source, data_root=arguments.data_root, own_root=own_root,
+            samples=arguments.samples, seed=arguments.seed, chunk=arguments.chunk, wanted=arguments.streaming,
+            decisions=wanted, overwrite=arguments.overwrite,
+        )  # fmt: skip
+        return
+    assert arguments.samples != "auto"
+    inputs = load_inputs(arguments.input, run.info, data_root=arguments.data_root, source=source)
     samples, seed, val = draws_for(run, wanted, arguments.samples, arguments.seed, own_root)
     drawn = draw_predictive(run, inputs.images, samples, arguments.chunk, seed, progress=True)
     decided = decide(run, drawn, val, wanted, own_root)
@@ -110,24 +120,12 @@ def predict(arguments: PredictArguments) -> None:
     print(f"draws: {arguments.out}\ntable: {table}")
 
 
-def to_csv(
-    inputs: "Split", draws: "PredictiveDraws", classes: tuple[str, ...], more: Mapping[str, Sequence[str]]
-) -> str:
-    """One line per image: file, class, probability, its 5% and 95% quantiles, entropy, mutual information (nats).
+def to_csv(inputs: "Split", draws: "PredictiveDraws", classes: tuple[str, ...], more: "Mapping[str, Column]") -> str:
+    """One line per image: the columns of ``summary_columns``, and ``more``."""
+    from pyro_isingvit.predictive.table import csv_of, summary_columns
 
-    ``more`` are further columns.
-    """
-    mean, (low, high) = draws.mean, draws.interval(0.9)
-    entropy, information = draws.entropy, draws.mutual_information
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "class", "probability", "p05", "p95", "entropy", "mutual_information", *more])
-    for i, top in enumerate(mean.argmax(-1).tolist()):
-        numbers = (mean[i, top], low[i, top], high[i, top], entropy[i], information[i])
-        name = inputs.names[i] if inputs.names else str(i)
-        row = [csv_text(name), csv_text(classes[top]), *(f"{float(number):.6f}" for number in numbers)]
-        writer.writerow([*row, *(column[i] for column in more.values())])
-    return text.getvalue()
+    names = inputs.names or [str(i) for i in range(len(inputs))]
+    return csv_of({**summary_columns(draws, names, classes), **more})
 
 
 def main(argv: list[str] | None = None) -> None:

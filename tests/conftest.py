@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the networks are small, the workers several
@@ -42,6 +44,20 @@ def folder(tmp_path: Path) -> Path:
     state = {"info": INFO.to_dict(), "num_data": 50, **run.state()}
     save_checkpoint(tmp_path / "run" / "checkpoint.pt", state)
     return tmp_path / "run"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 260 kB: room for some checkpoints of the small network, not for three."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=260k", "tmpfs", disk], capture_output=True, check=False
+    ).returncode
+    if made:
+        pytest.skip("no right to mount a file system here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ Shapes: N images, C channels, H height, W width; images are (N, C, H, W).
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.decode import Look, Pages, Reading
-from pyro_isingvit.data.files import list_images, read_files
+from pyro_isingvit.data.files import image_names, list_images, read_files
 from pyro_isingvit.data.images import Images, Resize
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.intensity import percentiles
@@ -169,7 +170,7 @@ def load_inputs(
     if spec.startswith("csv:") and spec != source.dataset:  # not the table that the run learned from
         paths, lines, numbers = table_inputs(replace(source, dataset=spec), info.classes)
         split = replace(load_image_files(paths, info, source), names=tuple(lines), labels=numbers)
-    elif spec in DATASETS or spec.partition(":")[0] in PREFIXES:
+    elif is_named(spec):
         square = spec.startswith(("imagefolder:", "csv:")) and info.height == info.width
         size = info.height if square else source.image_size
         asked = replace(source, dataset=spec, data_root=str(data_root), image_size=size, download=False)
@@ -178,13 +179,10 @@ def load_inputs(
             log.warning("%s has other classes than %s: its labels are not used", spec, info.dataset)
             split = replace(split, labels=torch.full_like(split.labels, UNLABELLED))
     elif path.is_dir():
-        paths = list_images(path)
-        inner = [file.relative_to(path) for file in paths]
-        split = load_image_files(paths, info, source)
-        split = replace(split, names=tuple(printable(name.as_posix()) for name in inner))
-        tops = [printable(name.parts[0]) if len(name.parts) > 1 else None for name in inner]
-        if all(top in info.classes for top in tops):
-            split = replace(split, labels=torch.tensor([info.classes.index(str(top)) for top in tops]))
+        inner = image_names(path)
+        split = load_image_files([path / name for name in inner], info, source)
+        own = folder_labels(inner, info.classes)
+        split = replace(split, names=tuple(map(printable, inner)), labels=split.labels if own is None else own)
     else:
         need(path.suffix == ".npz", f"{spec!r} is no folder, no .npz file and no known data set ({known()}).")
         stored = Stored(path, source.cache)
@@ -199,6 +197,24 @@ def load_inputs(
     except UserError as error:
         raise UserError(f"{spec} does not fit this run: {error}") from error
     return split
+
+
+def is_named(spec: str) -> bool:
+    """Whether a text names a data set, not a path."""
+    return spec in DATASETS or spec.partition(":")[0] in PREFIXES
+
+
+def folder_labels(names: Sequence[str], classes: Sequence[str]) -> torch.Tensor | None:
+    """Labels of files that each lie in a folder which is called like a class; None where one does not.
+
+    Args:
+        names: of the files, relative to the folder of the class folders.
+        classes: of the run.
+    """
+    known = {name: number for number, name in enumerate(classes)}
+    tops = (name.partition(os.sep) for name in names)
+    labels = [known.get(printable(top), UNLABELLED) if rest else UNLABELLED for top, _, rest in tops]
+    return None if UNLABELLED in labels else torch.tensor(labels)
 
 
 def load_image_files(paths: Sequence[Path], info: DataInfo, source: DataConfig | None = None) -> Split:
@@ -267,7 +283,7 @@ def load_unlabelled(
     """
     path, source = Path(spec).expanduser(), replace(source or DataConfig(), image_size=image_size)
     need(image_size is None or image_size > 0, f"`image_size` must be a positive number of pixels, not {image_size}.")
-    if spec in DATASETS or spec.partition(":")[0] in PREFIXES:
+    if is_named(spec):
         train, *_ = load_parts(replace(source, dataset=spec, data_root=str(data_root)))
         return train.images
     if path.is_dir():

@@ -11,15 +11,18 @@ BLOCK = 64  # items of one task
 
 
 def in_parallel[Item, Result](
-    work: Callable[[Item], Result], items: Sequence[Item], what: str, done: int = 0
+    work: Callable[[Item], Result], items: Sequence[Item], what: str | None, done: int = 0, ahead: int = 0
 ) -> Iterator[Result]:
     """``work`` of every item, in order; only a few blocks are ahead of what has been taken.
+
+    The work goes on in the background while nothing is taken.
 
     Args:
         work: called in threads.
         items: what is left to do.
-        what: name of the progress bar.
+        what: name of the progress bar; None: there is none.
         done: items that were done before, for the bar.
+        ahead: as many items at least may be ahead.
 
     Raises:
         what ``work`` raises, for the first item where it does.
@@ -30,13 +33,14 @@ def in_parallel[Item, Result](
     threads = min(32, 2 * (os.cpu_count() or 1))
     blocks = (items[i : i + BLOCK] for i in range(0, len(items), BLOCK))
     waiting: deque[Future[list[Result]]] = deque()
-    bar = tqdm(total=done + len(items), initial=done, desc=what, disable=len(items) <= MANY, dynamic_ncols=True)
+    hidden, most = what is None or len(items) <= MANY, max(2 * threads, -(-ahead // BLOCK))
+    bar = tqdm(total=done + len(items), initial=done, desc=what, disable=hidden, dynamic_ncols=True)
     with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings(), bar:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             for block in blocks:
                 waiting.append(pool.submit(lambda part: [work(item) for item in part], block))
-                if len(waiting) > 2 * threads:
+                if len(waiting) > most:
                     yield from waiting.popleft().result()
                     bar.update(BLOCK)
             while waiting:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_isingvit.nets.vit import ViT
 
@@ -28,3 +28,10 @@ def one_trunk(module: nn.Module) -> Iterator[None]:
     finally:
         for network in networks:
             network.shared = None
+
+
+def keep_images(module: nn.Module, rows: Tensor) -> None:
+    """Within ``one_trunk``: the passes that follow are of these rows (n,) of the images alone."""
+    for network in with_trunk(module):
+        if network.shared:
+            network.shared[0] = network.shared[0][rows]

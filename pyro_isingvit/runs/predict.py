@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.processes import gathered, own_rows
 from pyro_isingvit.data.images import Images, as_images
+from pyro_isingvit.methods.base import Networks
 from pyro_isingvit.nets.margins import log_margins
 from pyro_isingvit.nets.trunk import one_trunk, with_trunk
 from pyro_isingvit.nets.vit import Watch
@@ -91,24 +92,46 @@ def draw_predictive(
     return PredictiveDraws(gathered(probs, batch, 1, run.device))
 
 
-def _images_first(run: Run, images: Images, probs: Tensor, chunk: int, progress: bool) -> None:
-    """Fills ``probs`` (S, B, C) chunk by chunk, each with all draws one after another, so that one trunk serves them.
+class SameDraws:
+    """Draws of a run that can be taken again: draw s is the same network each time.
 
-    Draw s is the same for all chunks: the random state from which it comes is kept.
+    The random state from which each comes is kept. Draws are taken in order, from the first or again from an earlier
+    one.
+
+    Args:
+        run: a trained run.
     """
-    cuda = run.device.type == "cuda"
-    states: list[tuple[Tensor, Tensor | None]] = []
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.states = run, list[tuple[Tensor, ...]]()
+
+    def network(self, s: int) -> Networks:
+        """Draw s alone: normalised images (B, ...) -> logits (1, B, C) at T = 1."""
+        if s == len(self.states):
+            self.states.append(self._state())
+        torch.set_rng_state(self.states[s][0])
+        for there in self.states[s][1:]:
+            torch.cuda.set_rng_state(there)
+        return self.run.draw_networks(1, s)
+
+    def is_unchanged(self, s: int) -> bool:
+        """Whether nothing random has happened since draw s began."""
+        return all(map(torch.equal, self.states[s], self._state()))
+
+    def _state(self) -> tuple[Tensor, ...]:
+        cuda = self.run.device.type == "cuda"
+        return (torch.get_rng_state(), torch.cuda.get_rng_state()) if cuda else (torch.get_rng_state(),)
+
+
+def _images_first(run: Run, images: Images, probs: Tensor, chunk: int, progress: bool) -> None:
+    """Fills ``probs`` (S, B, C) chunk by chunk, each with all draws in turn, so that one trunk serves them."""
+    draws = SameDraws(run)
     bar = tqdm(total=len(images), desc="draw", unit="image", disable=not progress, dynamic_ncols=True)
     with bar:
         for i, x in enumerate(images.batches(chunk, run.info.normalise, run.device)):
             with one_trunk(run.method):
                 for s in range(len(probs)):
-                    if i == 0:
-                        states.append((torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None))
-                    torch.set_rng_state(states[s][0])
-                    if (there := states[s][1]) is not None:
-                        torch.cuda.set_rng_state(there)
-                    logits = run.draw_networks(1, s)(x) / run.temperature
+                    logits = draws.network(s)(x) / run.temperature
                     probs[s, i * chunk : i * chunk + len(x)] = logits[0].softmax(-1).cpu()
             bar.update(len(x))
 

@@ -164,6 +164,8 @@ def test_training_refuses_what_is_out_of_range(flag: str, tmp_path: Path, capsys
 
 @pytest.mark.parametrize(("script", "arguments"), [
     ("inference.predict", ["--samples", "0"]), ("inference.predict", ["--chunk", "0"]),
+    ("inference.predict", ["--samples", "auto"]), ("inference.predict", ["--all-classes"]),
+    ("inference.predict", ["--mc-error", "0.1"]), ("inference.predict", ["--part", "100"]),
     ("inference.prune", ["--threshold", "2"]), ("inference.prune", ["--keep", "0"]),
     ("inference.prune", ["--threshold", "0.5", "--keep", "0.5"]), ("inference.prune", ["--finetune=-1"]),
     ("inference.prune", ["--repeats", "0"]), ("inference.compare", ["--methods", "nope"]),

@@ -113,7 +113,10 @@ def test_bad_predictions_are_refused(run: Path, tmp_path: Path) -> None:
     refused(here("inference.predict", "--run", run, "--input", tmp_path / "rgb.npz", *out), "rgb.npz")
     refused(here("inference.predict", "--run", run, "--input", tmp_path / "nan.npz", *out), "NaN")
     refused(here("inference.predict", "--run", run, "--input", "digits", *out, "--samples", 0), "at least 1")
-    refused(here("inference.predict", "--run", run, "--input", "digits", "--out", tmp_path / "p.csv"), ".nc")
+    refused(
+        here("inference.predict", "--run", run, "--input", "digits", "--out", tmp_path / "p.txt"),
+        ".nc, .parquet or .csv",
+    )
     assert not (tmp_path / "p.nc").exists()
 
 

@@ -208,20 +208,6 @@ SCRIPT = ["--dataset", "digits", "--depth", "1", "--width", "16", "--samples", "
           "3", "--device", "cpu"]  # fmt: skip
 
 
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 260 kB: room for some checkpoints of the small network, not for three."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=260k", "tmpfs", disk], capture_output=True, check=False
-    ).returncode
-    if made:
-        pytest.skip("no right to mount a file system here")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
 def test_a_disk_that_is_really_full_and_really_read_only(small_disk: Path) -> None:
     run = small_disk / "r"
     refused(here("inference.train", *SCRIPT, "--out", run), "cannot write", "No space left on device")
