@@ -6,20 +6,25 @@ python -m inference.predict --run runs/demo --input PATH --prevalence sick=0.02
 python -m inference.predict --run runs/demo --input FOLDER --samples auto --out predictions.parquet
 """
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from inference.cli import print_table, run_script, with_interval
-from inference.decide import DecisionArguments, add_to_tree, columns, decide, draws_for, print_decisions
+from inference.decide import ESTIMATE, DecisionArguments, add_to_tree, columns, decide, draws_for, print_decisions
 from inference.predict_stream import STREAMED, StreamArguments, predict_stream
-from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.errors import UserError, need
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pyro_isingvit.data.split import Split
     from pyro_isingvit.predictive.draws import PredictiveDraws
     from pyro_isingvit.predictive.table import Column
+    from pyro_isingvit.runs.adapt import Adapted
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,11 @@ class PredictArguments:
     """Folder where decoded images are kept, for more of them than fit into memory."""
     decisions: DecisionArguments = field(default_factory=DecisionArguments)
     streaming: StreamArguments = field(default_factory=StreamArguments)
+    adapt: Literal["tent", "eata", "eata-c"] | None = None
+    """Adapt the LayerNorms to the images first, without labels, for this prediction alone; it may do harm
+    (docs/adaptation.md). For --out NAME.nc."""
+    adapt_crowd: bool = False
+    """With --adapt, leave out images of whose first answer the adapted network is less sure."""
 
 
 def predict(arguments: PredictArguments) -> None:
@@ -59,10 +69,9 @@ def predict(arguments: PredictArguments) -> None:
 
     from pyro_isingvit.core.checkpoint import write_text
     from pyro_isingvit.data.load import load_inputs
-    from pyro_isingvit.predictive.by_class import class_metrics
     from pyro_isingvit.predictive.datatree import save_datatree
-    from pyro_isingvit.predictive.metrics import classification_metrics
     from pyro_isingvit.predictive.tree import predictions_to_datatree
+    from pyro_isingvit.runs.adapt import Adaptation, adapted
     from pyro_isingvit.runs.load import open_run
     from pyro_isingvit.runs.predict import draw_predictive
 
@@ -75,6 +84,7 @@ def predict(arguments: PredictArguments) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is available here; use --device cpu or auto.")
     wanted.check()
+    _check_adaptation(arguments, streams)
     cuda = arguments.device != "cpu" and torch.cuda.is_available()
     run = open_run(arguments.run, "cuda" if cuda else "cpu")
     source = replace(run.config.data, cache=arguments.cache)
@@ -89,19 +99,36 @@ def predict(arguments: PredictArguments) -> None:
     assert arguments.samples != "auto"
     inputs = load_inputs(arguments.input, run.info, data_root=arguments.data_root, source=source)
     samples, seed, val = draws_for(run, wanted, arguments.samples, arguments.seed, own_root)
-    drawn = draw_predictive(run, inputs.images, samples, arguments.chunk, seed, progress=True)
+    how = None if arguments.adapt is None else Adaptation(arguments.adapt, crowd=arguments.adapt_crowd, seed=seed)
+    with nullcontext() if how is None else adapted(run, inputs.images, how, progress=True) as done:
+        drawn = draw_predictive(run, inputs.images, samples, arguments.chunk, seed, progress=True)
     decided = decide(run, drawn, val, wanted, own_root)
     draws = decided.draws
     labels = inputs.labels if int(inputs.labels.min()) >= 0 else None
     attrs = {"run": str(arguments.run), "input": arguments.input, "config": run.config.to_json()}
+    attrs |= {} if how is None else {"adaptation": json.dumps(asdict(how))}
     tree = predictions_to_datatree(draws, run.info.classes, inputs.names or None, labels, attrs)
     add_to_tree(tree, decided, wanted, 0 if val is None else len(val))
     save_datatree(tree, arguments.out)
     write_text(table, to_csv(inputs, draws, run.info.classes, columns(decided, run.info.classes)))
 
+    _show(f"{arguments.run} on {arguments.input}", draws, labels, run.info.classes, done)
+    print_decisions(decided, run.info.classes, labels)
+    print(f"draws: {arguments.out}\ntable: {table}")
+
+
+def _show(
+    title: str, draws: "PredictiveDraws", labels: "Tensor | None", classes: tuple[str, ...], done: "Adapted | None"
+) -> None:
+    import torch
+
+    from pyro_isingvit.predictive.by_class import class_metrics
+    from pyro_isingvit.predictive.metrics import classification_metrics
+
     shown: dict[str, object] = {
-        "images": len(inputs),
+        "images": draws.probs.shape[1],
         "draws": len(draws.probs),
+        **({} if done is None else {"images adapted to": f"{done.used} of {done.images}"}),
         "mean confidence": float(draws.mean.max(-1).values.mean()),
         "mean entropy (nats)": float(draws.entropy.mean()),
         "mean mutual information (nats)": float(draws.mutual_information.mean()),
@@ -109,15 +136,28 @@ def predict(arguments: PredictArguments) -> None:
     if labels is not None:
         scores = classification_metrics(draws.mean, labels)
         shown |= {"accuracy": scores["accuracy"], "NLL (nats)": scores["nll"], "ECE (15 bins)": scores["ece"]}
-        by_class = class_metrics(draws.mean, labels, run.info.classes)
+        by_class = class_metrics(draws.mean, labels, classes)
         names = {"balanced accuracy": "balanced_accuracy", "AUROC, macro": "auroc_macro", "sensitivity": "sensitivity",
                  "specificity": "specificity"}  # fmt: skip
         shown |= {title: with_interval(by_class, k) for title, k in names.items() if by_class.get(k) is not None}
-    print_table(f"{arguments.run} on {arguments.input}", shown)
-    counts = torch.bincount(draws.mean.argmax(-1), minlength=run.info.num_classes)
-    print_table("predicted classes", {name: int(count) for name, count in zip(run.info.classes, counts, strict=True)})
-    print_decisions(decided, run.info.classes, labels)
-    print(f"draws: {arguments.out}\ntable: {table}")
+    print_table(title, shown)
+    counts = torch.bincount(draws.mean.argmax(-1), minlength=len(classes))
+    print_table("predicted classes", {name: int(count) for name, count in zip(classes, counts, strict=True)})
+
+
+def _check_adaptation(arguments: PredictArguments, streams: bool) -> None:
+    need(arguments.adapt or not arguments.adapt_crowd, "`adapt_crowd` belongs to `adapt`; name a kind.")
+    if arguments.adapt is None:
+        return
+    need(
+        not streams, f"`adapt` is for --out NAME.nc, not {arguments.out}: it follows all images before it predicts any."
+    )
+    wanted = arguments.decisions
+    need(
+        not wanted.guaranteed and wanted.prevalence != ESTIMATE,
+        "`coverage`, `max_error` and an estimated `prevalence` rest on what the network said of the validation part "
+        "before it was adapted; leave `adapt` out.",
+    )
 
 
 def to_csv(inputs: "Split", draws: "PredictiveDraws", classes: tuple[str, ...], more: "Mapping[str, Column]") -> str:
