@@ -37,6 +37,9 @@ from .pruning.finetune import Distillation as Distillation
 from .pruning.finetune import distil as distil
 from .pruning.merge import merge_units as merge_units
 from .pruning.network import CompactViT as CompactViT
+from .pruning.onnx_members import export_members as export_members
+from .pruning.onnx_predict import OnnxPrediction as OnnxPrediction
+from .pruning.onnx_predict import predict_onnx as predict_onnx
 from .runs.predict import attention_margins as attention_margins
 from .runs.predict import draw_predictive as draw_predictive
 from .runs.run import Run as Run
