@@ -7,6 +7,7 @@ them.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from analysis.shift_arguments import ShiftArguments
 from inference.cli import run_script
@@ -30,7 +31,7 @@ def corruptions(arguments: Arguments) -> None:
     from tqdm.auto import tqdm
 
     from analysis import shift_figures
-    from analysis.shift import load_runs, own_test_part, print_columns
+    from analysis.shift import load_runs, mean_of, own_test_part, print_columns
     from analysis.spoil import CORRUPTIONS, corrupt, judge, summary_rows
     from pyro_isingvit.core.checkpoint import write_json
     from pyro_isingvit.report import style
@@ -41,7 +42,10 @@ def corruptions(arguments: Arguments) -> None:
     split = own_test_part(first, arguments.data_root, arguments.max_images, arguments.seed)
     total = len(runs) * (1 + sum(len(corruption.values) for corruption in CORRUPTIONS.values()))
     with tqdm(total=total, desc="predict", dynamic_ncols=True) as bar:
-        found = {name: judge(run, split, arguments.samples, arguments.seed, bar) for name, run in runs.items()}
+        found = {
+            name: judge(partial(mean_of, run, arguments.samples, arguments.seed), split, arguments.seed, bar)
+            for name, run in runs.items()
+        }
 
     folder = (arguments.out or arguments.run[0]) / "corruptions"
     title = f"{style.label(first.info.dataset, 0, 30)}, {len(split)} test images, {arguments.samples} draws"

@@ -22,6 +22,7 @@ from pyro_isingvit.data.split import Split
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.runs.folder import POSTERIOR
 from pyro_isingvit.runs.load import open_run
+from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.run import Run
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,11 @@ def _stored(path: Path) -> Split:
     finally:
         tree.close()
     return Split(torch.from_numpy(pixels.astype(np.uint8)), torch.from_numpy(labels.astype(np.int64)))
+
+
+def mean_of(run: Run, samples: int, seed: int, images: Tensor) -> Tensor:
+    """Mean prediction (B, C) of networks drawn from a run."""
+    return draw_predictive(run, images, samples, seed=seed).mean
 
 
 def choose(count: int, most: int, seed: int) -> np.ndarray:

@@ -16,8 +16,6 @@ from torchvision.transforms.v2 import functional as tv
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.predictive.metrics import classification_metrics
-from pyro_isingvit.runs.predict import draw_predictive
-from pyro_isingvit.runs.run import Run
 
 METRICS = ("accuracy", "nll", "ece")
 Scores = dict[str, float]
@@ -136,11 +134,18 @@ def flip_labels(labels: Tensor, share: float, classes: int, seed: int = 0) -> tu
     return flipped, moved
 
 
-def judge(run: Run, split: Split, samples: int, seed: int, bar: Any) -> dict[str, Any]:
-    """Scores of a run on clean images and under every corruption and severity, and their mean over the severities."""
+def judge(predict: Callable[[Tensor], Tensor], split: Split, seed: int, bar: Any) -> dict[str, Any]:
+    """Scores on clean images and under every corruption and severity, and their mean over the severities.
+
+    Args:
+        predict: images (B, C, H, W) -> class probabilities (B, K).
+        split: labelled images.
+        seed: of the corruptions.
+        bar: is told of each prediction.
+    """
 
     def scores(images: Tensor) -> Scores:
-        metrics = classification_metrics(draw_predictive(run, images, samples, seed=seed).mean, split.labels)
+        metrics = classification_metrics(predict(images), split.labels)
         bar.update()
         return {name: metrics[name] for name in METRICS}
 
