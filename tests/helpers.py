@@ -135,7 +135,7 @@ SCRIPTS = {
     "inference.rates": "RatesArguments", "analysis.rates": "Arguments", "analysis.benchmark": "BenchmarkFigures",
     "analysis.ood": "Arguments", "analysis.corruptions": "Arguments", "analysis.comparison": "Arguments",
     "analysis.starts": "Arguments", "analysis.labels": "Arguments", "analysis.label_noise": "Arguments",
-    "analysis.decisions": "Arguments", "analysis.adaptation": "Arguments",
+    "analysis.decisions": "Arguments", "analysis.adaptation": "Arguments", "analysis.shift_table": "Arguments",
     "analysis.trials": "Arguments", "analysis.tutorial": "Arguments", "analysis.method_figure": "Arguments",
 }  # fmt: skip
 QUICK_FLAGS = ["--dataset", "digits", "--epochs", "3", "--depth", "1", "--width", "16", "--samples", "5",

@@ -113,6 +113,7 @@ def required(script: str, folder: Path) -> list[str]:
         "analysis.trials": ["--records", missing],
         "analysis.decisions": ["--run", missing],
         "analysis.adaptation": ["--run", missing],
+        "analysis.shift_table": ["--run", missing],
         "analysis.benchmark": ["--results", missing],
         "analysis.report": ["--run", missing],
         "analysis.ood": ["--run", missing, "--ood", "noise"],
