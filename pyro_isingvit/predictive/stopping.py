@@ -93,7 +93,7 @@ def monte_carlo_error(probs: Tensor, certainty: float = 0.95, networks: int | No
         >>> sure, unsure = torch.full((100,), 0.9), torch.linspace(0.2, 0.6, 100)
         >>> p = torch.stack([sure, unsure], 1)  # 100 draws of two images
         >>> [round(float(error), 3) for error in monte_carlo_error(torch.stack([p, 1 - p], 2))]
-        [0.0, 0.03]
+        [0.0, 0.029]
     """
     from scipy.stats import chi2, t
 
