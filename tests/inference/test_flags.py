@@ -113,6 +113,7 @@ def required(script: str, folder: Path) -> list[str]:
         "analysis.trials": ["--records", missing],
         "analysis.decisions": ["--run", missing],
         "analysis.adaptation": ["--run", missing],
+        "inference.share": ["--run", missing, "--out", str(folder / "out")],
         "analysis.benchmark": ["--results", missing],
         "analysis.report": ["--run", missing],
         "analysis.ood": ["--run", missing, "--ood", "noise"],
