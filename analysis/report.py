@@ -20,7 +20,7 @@ class Arguments:
 
 def report(arguments: Arguments) -> None:
     """Write one self-contained page about a run: metrics, calibration, uncertainty, masks; or a compact network."""
-    from pyro_isingvit.report.metric_table import metric_rows
+    from pyro_isingvit.predictive.metric_table import metric_rows
     from pyro_isingvit.report.pruning_report import is_compact, write_pruning_report
     from pyro_isingvit.report.run_report import is_cut_short, read_metrics, write_report
 

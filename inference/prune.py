@@ -126,6 +126,7 @@ def prune(arguments: PruneArguments) -> None:
         from inference.prune_tuning import after_cutting
 
         metrics["peers"] = compare_peers(run, data, model, tuning or after_cutting(run, data), arguments.repeats)
+    model.save_pretrained(arguments.out, metrics=metrics)  # again, with what the card tells
     write_json(arguments.out / METRICS, metrics)
     write_json(arguments.out / FRONTIER, _frontier_file(run, masks, found, full if found else {}, metrics))
     _show(arguments, metrics)
@@ -200,6 +201,7 @@ def _search(
 
 def _quality(run: "Run", model: "CompactViT", bayes: "CompactViT", data: "ImageData") -> dict[str, Any]:
     """The only use of the test part: compact, sampled compact, dense, and the full posterior."""
+    from pyro_isingvit.predictive.intervals import overall_intervals
     from pyro_isingvit.predictive.metrics import classification_metrics
     from pyro_isingvit.pruning.choose import dense_network
     from pyro_isingvit.runs.predict import draw_predictive
@@ -218,7 +220,7 @@ def _quality(run: "Run", model: "CompactViT", bayes: "CompactViT", data: "ImageD
         )
     scores["full_"] = held
     chosen = ("accuracy", "nll", "brier", "ece")
-    metrics: dict[str, Any] = dict(scores.pop(""))
+    metrics: dict[str, Any] = scores.pop("") | {"intervals": overall_intervals(probs[""], test.labels)}
     metrics |= {prefix + name: values[name] for prefix, values in scores.items() for name in chosen}
     return metrics | {
         "samples": samples, "temperature": float(model.temperature), "bayes_temperature": float(bayes.temperature)

@@ -31,14 +31,16 @@ from pyro_isingvit.runs.folder import (
 from pyro_isingvit.runs.load import open_run
 from pyro_isingvit.runs.predict import CHUNK, draw_predictive
 from pyro_isingvit.runs.run import Run, build_run
+from pyro_isingvit.runs.shared import is_shared
 from pyro_isingvit.runs.validation import validation_of
+from pyro_isingvit.shareable import Shareable
 
 
-class TrainedRun(Run):
+class TrainedRun(Shareable):
     """A trained network: what ``fit`` and ``load_run`` return.
 
-    It adds ``save``, ``evaluate``, ``predict``, ``prune`` and ``report`` to what ``Run`` has, such as ``model``,
-    ``guide`` and ``history``.
+    It adds ``save``, ``save_pretrained``, ``push_to_hub``, ``evaluate``, ``predict``, ``prune`` and ``report`` to what
+    ``Run`` has, such as ``model``, ``guide`` and ``history``.
 
     Attributes:
         val: validation images, which ``evaluate`` and ``prune`` use; None where the run does not know them, as after
@@ -357,7 +359,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> TrainedRun:
     """Opens a run's folder.
 
     Args:
-        folder: what ``TrainedRun.save`` or a training script wrote.
+        folder: what ``TrainedRun.save``, ``save_pretrained`` or a training script wrote.
         device: where to put it, such as "cpu" or "cuda".
 
     Returns:
@@ -376,4 +378,9 @@ def load_run(folder: str | Path, device: str = "cpu") -> TrainedRun:
         >>> again.config == run.config, again.history == run.history
         (True, True)
     """
-    return TrainedRun.of(open_run(folder, device))
+    folder = Path(folder)
+    return (
+        TrainedRun.from_pretrained(folder, device=device)
+        if is_shared(folder)
+        else TrainedRun.of(open_run(folder, device))
+    )

@@ -11,7 +11,7 @@ from helpers import EVIL
 
 from pyro_isingvit.core.settings import DataConfig, RunConfig
 from pyro_isingvit.predictive.datatree import save_datatree
-from pyro_isingvit.report.metric_table import EXPLANATIONS
+from pyro_isingvit.predictive.metric_table import EXPLANATIONS
 from pyro_isingvit.runs.folder import to_lines
 
 FULL = {"accuracy": 0.9, "nll": 0.3, "ece": 0.02}

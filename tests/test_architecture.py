@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "pyro_isingvit"
 # Each room may import only from rooms in the lines above it, and from itself.
 FLOORS = [
-    {"version"}, {"core"}, {"data", "nets", "predictive"}, {"ising"}, {"methods"}, {"runs"}, {"pruning"},
-    {"report"}, {"evaluation", "starts"}, {"trained"}, {"experiment"}, {"classifier"},
+    {"version"}, {"core"}, {"data", "nets", "predictive"}, {"sharing"}, {"ising"}, {"methods"}, {"runs"}, {"pruning"},
+    {"report"}, {"evaluation", "starts"}, {"shareable"}, {"trained"}, {"experiment"}, {"classifier"},
 ]  # fmt: skip
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted(path for path in LIBRARY.rglob("*.py") if path.stem != "__init__")

@@ -60,7 +60,7 @@ def class_metrics(probs: Tensor, labels: Tensor, classes: tuple[str, ...]) -> di
     for row in rows:
         for name, count in (("sensitivity", row["images"]), ("specificity", len(y) - row["images"])):
             if row[name] in (0.0, 1.0):
-                row[f"{name}_interval"] = _exact(row[name], count)
+                row[f"{name}_interval"] = exact_interval(row[name], count)
     present = [c for c, row in enumerate(rows) if row["images"]]
     worst = min(present, key=lambda c: rows[c]["sensitivity"])
     names = {"sensitivity": "balanced_accuracy", "auroc": "auroc_macro", "average_precision": "average_precision_macro"}
@@ -84,11 +84,11 @@ def _entries(found: dict[str, tuple[Any, np.ndarray]]) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for name, (value, resampled) in found.items():
         entries[name] = float(value) if np.isfinite(value) else None
-        entries[f"{name}_interval"] = _interval(float(value), resampled)
+        entries[f"{name}_interval"] = interval(float(value), resampled)
     return entries
 
 
-def _interval(value: float, resampled: np.ndarray) -> Interval:
+def interval(value: float, resampled: np.ndarray) -> Interval:
     """Bias-corrected percentiles (Efron 1981): Phi(2 z0 + z), with Phi(z0) the share of resamples below the value."""
     from scipy.special import ndtr, ndtri
 
@@ -100,7 +100,7 @@ def _interval(value: float, resampled: np.ndarray) -> Interval:
     return [float(end) for end in np.quantile(resampled, ends)]
 
 
-def _exact(share: float, count: int) -> Interval:
+def exact_interval(share: float, count: int) -> Interval:
     """Clopper and Pearson's interval of a share of ``count`` images."""
     from scipy.stats import binomtest
 

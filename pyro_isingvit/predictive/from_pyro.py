@@ -1,4 +1,4 @@
-"""Any Pyro SVI fit as an ArviZ DataTree: the converter that ArviZ 1.x has for NumPyro, for Pyro.
+"""Any Pyro SVI fit as an ArviZ DataTree, with this library's errors and marks; ``io_pyro`` does the work.
 
 Draws lie along one dimension, ``sample``: SVI draws are independent, there are no chains to diagnose.
 """
@@ -6,20 +6,11 @@ Draws lie along one dimension, ``sample``: SVI draws are independent, there are 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 import xarray as xr
-from pyro import poutine
-from pyro.infer import Predictive
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
-from pyro.poutine.util import site_is_subsample
-from torch import Tensor
-from torch.random import fork_rng
 
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.predictive.datatree import Dims, make_group, make_tree
-
-Draws = dict[str, Tensor]
-Sites = dict[str, dict[str, Any]]  # name -> site of a Pyro trace
+from pyro_isingvit.predictive import io_pyro
+from pyro_isingvit.predictive.datatree import make_tree
 
 
 def from_pyro_svi(
@@ -92,94 +83,18 @@ def from_pyro_svi(
         >>> bool(abs(tree["posterior"]["mu"].mean() - 0.5) < 0.05)
         True
     """
-    if num_samples < 1:
-        raise UserError(f"`num_samples` must be at least 1, not {num_samples}.")
-
-    def draw(program: Any, wanted: Sites, given: Draws, trace: Any) -> Draws:
-        """Draws of the wanted sites, (S, *shape in a single run); the trace is that of a single run."""
-        if not wanted:
-            return {}
-        given = _with_plate_axes(given, trace) if parallel else given
-        program = poutine.condition(program, _subsamples(trace))
-        sampler = Predictive(program, given or None, None, num_samples, tuple(wanted), parallel)
-        values = sampler(*args, **kwargs)  # padded with axes of 1, which the reshape takes away
-        shapes = {name: site["value"].shape for name, site in wanted.items()}
-        return {name: values[name].reshape(num_samples, *shape) for name, shape in shapes.items()}
-
-    with fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
-        torch.manual_seed(seed)
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
-        sites = _sites(trace)
-        own = sites.keys() & _sites(guide_trace).keys()
-        latent = {name: site for name, site in sites.items() if name in own and not site["is_observed"]}
-        if not latent:
-            raise UserError("the guide samples no site of the model; pass the guide fitted to this model.")
-        derived = {name: site for name, site in sites.items() if site["infer"].get("_deterministic")}
-        draws = draw(guide, latent, {}, guide_trace)
-        posterior = draws | draw(model, derived, draws, trace)
-        free, known, predicted = _Unobserved()(model), latent | derived, {}
-        if predictive_args is not None or predictive_kwargs is not None:
-            args = args if predictive_args is None else tuple(predictive_args)
-            kwargs, known = kwargs | dict(predictive_kwargs or {}), latent
-            start = {name: site["value"] for name, site in latent.items()}
-            trace = poutine.trace(poutine.condition(free, start)).get_trace(*args, **kwargs)
-        if posterior_predictive:
-            predicted = {name: site for name, site in _sites(trace).items() if name not in known}
-        predictive = draw(free, predicted, draws, trace)
-    if observed_data is None:
-        seen = {name: site for name, site in sites.items() if site["is_observed"] and name not in derived}
-        observed_data = {name: site["value"] for name, site in seen.items()}
-    fit_dims, predictive_dims = ({**_plate_dims(group), **(dims or {})} for group in (sites, predicted))
-    groups = {
-        "posterior": make_group(posterior, fit_dims, coords, "sample"),
-        "posterior_predictive": make_group(predictive, predictive_dims, coords, "sample"),
-        "observed_data": make_group(observed_data, fit_dims, coords),
-        "constant_data": make_group(constant_data or {}, dims or {}, coords),
-    }
+    elsewhere = predictive_args is not None or predictive_kwargs is not None
+    try:
+        tree = io_pyro.from_pyro_svi(
+            model=model, guide=guide, model_args=args, model_kwargs=kwargs, num_samples=num_samples,
+            posterior_predictive=posterior_predictive and not elsewhere,
+            predictions_args=predictive_args if posterior_predictive else None,
+            predictions_kwargs=predictive_kwargs if posterior_predictive else None,
+            observed_data=observed_data, constant_data=constant_data, coords=coords, dims=dims, parallel=parallel,
+            seed=seed,
+        )  # fmt: skip
+    except io_pyro._InputError as error:
+        raise UserError(str(error)) from error
+    names = {"predictions": "posterior_predictive"}
+    groups = {names.get(name, name): group.to_dataset() for name, group in tree.children.items()}
     return make_tree(groups, {"num_samples": num_samples, "draw_seed": seed})
-
-
-class _Unobserved(UnconditionMessenger):
-    """Samples the observed sites anew; leaves deterministic sites, which Pyro takes for observed, alone."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["infer"].get("_deterministic"):
-            super()._pyro_sample(msg)
-
-
-def _sites(trace: Any) -> Sites:
-    """The sites of a trace that mean something: no plate indices, factors or other auxiliary sites."""
-    samples = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
-    auxiliary = {name for name, site in samples.items() if site["infer"].get("is_auxiliary")}
-    return {x: site for x, site in samples.items() if x not in auxiliary and not site_is_subsample(site)}
-
-
-def _subsamples(trace: Any) -> Draws:
-    """Plate -> indices, of the plates that choose them at random."""
-    plates = {name: site for name, site in trace.nodes.items() if site_is_subsample(site)}
-    sizes = {name: (site["fn"].subsample_size, site["fn"].size) for name, site in plates.items()}
-    return {name: plates[name]["value"] for name, (part, size) in sizes.items() if part and part < size}
-
-
-def _plate_dims(sites: Sites) -> Dims:
-    """Site -> names of its batch axes; None, a default name, for an axis without a plate."""
-    dims: Dims = {}
-    for name, site in sites.items():
-        batch = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
-        frames = [frame for frame in site["cond_indep_stack"] if frame.name != "sample"]
-        plates = {(frame.dim, frame.size): frame.name for frame in frames}
-        dims[name] = [plates.get((axis, batch[axis])) for axis in range(-len(batch), 0)]
-    return dims
-
-
-def _with_plate_axes(draws: Draws, trace: Any) -> Draws:
-    """(S, batch, event) -> (S, 1, ..., batch, event), as many batch axes as the model's plates are deep.
-
-    Predictive cannot tell batch from event axes and would line weights (S, event) up with the data plate: an
-    error, or silently wrong where S equals the batch size.
-    """
-    stacks = [site["cond_indep_stack"] for site in _sites(trace).values()]
-    depth = max((-frame.dim for stack in stacks for frame in stack if frame.vectorized), default=0)
-    missing = {x: depth - len(trace.nodes[x]["fn"].batch_shape) for x in draws if x in trace.nodes}
-    return {x: draws[x].reshape(-1, *[1] * more, *draws[x].shape[1:]) for x, more in missing.items()}

@@ -11,7 +11,11 @@ the full posterior is set to 0.
 Shapes: B batch, T tokens, D width, H heads, C classes, S samples.
 """
 
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +28,11 @@ from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.nets.shape import ACTIVATIONS, patch_grid
 from pyro_isingvit.nets.stem import ConvStem
+from pyro_isingvit.pruning.card import FILES, WEIGHTS, write_compact_card
 from pyro_isingvit.pruning.shapes import CONFIG, CompactConfig, LayerShape, PosteriorShape
-
-WEIGHTS = "compact.safetensors"
+from pyro_isingvit.sharing.card import check_license
+from pyro_isingvit.sharing.hub import check_repo, locate, upload
+from pyro_isingvit.sharing.names import shared_name
 
 
 class Attention(nn.Module):
@@ -307,22 +313,77 @@ class CompactViT(nn.Module):
             need(index is None or not len(index.flatten()) or 0 <= int(index.min()) <= int(index.max()) < size,
                  "an index lies beyond its array")  # fmt: skip
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes ``compact.json`` and ``compact.safetensors``, each whole or not at all.
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        license: str | None = None,
+        intended_use: str | None = None,
+        repo: str | None = None,
+    ) -> None:
+        """Writes ``compact.json``, ``compact.safetensors`` and a model card, each whole or not at all.
+
+        None of them names a folder of this machine (docs/sharing.md).
+
+        Args:
+            folder: made if it is not there. A README.md of somebody else in it stays as it is.
+            metrics: of the test part, for the card, as pruning writes them to metrics.json.
+            license: identifier for the card, such as "mit".
+            intended_use: for the card, in your words.
+            repo: "owner/name" for the card, where it will be found.
 
         Raises:
-            UserError: the folder cannot be written to.
+            UserError: the folder cannot be written to; no such licence or name.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         folder = Path(folder)
+        check_license(license)
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        write_atomically(folder / WEIGHTS, lambda path: save_file(state, path))
-        write_text(folder / CONFIG, self.config.to_json())
+        content = save(state, {"format": "pt"})  # in memory first: safetensors has errors of its own for a full disk
+        write_atomically(folder / WEIGHTS, lambda path: path.write_bytes(content))
+        config = replace(self.config, dataset=shared_name(self.config.dataset))
+        write_text(folder / CONFIG, config.to_json())
+        count = sum(x.numel() for x in self.parameters())
+        write_compact_card(folder, config, count, len(content), metrics, license, intended_use, repo)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        **card: Any,
+    ) -> str:
+        """Sends what ``save_pretrained`` writes to a repository of the Hugging Face Hub (extra ``hub``).
+
+        Args:
+            repo: "owner/name"; made if it is not there.
+            private: of a new repository.
+            token: of the Hub, with the right to write; None: the one that ``hf auth login`` keeps.
+            commit_message: of the commit.
+            **card: ``metrics``, ``license`` and ``intended_use`` of ``save_pretrained``.
+
+        Returns:
+            the address of the commit.
+
+        Raises:
+            UserError: a wrong name, huggingface_hub is missing, or the Hub refuses.
+        """
+        check_repo(repo)
+        with tempfile.TemporaryDirectory() as place:
+            self.save_pretrained(place, repo=repo, **card)
+            return upload(Path(place), repo, FILES, private=private, token=token, commit_message=commit_message)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "CompactViT":
-        """Loads what ``save_pretrained`` wrote, in evaluation mode on the CPU.
+    def from_pretrained(cls, folder: str | Path, **hub: Any) -> "CompactViT":
+        """Loads what ``save_pretrained`` wrote or ``push_to_hub`` sent, in evaluation mode on the CPU.
+
+        Args:
+            folder: a folder, or "owner/name" of a repository; a folder wins, and a ``Path`` is always one.
+            **hub: ``revision``, ``token``, ``cache_dir`` and ``local_files_only``, as ``TrainedRun.from_pretrained``.
 
         Raises:
             UserError: nothing there, or files that are damaged or do not fit each other.
@@ -330,7 +391,7 @@ class CompactViT(nn.Module):
         from safetensors import SafetensorError
         from safetensors.torch import load
 
-        folder = Path(folder)
+        folder = locate(folder, FILES, **hub)
         for name in (CONFIG, WEIGHTS):
             need(
                 (folder / name).is_file(),

@@ -18,11 +18,11 @@ from pyro_isingvit.core.checkpoint import write_text
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.predictive.datatree import load_datatree
+from pyro_isingvit.predictive.metric_table import class_rows, metric_rows
 from pyro_isingvit.predictive.thresholds import Threshold
 from pyro_isingvit.pruning.assembly import structure
 from pyro_isingvit.report import attention_figures, figures, mask_figures, pruning_figures, style, two_classes
 from pyro_isingvit.report.decisions import decision_sections
-from pyro_isingvit.report.metric_table import class_rows, metric_rows
 from pyro_isingvit.report.section import Section
 from pyro_isingvit.report.verdicts import verdicts
 from pyro_isingvit.runs.folder import CONFIG, HISTORY, METRICS, POSTERIOR, is_evaluated, read_config, read_history

@@ -7,15 +7,14 @@ from torch import Tensor
 
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.errors import UserError, need, why
-from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.info import DataInfo
-from pyro_isingvit.methods.registry import row
 from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, read_config
-from pyro_isingvit.runs.run import Run, build_run
+from pyro_isingvit.runs.run import Run, build_run, least_numbers
+from pyro_isingvit.runs.shared import is_shared, open_shared
 
 
 def open_run(folder: str | Path, device: str = "cpu") -> Run:
-    """Loads a run folder.
+    """Loads a run's folder, or a shared run's.
 
     Args:
         folder: where the run was kept.
@@ -25,26 +24,19 @@ def open_run(folder: str | Path, device: str = "cpu") -> Run:
         UserError: the folder is missing, cut short, damaged or of another version.
     """
     folder = Path(folder)
+    if is_shared(folder):
+        return open_shared(folder, device)
     config = read_config(folder)
     state = load_checkpoint(folder / CHECKPOINT)
     try:
         info = DataInfo.from_dict(state["info"])
-        need(_numbers(config, info) <= _held(state), "the network is larger than what the file holds")
+        need(least_numbers(config, info) <= _held(state), "the network is larger than what the file holds")
         run = build_run(config, info, state["num_data"], folder)
         run.load_state(state)
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
         reason = why(error)[:160]
         raise UserError(f"{folder / CHECKPOINT} does not fit {CONFIG} ({reason}); train the run again.") from error
     return run.to(device)
-
-
-def _numbers(config: RunConfig, info: DataInfo) -> int:
-    """Numbers that the network needs at least: a small JSON file must not fill the memory."""
-    vit, patch = config.vit, config.vit.patch_size
-    tokens = -(-info.height // patch) * -(-info.width // patch)
-    blocks = vit.depth * (4 + 2 * vit.mlp_ratio) * vit.width
-    networks = getattr(config.baseline, row(config.method).networks or "", 1)
-    return networks * vit.width * (blocks + tokens + info.channels * patch**2)
 
 
 def _held(state: dict[str, Any]) -> int:

@@ -185,3 +185,12 @@ def build_run(
     need(issubclass(kind, IsingMethod), f"`model` is for methods with one set of masks, unlike {config.method}.")
     assert issubclass(kind, IsingMethod)
     return Run(config, kind(config, info, num_data, model), folder)
+
+
+def least_numbers(config: RunConfig, info: DataInfo) -> int:
+    """Numbers that the network needs at least: a small JSON file must not fill the memory."""
+    vit, patch = config.vit, config.vit.patch_size
+    tokens = -(-info.height // patch) * -(-info.width // patch)
+    blocks = vit.depth * (4 + 2 * vit.mlp_ratio) * vit.width
+    networks = getattr(config.baseline, row(config.method).networks or "", 1)
+    return networks * vit.width * (blocks + tokens + info.channels * patch**2)

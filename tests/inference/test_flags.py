@@ -114,6 +114,7 @@ def required(script: str, folder: Path) -> list[str]:
         "analysis.decisions": ["--run", missing],
         "analysis.adaptation": ["--run", missing],
         "analysis.shift_table": ["--run", missing],
+        "inference.share": ["--run", missing, "--out", str(folder / "out")],
         "analysis.benchmark": ["--results", missing],
         "analysis.report": ["--run", missing],
         "analysis.ood": ["--run", missing, "--ood", "noise"],

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 from analysis.report import main
 from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.predictive.metric_table import EXPLANATIONS
 from pyro_isingvit.predictive.metrics import calibration_error
 from pyro_isingvit.report import attention_figures, figures, mask_figures, style
-from pyro_isingvit.report.metric_table import EXPLANATIONS
 from pyro_isingvit.report.run_report import write_report
 
 SECTIONS = (

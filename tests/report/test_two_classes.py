@@ -9,7 +9,7 @@ from helpers import EVIL
 from made import make_run, make_tree
 
 from pyro_isingvit.predictive.datatree import save_datatree
-from pyro_isingvit.report.metric_table import class_rows, metric_rows
+from pyro_isingvit.predictive.metric_table import class_rows, metric_rows
 from pyro_isingvit.report.run_report import write_report
 from pyro_isingvit.report.two_classes import ranking_curves, shown_threshold, threshold_table
 

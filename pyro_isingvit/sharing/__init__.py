@@ -1,0 +1,1 @@
+"""What others get of a network: names without paths, a model card, the Hugging Face Hub."""

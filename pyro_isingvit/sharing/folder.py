@@ -1,0 +1,55 @@
+"""A folder whose files appear together or not at all."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pyro_isingvit.core.errors import UserError
+
+README = "README.md"
+MARK = "<!-- Written by pyro-isingvit. Remove this line to keep changes of your own. -->"
+
+
+@contextmanager
+def staged(folder: Path, replaces: Sequence[str]) -> Iterator[Path]:
+    """A new folder beside ``folder``; when the block is done, its files move there.
+
+    Args:
+        folder: made if it is not there.
+        replaces: patterns of earlier files that go when the new ones come. A README.md without ``MARK``, which is
+            somebody's own, stays as it is.
+
+    Raises:
+        UserError: the folder cannot be written to, or the disk is full; nothing has changed.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}.") from error
+    try:
+        yield temporary
+        folder.mkdir(exist_ok=True)
+        if not is_ours(folder):
+            (temporary / README).unlink(missing_ok=True)
+        new = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+        for path in new:
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
+        names = {path.relative_to(temporary) for path in new}
+        for path in [path for pattern in replaces for path in folder.glob(pattern)]:
+            if path.relative_to(folder) not in names and (path.name != README or is_ours(folder)):
+                path.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether the folder has no README.md, or one that may be written again."""
+    path = folder / README
+    return not path.exists() or MARK in path.read_text(errors="replace")
