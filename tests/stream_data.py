@@ -22,6 +22,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from large_data import peak_kib  # noqa: E402
 
 MANY = 5000  # files of a folder
+SHIFTS = (0, 1, -1, 2, -2)  # pixels
 SHAPE = ["--dataset", "fashion-mnist", "--train-size", "3000", "--preset", "small", "--depth", "2", "--epochs", "6",
          "--samples", "16", "--seed", "0", "--device", "cpu"]  # fmt: skip
 
@@ -36,7 +37,7 @@ def write_images(folder: Path, data_root: str, count: int) -> None:
         place = folder / f"{i // MANY:04d}"
         place.mkdir(parents=True, exist_ok=True)
         round_, row = divmod(i, len(pixels))
-        shifted = np.roll(pixels[row], (round_ % 5 - 2, round_ // 5 % 5 - 2), (0, 1))
+        shifted = np.roll(pixels[row], (SHIFTS[round_ % 5], SHIFTS[round_ // 5 % 5]), (0, 1))
         Image.fromarray(shifted).save(place / f"{i:07d}.png", compress_level=1)
 
 
