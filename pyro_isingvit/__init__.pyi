@@ -40,6 +40,7 @@ from .pruning.network import CompactViT as CompactViT
 from .pruning.onnx_members import export_members as export_members
 from .pruning.onnx_predict import OnnxPrediction as OnnxPrediction
 from .pruning.onnx_predict import predict_onnx as predict_onnx
+from .pruning.quantise import quantise as quantise
 from .runs.predict import attention_margins as attention_margins
 from .runs.predict import draw_predictive as draw_predictive
 from .runs.run import Run as Run
