@@ -86,7 +86,7 @@ def _scores(path: Path, data: "ImageData") -> dict[str, float]:
     from pyro_isingvit.predictive.metrics import classification_metrics
     from pyro_isingvit.pruning.onnx_predict import predict_onnx
 
-    scores = {}
+    scores: dict[str, float] = {}
     for prefix, part in (("val_", data.val), ("", data.test)):
         if len(part):
             found = classification_metrics(predict_onnx(path, part.images).probs, part.labels)

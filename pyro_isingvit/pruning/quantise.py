@@ -2,10 +2,10 @@
 
     w ~ s_c q, q int8, s_c for each output channel c;    x ~ s (q - z), q uint8, s and z from calibration images
 
-Static: the range of each activation is that of training images. Dynamic quantisation takes it from the batch, so that an
-image's prediction depends on its neighbours, and onnxruntime has no kernel for stacked matrices with a scale for each
-channel. Members of one file share the scales of a channel. Only products with weights are quantised; attention, norms
-and softmax stay float32.
+Static: the range of each activation is that of training images. Dynamic quantisation takes it from the batch, so that
+an image's prediction depends on its neighbours, and onnxruntime has no kernel for stacked matrices with a scale for
+each channel. Members of one file share the scales of a channel. Only products with weights are quantised; attention,
+norms and softmax stay float32.
 """
 
 import logging
