@@ -63,23 +63,27 @@ class PruneArguments:
     """With --distil, runs whose mean prediction is the target, such as those of other seeds; by default --run."""
     unlabelled: str | None = None
     """With --distil, further images: a folder, an npz file or a data set (its training files)."""
+    members: int | None = None
+    """With --export onnx, also write members.onnx: so many networks of the posterior in one file that gives mean
+    probabilities, 5 and 95% bounds, entropy and mutual information."""
+    int8: bool = False
+    """With --export onnx, also write every ONNX file with 8-bit weights and activations (.int8.onnx)."""
 
 
 def prune(arguments: PruneArguments) -> None:
     """Turn a run's masks into a smaller network; measure it against the dense one and the full posterior."""
+    from inference.prune_deploy import check_deploy, deploy
     from inference.prune_tuning import make_tuning
     from pyro_isingvit.core.checkpoint import write_json
     from pyro_isingvit.predictive.metrics import classification_metrics
     from pyro_isingvit.pruning.choose import SAMPLES, choose_masks, from_masks, guide_of
-    from pyro_isingvit.pruning.export import need_extras
     from pyro_isingvit.pruning.frontier import frontier, kept_share
     from pyro_isingvit.runs.folder import METRICS
     from pyro_isingvit.runs.load import open_run
     from pyro_isingvit.runs.predict import draw_predictive
 
     _check(arguments)
-    if "onnx" in arguments.export:
-        need_extras()
+    check_deploy("onnx" in arguments.export, arguments.members, arguments.int8)
     if arguments.peers:
         from inference.prune_peers import need_peers
 
@@ -121,6 +125,9 @@ def prune(arguments: PruneArguments) -> None:
         "granularity": run.config.ising.granularity, "run": str(arguments.run), "train_size": len(data.train),
         "val_size": len(data.val), "test_size": len(data.test), "seed": seed,
     }  # fmt: skip
+    if arguments.members is not None or arguments.int8:
+        out, members, int8 = arguments.out, arguments.members, arguments.int8
+        metrics |= deploy(model, bayes, out, members, int8, arguments.repeats, data, metrics)
     if arguments.peers:
         from inference.prune_peers import compare_peers
         from inference.prune_tuning import after_cutting
@@ -315,9 +322,10 @@ def _print_frontier(points: "list[Point]", full: dict[str, float]) -> None:
 
 def _clear(out: Path) -> None:
     """Removes the files of an earlier compact network and nothing else."""
+    from inference.prune_deploy import DEPLOYED
     from pyro_isingvit.pruning.export import ONNX, PROGRAM
 
-    for name in ("compact.json", "compact.safetensors", ONNX, PROGRAM, "metrics.json", FRONTIER):
+    for name in ("compact.json", "compact.safetensors", ONNX, PROGRAM, *DEPLOYED, "metrics.json", FRONTIER):
         (out / name).unlink(missing_ok=True)
     for name in ("bayes", "report"):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -347,6 +355,10 @@ def _show(arguments: PruneArguments, metrics: dict[str, Any]) -> None:
         scores[name] = "  ".join(f"{peer[key]:.4f}" for key in ("accuracy", "nll", "ece"))
     print_table("cost", shown)
     print_table("test part: accuracy, NLL (nats), ECE", scores)
+    if "deploy" in metrics:
+        from inference.prune_deploy import print_deploy
+
+        print_deploy(metrics["deploy"])
     print(f"compact network: {arguments.out}\nreport: python -m analysis.report --run {arguments.out}")
     if arguments.plot:  # scripts of this folder do not import analysis/
         done = subprocess.run([sys.executable, "-m", "analysis.report", "--run", str(arguments.out)], check=False)

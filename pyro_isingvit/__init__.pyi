@@ -40,6 +40,7 @@ from .pruning.network import CompactViT as CompactViT
 from .pruning.onnx_members import export_members as export_members
 from .pruning.onnx_predict import OnnxPrediction as OnnxPrediction
 from .pruning.onnx_predict import predict_onnx as predict_onnx
+from .pruning.quantise import quantise as quantise
 from .runs.adapt import Adaptation as Adaptation
 from .runs.adapt import adapted as adapted
 from .runs.predict import attention_margins as attention_margins

@@ -9,9 +9,11 @@ import torch
 from helpers import QUICK_FLAGS, here, refused, script
 
 from pyro_isingvit.data.load import load_data
+from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.pruning.export import run_onnx
 from pyro_isingvit.pruning.network import CompactViT
+from pyro_isingvit.pruning.onnx_predict import predict_onnx
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def run(digits_run: Path, tmp_path_factory) -> Path:
 def small(run: Path) -> Path:
     out = run.parent / "small"
     result = script("inference.prune", "--run", run, "--out", out, "--keep", 0.6, "--repeats", 1,
-                    "--export", "onnx", "torch", "--finetune", 1)  # fmt: skip
+                    "--export", "onnx", "torch", "--finetune", 1, "--members", 3, "--int8")  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "frontier" in result.stdout and "multiply-accumulates" in result.stdout and "…" not in result.stdout
     return out
@@ -53,6 +55,23 @@ def test_the_networks_give_the_metrics_written(small: Path) -> None:
     assert scores["nll"] == pytest.approx(metrics["bayes_nll"], abs=1e-5)
     x = model.normalise(data.test.images[:7])
     torch.testing.assert_close(run_onnx(small / "compact.onnx", x), model(x).detach(), atol=1e-4, rtol=0)
+
+
+def test_deployed_files(small: Path) -> None:
+    data = load_data("digits", train_size=100, val_fraction=0.1, seed=3)
+    metrics = json.loads((small / "metrics.json").read_text())
+    rows = metrics["deploy"]
+    files = {"compact.onnx", "members.onnx", "compact.int8.onnx", "members.int8.onnx"}
+    assert set(rows) == files | {"5 draws in Python"} and metrics["members_difference"] <= 1e-5
+    for name in files:
+        row, found = rows[name], predict_onnx(small / name, data.test.images)
+        scores = classification_metrics(found.probs, data.test.labels)
+        assert row["nll"] == pytest.approx(scores["nll"], abs=1e-5) and 0 <= row["val_ece"] <= 1
+        assert row["bytes"] == (small / name).stat().st_size and min(row["latency_1"], row["latency_256"]) > 0
+    draws = PredictiveDraws(CompactViT.from_pretrained(small / "bayes").predict(data.test.images, 3, metrics["seed"]))
+    found = predict_onnx(small / "members.onnx", data.test.images)
+    torch.testing.assert_close(found.probs, draws.mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.mutual_information, draws.mutual_information, atol=1e-5, rtol=0)
 
 
 def test_max_accuracy_drop(run: Path, tmp_path: Path) -> None:
@@ -95,6 +114,10 @@ def test_what_is_there_stays_unless_asked(run: Path, small: Path) -> None:
         (("--threshold", "0.99999"), ("nothing is left", "--threshold")),
         (("--finetune", "-1"), ("--finetune",)),
         (("--repeats", "0"), ("--repeats",)),
+        (("--members", "3"), ("--members is for ONNX", "--export onnx")),
+        (("--int8",), ("--int8 is for ONNX", "--export onnx")),
+        (("--export", "onnx", "--members", "0"), ("--members must lie between", "not 0")),
+        (("--export", "onnx", "--members", "501"), ("not 501",)),
         (("--distil", "-1"), ("--distil",)),
         (("--distil", "1", "--finetune", "1"), ("--finetune and --distil contradict",)),
         (("--unlabelled", "digits"), ("--unlabelled", "--distil")),

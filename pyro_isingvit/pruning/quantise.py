@@ -1,0 +1,87 @@
+"""ONNX files with weights and activations of 8 bits, by onnxruntime's static quantisation.
+
+    w ~ s_c q, q int8, s_c for each output channel c;    x ~ s (q - z), q uint8, s and z from calibration images
+
+Static: the range of each activation is that of training images. Dynamic quantisation takes it from the batch, so that
+an image's prediction depends on its neighbours, and onnxruntime has no kernel for stacked matrices with a scale for
+each channel. Members of one file share the scales of a channel. Only products with weights are quantised; attention,
+norms and softmax stay float32.
+"""
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from pyro_isingvit.core.checkpoint import write_atomically
+from pyro_isingvit.core.errors import need
+from pyro_isingvit.pruning.export import need_extras, open_onnx
+
+CALIBRATION = 256  # images
+BATCH = 32
+
+
+def int8_of(path: Path) -> Path:
+    """Where the quantised file stands: compact.onnx -> compact.int8.onnx."""
+    return path.with_suffix(f".int8{path.suffix}")
+
+
+def quantise(path: str | Path, out: str | Path, calibration: Tensor) -> None:
+    """Writes an exported ONNX file again with 8-bit weights and activations; ``predict_onnx`` runs both.
+
+    Args:
+        path: a file of ``export_onnx`` or ``export_members``.
+        out: the quantised file.
+        calibration: (B, channels, height, width) training images, normalised; a few hundred.
+
+    Raises:
+        UserError: packages are missing, ``path`` is no ONNX file, no images, or ``out`` cannot be written.
+    """
+    need_extras()
+    need(len(calibration), "`calibration` has no images.")
+    path = Path(path)
+    open_onnx(path)  # says so where it is none
+
+    def write(temporary: Path) -> None:
+        from onnxruntime.quantization import QuantType, quantize_static  # type: ignore[import-untyped]
+
+        with tempfile.TemporaryDirectory() as place, _quiet():
+            made = Path(place) / "int8.onnx"
+            quantize_static(
+                path, made, _Reader(calibration), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
+                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+                extra_options={"MatMulConstBOnly": True},
+            )  # fmt: skip
+            open_onnx(made)
+            temporary.write_bytes(made.read_bytes())
+
+    write_atomically(Path(out), write)
+
+
+class _Reader:
+    """Calibration batches, as onnxruntime asks for them."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.batches: Iterator[Tensor] = iter(images.split(BATCH))
+
+    def get_next(self) -> dict[str, object] | None:
+        x = next(self.batches, None)
+        return None if x is None else {"images": x.numpy()}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The quantiser advises, on the root logger, a preparation that the exporter has already done."""
+    root = logging.getLogger()
+    root.addFilter(_not_advice)
+    try:
+        yield
+    finally:
+        root.removeFilter(_not_advice)
+
+
+def _not_advice(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
