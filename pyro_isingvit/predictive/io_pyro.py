@@ -105,30 +105,11 @@ class PyroSVIConverter:
     # pylint: disable=too-many-instance-attributes
 
     def __init__(
-        self,
-        *,
-        model=None,
-        guide=None,
-        model_args=None,
-        model_kwargs=None,
-        prior=None,
-        posterior_predictive=True,
-        predictions=None,
-        predictions_args=None,
-        predictions_kwargs=None,
-        observed_data=None,
-        constant_data=None,
-        predictions_constant_data=None,
-        log_likelihood=False,
-        index_origin=None,
-        coords=None,
-        dims=None,
-        pred_dims=None,
-        extra_event_dims=None,
-        num_samples=1000,
-        parallel=False,
-        seed=0,
-    ):
+        self, *, model=None, guide=None, model_args=None, model_kwargs=None, prior=None, posterior_predictive=True,
+        predictions=None, predictions_args=None, predictions_kwargs=None, observed_data=None, constant_data=None,
+        predictions_constant_data=None, log_likelihood=False, index_origin=None, coords=None, dims=None,
+        pred_dims=None, extra_event_dims=None, num_samples=1000, parallel=False, seed=0,
+    ):  # fmt: skip
         """Draw from the guide and the model.
 
         The parameters are those of :func:`from_pyro_svi`.
@@ -323,30 +304,11 @@ class PyroSVIConverter:
 
 
 def from_pyro_svi(
-    svi=None,
-    *,
-    model=None,
-    guide=None,
-    model_args=None,
-    model_kwargs=None,
-    prior=None,
-    posterior_predictive=True,
-    predictions=None,
-    predictions_args=None,
-    predictions_kwargs=None,
-    observed_data=None,
-    constant_data=None,
-    predictions_constant_data=None,
-    log_likelihood=False,
-    index_origin=None,
-    coords=None,
-    dims=None,
-    pred_dims=None,
-    extra_event_dims=None,
-    num_samples=1000,
-    parallel=False,
-    seed=0,
-):
+    svi=None, *, model=None, guide=None, model_args=None, model_kwargs=None, prior=None, posterior_predictive=True,
+    predictions=None, predictions_args=None, predictions_kwargs=None, observed_data=None, constant_data=None,
+    predictions_constant_data=None, log_likelihood=False, index_origin=None, coords=None, dims=None, pred_dims=None,
+    extra_event_dims=None, num_samples=1000, parallel=False, seed=0,
+):  # fmt: skip
     """Convert Pyro SVI results into a DataTree object.
 
     SVI draws are independent: they lie along the single dimension ``sample``. If no dims are provided, batch dim
@@ -456,25 +418,10 @@ def from_pyro_svi(
         model, guide = svi.model, svi.guide
     with rc_context(rc={"data.sample_dims": ["sample"]}):
         return PyroSVIConverter(
-            model=model,
-            guide=guide,
-            model_args=model_args,
-            model_kwargs=model_kwargs,
-            prior=prior,
-            posterior_predictive=posterior_predictive,
-            predictions=predictions,
-            predictions_args=predictions_args,
-            predictions_kwargs=predictions_kwargs,
-            observed_data=observed_data,
-            constant_data=constant_data,
-            predictions_constant_data=predictions_constant_data,
-            log_likelihood=log_likelihood,
-            index_origin=index_origin,
-            coords=coords,
-            dims=dims,
-            pred_dims=pred_dims,
-            extra_event_dims=extra_event_dims,
-            num_samples=num_samples,
-            parallel=parallel,
-            seed=seed,
-        ).to_datatree()
+            model=model, guide=guide, model_args=model_args, model_kwargs=model_kwargs, prior=prior,
+            posterior_predictive=posterior_predictive, predictions=predictions, predictions_args=predictions_args,
+            predictions_kwargs=predictions_kwargs, observed_data=observed_data, constant_data=constant_data,
+            predictions_constant_data=predictions_constant_data, log_likelihood=log_likelihood,
+            index_origin=index_origin, coords=coords, dims=dims, pred_dims=pred_dims,
+            extra_event_dims=extra_event_dims, num_samples=num_samples, parallel=parallel, seed=seed,
+        ).to_datatree()  # fmt: skip

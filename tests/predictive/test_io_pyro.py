@@ -2,13 +2,18 @@
 """The converter that could be arviz-base's, tested in the manner of its ``test_data_numpyro.py``."""
 
 import ast
+import contextlib
 import doctest
 import importlib
+import inspect
+import io
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from arviz_base import rcParams
+from arviz_base import from_numpyro_svi, rcParams
+from arviz_base.io_numpyro import NumPyroConverter
 
 from pyro_isingvit.predictive import io_pyro
 from pyro_isingvit.predictive.io_pyro import PyroSVIConverter, from_pyro_svi
@@ -267,16 +272,21 @@ def test_its_example_runs():
     assert result.attempted >= 12 and not result.failed
 
 
+def test_the_example_of_the_documentation_runs():
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "eight_schools" in code]
+    names, shown = {}, io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        exec(compile(example, "extending.md", "exec"), names)
+    assert names["tree"]["log_likelihood"]["obs"].sizes == {"sample": 1000, "school": 8}
+    assert "theta[St. Paul's]" in shown.getvalue()
+    pyro.clear_param_store()
+
+
 def test_it_has_what_its_sibling_has():
     """Arguments of arviz-base's converter for NumPyro, apart from what only NumPyro needs."""
-    import inspect
-
-    from arviz_base import from_numpyro_svi
-
     theirs, ours = (list(inspect.signature(f).parameters) for f in (from_numpyro_svi, from_pyro_svi))
     assert set(theirs) - set(ours) == {"svi_result"}
     methods = {name for name in vars(PyroSVIConverter) if name.endswith("_to_xarray") or name == "to_datatree"}
-    from arviz_base.io_numpyro import NumPyroConverter
-
     assert methods <= set(vars(NumPyroConverter))
     assert set(ours) <= set(inspect.signature(PyroSVIConverter.__init__).parameters) | {"svi"}
