@@ -129,12 +129,11 @@ def print_deploy(rows: dict[str, dict[str, float]]) -> None:
     title = f"deployed; ms an image at batch 1 and {BATCH}; test part, NLL in nats"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for name in ("bytes", "ms, 1", str(BATCH), "acc", "NLL", "ECE", "val acc", "NLL", "ECE"):
+    for name in ("bytes", "ms, 1", str(BATCH), "acc", "NLL", "ECE"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, row in rows.items():
-        scores = [row.get(prefix + metric) for prefix in ("", "val_") for metric in CHOSEN]
         table.add_row(
             name, f"{row['bytes']:,}", f"{1e3 * row['latency_1']:.2f}", f"{1e3 * row[f'latency_{BATCH}'] / BATCH:.3f}",
-            *("-" if score is None else f"{score:.4f}" for score in scores),
+            *(f"{row[metric]:.4f}" for metric in CHOSEN),
         )  # fmt: skip
     Console().print(table)
