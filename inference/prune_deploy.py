@@ -119,21 +119,22 @@ def _seconds(
 
 
 def print_deploy(rows: dict[str, dict[str, float]]) -> None:
-    """The files and the draws as a table."""
+    """The files and the draws as a table, and what the files say of the validation part as another."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     from pyro_isingvit.pruning.cost import BATCH
 
-    title = f"deployed; ms an image at batch 1 and {BATCH}; test part, NLL in nats"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for name in ("bytes", "ms, 1", str(BATCH), "acc", "NLL", "ECE"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, row in rows.items():
-        table.add_row(
-            name, f"{row['bytes']:,}", f"{1e3 * row['latency_1']:.2f}", f"{1e3 * row[f'latency_{BATCH}'] / BATCH:.3f}",
-            *(f"{row[metric]:.4f}" for metric in CHOSEN),
-        )  # fmt: skip
-    Console().print(table)
+    for prefix, part in (("", f"test part; ms an image at batch 1 and {BATCH}"), ("val_", "validation part")):
+        shown = {name: row for name, row in rows.items() if f"{prefix}nll" in row}
+        costs = () if prefix else ("bytes", "ms, 1", str(BATCH))
+        table = Table(title=f"deployed, {part}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for name in ("", *costs, "accuracy", "NLL", "ECE"):
+            table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        for name, row in shown.items():
+            each = (1e3 * row["latency_1"], 1e3 * row[f"latency_{BATCH}"] / BATCH)
+            cells = [] if prefix else [f"{row['bytes']:,}", f"{each[0]:.2f}", f"{each[1]:.3f}"]
+            table.add_row(name, *cells, *(f"{row[prefix + metric]:.4f}" for metric in CHOSEN))
+        if shown:
+            Console().print(table)
