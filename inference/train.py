@@ -17,6 +17,7 @@ from inference.cli import REPORTS, print_table, resumes, run_script, with_clear_
 from pyro_isingvit.core.errors import ProcessLost, UserError
 from pyro_isingvit.core.launcher import by_torchrun
 from pyro_isingvit.core.presets import PRESETS, default_preset, preset
+from pyro_isingvit.core.regularise import regularised
 from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
 from pyro_isingvit.methods.registry import METHODS, OURS, row, started
 from pyro_isingvit.version import __version__
@@ -39,6 +40,8 @@ class TrainArguments:
     """Replace the run that the folder holds."""
     full_posterior: bool = False
     """Keep every mask and weight draw in posterior.nc."""
+    regularise: tuple[str, ...] = ()
+    """Regularisers, each NAME or NAME:STRENGTH, several at once (docs/regularisers.md has all names)."""
     data: DataConfig = field(default_factory=DataConfig)
     vit: ViTConfig = field(default_factory=ViTConfig)
     ising: IsingConfig = field(default_factory=IsingConfig)
@@ -61,8 +64,8 @@ def train(arguments: TrainArguments) -> None:
     from pyro_isingvit.runs.folder import holds_run
 
     config = RunConfig(
-        arguments.preset, arguments.method, arguments.data, arguments.vit, arguments.ising, arguments.train,
-        __version__, arguments.baseline, init=arguments.init,
+        arguments.preset, arguments.method, arguments.data, arguments.vit, arguments.ising,
+        regularised(arguments.train, arguments.regularise), __version__, arguments.baseline, init=arguments.init,
     )  # fmt: skip
     usual = replace(preset(arguments.preset), head=arguments.vit.head)
     if arguments.init is not None and arguments.vit != usual:

@@ -284,6 +284,19 @@ class TrainConfig:
     """What makes up for classes of different sizes: sampler draws every class alike often, loss weights the images of
     small classes higher, logit learns the classes' shares apart from the network (logit adjustment). With any of them
     the probabilities are those under equal classes, with none those under the classes' shares in training."""
+    logit_penalty: float = 0.0
+    """Weight of half the squared length of the logits; 0.1 is usual. 0: none."""
+    self_distillation: float = 0.0
+    """Share that an image's own last prediction has in its target by the end of training, growing from 0; 0.8 is usual.
+    0: none."""
+    attention_entropy: float = 0.0
+    """Weight of the negative entropy of attention, against heads that look at few patches; 0.1 is usual. 0: none."""
+    attention_spread: float = 0.0
+    """Weight of log(1 + A^2) over attention A, likewise. 0: none."""
+    attention_log: float = 0.0
+    """Weight of -log A over attention A, likewise. 0: none."""
+    feature_entropy: float = 0.0
+    """Weight of the negative von Neumann entropy of the features, for features in many directions. 0: none."""
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.processes import gathered, own_rows
 from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.nets.attention_terms import negative_entropy, negative_log, spread
 from pyro_isingvit.nets.confusion import confusion, first_confusion, settle_confusion
 from pyro_isingvit.nets.early_learning import early_learning, first_targets
+from pyro_isingvit.nets.feature_terms import negative_von_neumann_entropy
 from pyro_isingvit.nets.margins import log_barrier
+from pyro_isingvit.nets.self_distillation import first_predictions, self_distillation
 from pyro_isingvit.nets.vit import Watch
 
 
@@ -91,12 +94,6 @@ def remembered_predictions(seen: Seen) -> Tensor:
     return early_learning(seen.logits, seen.memory["targets"], seen.rows, seen.settings.early_learning_momentum)
 
 
-def exchange_targets(step: Settling) -> None:
-    """Every process takes the targets that the others computed for their images of the batch."""
-    targets, rows = step.memory["targets"], step.rows
-    targets[rows] = gathered(targets[rows[own_rows(len(rows))]], len(rows), 0, targets.device)
-
-
 def class_confusion(seen: Seen) -> Tensor:
     """Spectral norm of the averaged soft confusion matrix (nets/confusion.py)."""
     need(seen.shares is not None, "`confusion` needs the number of training images of each class.")
@@ -110,10 +107,39 @@ def settle_class_confusion(step: Settling) -> None:
     settle_confusion(step.memory, step.shares)
 
 
+def logit_penalty(seen: Seen) -> Tensor:
+    """Half the squared length of the logits, mean over images of |z|^2 / 2 (spectral decoupling).
+
+    Pezeshki et al. 2021, arXiv 2011.09468: with the cross entropy, the gradient by z is p - y + weight z.
+    """
+    return 0.5 * seen.logits.square().sum(-1).mean(-1)
+
+
+def remembered_answers(seen: Seen) -> Tensor:
+    """Progressive self-distillation by the images' own row numbers (nets/self_distillation.py)."""
+    need(seen.rows is not None, "`self_distillation` needs the row numbers of the images in the training part.")
+    assert seen.rows is not None
+    epochs = seen.settings.epochs + seen.settings.finetune_epochs
+    return self_distillation(seen.logits, seen.labels, seen.memory, seen.rows, epochs)
+
+
+def exchange_rows(step: Settling) -> None:
+    """Every process takes what the others remember of their images of the batch."""
+    rows = step.rows
+    for table in step.memory.values():
+        table[rows] = gathered(table[rows[own_rows(len(rows))]], len(rows), 0, table.device)
+
+
 PENALTIES: dict[str, Penalty] = {
     "log_barrier": Penalty(attention_log_barrier, ("attention",)),
-    "early_learning": Penalty(remembered_predictions, memory=first_targets, settle=exchange_targets),
+    "early_learning": Penalty(remembered_predictions, memory=first_targets, settle=exchange_rows),
     "confusion": Penalty(class_confusion, memory=first_confusion, settle=settle_class_confusion),
+    "logit_penalty": Penalty(logit_penalty),
+    "self_distillation": Penalty(remembered_answers, memory=first_predictions, settle=exchange_rows),
+    "attention_entropy": Penalty(lambda seen: negative_entropy(seen.watched["attention"]), ("attention",)),
+    "attention_spread": Penalty(lambda seen: spread(seen.watched["attention"]), ("attention",)),
+    "attention_log": Penalty(lambda seen: negative_log(seen.watched["attention"]), ("attention",)),
+    "feature_entropy": Penalty(lambda seen: negative_von_neumann_entropy(seen.watched["features"][0]), ("features",)),
 }
 
 

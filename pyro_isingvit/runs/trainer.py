@@ -71,18 +71,30 @@ def check_training(config: TrainConfig) -> None:
     for name in ("average", "token_masking", "label_smoothing", "early_learning_momentum"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"`{name}` must be at least 0 and below 1, not {getattr(config, name)}.")
+    _check_mixes(config)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device is available here; set `device` to cpu or auto.")
+
+
+def _check_mixes(config: TrainConfig) -> None:
     # Below, gamma variates underflow, and a share comes out as 1/2 where it should be 0 or 1.
     if config.mix_alpha is not None and not 1e-3 <= config.mix_alpha <= 1e3:
         raise UserError(
             f"`mix_alpha` must lie in [0.001, 1000], not {config.mix_alpha}; 0.2 to 1 are usual, 10 to 20 for regmixup."
         )
+    for name in ("early_learning", "self_distillation"):
+        need(
+            not getattr(config, name) or config.mix == "none",
+            f"`{name}` remembers what is said of each image, which `mix` {config.mix} does not show by itself; set "
+            "`mix` to none.",
+        )
+    share = config.self_distillation
+    need(share <= 1, f"`self_distillation` is the share of a prediction in the target, at most 1, not {share}.")
     need(
-        not config.early_learning or config.mix == "none",
-        f"`early_learning` remembers what is said of each image, which `mix` {config.mix} does not show by itself; set "
-        "`mix` to none.",
+        not share or config.balance != "logit",
+        "`self_distillation` compares with the cross entropy of the network's own logits, which `balance` logit "
+        "adjusts; take another `balance`.",
     )
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is available here; set `device` to cpu or auto.")
 
 
 class Trainer:

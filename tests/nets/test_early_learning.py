@@ -15,7 +15,7 @@ from pyro_isingvit.core.settings import TrainConfig
 from pyro_isingvit.data.split import ImageData, Split
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.early_learning import FLOOR, early_learning, first_targets
-from pyro_isingvit.nets.penalties import Penalties, Seen, Settling, exchange_targets
+from pyro_isingvit.nets.penalties import Penalties, Seen, Settling, exchange_rows
 
 KEY = "penalties.early_learning.targets"
 
@@ -62,7 +62,7 @@ def test_samples_have_terms_of_their_own_and_move_the_targets_together() -> None
 def test_one_process_has_nothing_to_exchange() -> None:
     memory = {"targets": torch.rand(6, 3)}
     before = memory["targets"].clone()
-    exchange_targets(Settling(torch.tensor([4, 1]), None, memory))
+    exchange_rows(Settling(torch.tensor([4, 1]), None, memory))
     assert torch.equal(memory["targets"], before)
 
 

@@ -1,0 +1,94 @@
+"""Regularisers by name: NAME:STRENGTH stands for settings of training, several at once.
+
+A new one is a row in ``REGULARISERS``; what it does is a penalty (nets/penalties.py), a change of the images or labels
+(data/augment.py) or of the tokens (nets/tokens.py), and a field of ``TrainConfig``.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.settings import TrainConfig
+
+
+@dataclass(frozen=True)
+class Regulariser:
+    """One row.
+
+    Attributes:
+        setting: field of ``TrainConfig`` that takes the strength.
+        strength: where none is given.
+        most: the largest strength that makes sense; the least is above 0.
+        below: the strength must stay below ``most``.
+        sets: further fields and their values.
+        words: what it does.
+    """
+
+    setting: str
+    strength: float
+    words: str
+    most: float = math.inf
+    below: bool = False
+    sets: dict[str, Any] = field(default_factory=dict)
+
+
+REGULARISERS: dict[str, Regulariser] = {
+    "token-masking": Regulariser("token_masking", 0.25, "drops a share of each image's patches", 1.0, True),
+    "regmixup": Regulariser("mix_alpha", 10.0, "half of a batch as mixtures of two", 1e3, sets={"mix": "regmixup"}),
+    "mixup": Regulariser("mix_alpha", 0.2, "every image as a mixture of two", 1e3, sets={"mix": "mixup"}),
+    "cutmix": Regulariser("mix_alpha", 0.2, "boxes of another image", 1e3, sets={"mix": "cutmix"}),
+    "label-smoothing": Regulariser("label_smoothing", 0.1, "a share of each label for all classes", 1.0, True),
+    "logit-penalty": Regulariser("logit_penalty", 0.1, "short logits"),
+    "ps-kd": Regulariser("self_distillation", 0.8, "an image's own last prediction in its target", 1.0),
+    "early-learning": Regulariser("early_learning", 3.0, "what was said before labels were learned by heart"),
+    "car": Regulariser("confusion", 0.3, "classes that are mistaken for others"),
+    "attention-entropy": Regulariser("attention_entropy", 0.1, "attention that spreads, by its entropy"),
+    "sparse-vit": Regulariser("attention_spread", 0.01, "attention that spreads, by log(1 + A^2)"),
+    "attention-log": Regulariser("attention_log", 0.01, "attention that spreads, by -log A"),
+    "log-barrier": Regulariser("log_barrier", 0.02, "attention away from where it is not invertible"),
+    "vne": Regulariser("feature_entropy", 0.01, "features in many directions"),
+}
+
+
+def regularised(train: TrainConfig, names: Sequence[str]) -> TrainConfig:
+    """Settings of training with regularisers switched on.
+
+    Args:
+        train: settings.
+        names: each NAME or NAME:STRENGTH.
+
+    Raises:
+        UserError: an unknown name, a strength that is no number or out of its range, or two that set the same thing.
+
+    Examples:
+        >>> from pyro_isingvit.core.settings import TrainConfig
+        >>> from pyro_isingvit.core.regularise import regularised
+        >>> train = regularised(TrainConfig(), ["logit-penalty", "token-masking:0.5"])
+        >>> train.logit_penalty, train.token_masking
+        (0.1, 0.5)
+    """
+    changes: dict[str, Any] = {}
+    by: dict[str, str] = {}
+    for text in names:
+        name, _, number = text.partition(":")
+        need(name in REGULARISERS, f"unknown regulariser {name!r:.40}; known: {', '.join(REGULARISERS)}.")
+        row = REGULARISERS[name]
+        strength = _number(name, number, row) if number else row.strength
+        for key, value in {row.setting: strength, **row.sets}.items():
+            need(key not in by, f"{by.get(key)} and {name} of `regularise` contradict each other: give one of them.")
+            changes[key], by[key] = value, name
+    return replace(train, **changes)
+
+
+def _number(name: str, number: str, row: Regulariser) -> float:
+    ends = f"above 0 and {'below' if row.below else 'at most'} {row.most:g}" if math.isfinite(row.most) else "above 0"
+    told = f"the strength of {name} must be a number {ends}, not {number!r:.40}; {row.strength:g} is usual."
+    try:
+        strength = float(number)
+    except ValueError:
+        strength = math.nan
+    fits = 0 < strength < row.most if row.below else 0 < strength <= row.most
+    need(fits and math.isfinite(strength), told)
+    return strength
