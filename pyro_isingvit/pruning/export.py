@@ -5,6 +5,7 @@ compact.json and in the ONNX files' metadata. One network gives logits (B, C), t
 """
 
 import importlib
+import io
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -56,7 +57,9 @@ def export_program(model: CompactViT, path: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    write_atomically(path, lambda temporary: torch.export.save(_program(model, model.config), temporary))
+    buffer = io.BytesIO()  # PyTorch's writer ends the process where the disk is full
+    torch.export.save(_program(model, model.config), buffer)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
 def export_onnx(model: CompactViT, path: Path) -> float:

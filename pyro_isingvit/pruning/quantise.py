@@ -3,9 +3,13 @@
     w ~ s_c q, q int8, s_c for each output channel c;    x ~ s (q - z), q uint8, s and z from calibration images
 
 Static: the range of each activation is that of training images. Dynamic quantisation takes it from the batch, so that
-an image's prediction depends on its neighbours, and onnxruntime has no kernel for stacked matrices with a scale for
-each channel. Members of one file share the scales of a channel. Only products with weights are quantised; attention,
-norms and softmax stay float32.
+an image's prediction depends on its neighbours. Integer products (format QOperator): with pairs of quantise and
+dequantise nodes instead these small networks were slower than in float32. Only products with weights are quantised;
+attention, norms and softmax stay float32.
+
+onnxruntime's integer products take a scale for each output channel of a matrix, but one for a whole stack (K, in, out).
+The columns of stacks are therefore divided by their largest absolute values first, and the products multiplied by
+these: a scale for each output channel of each member.
 """
 
 import logging
@@ -13,12 +17,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 
 from pyro_isingvit.core.checkpoint import write_atomically
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.pruning.export import need_extras, open_onnx
+
+if TYPE_CHECKING:
+    from onnx import GraphProto
 
 CALIBRATION = 256  # images
 BATCH = 32
@@ -46,19 +55,49 @@ def quantise(path: str | Path, out: str | Path, calibration: Tensor) -> None:
     open_onnx(path)  # says so where it is none
 
     def write(temporary: Path) -> None:
-        from onnxruntime.quantization import QuantType, quantize_static  # type: ignore[import-untyped]
+        import onnx
+        from onnxruntime.quantization import QuantFormat, QuantType, quantize_static  # type: ignore[import-untyped]
 
+        proto = onnx.load(path)
+        stacked = with_unit_columns(proto.graph)
         with tempfile.TemporaryDirectory() as place, _quiet():
             made = Path(place) / "int8.onnx"
             quantize_static(
-                path, made, _Reader(calibration), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
-                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+                proto, made, _Reader(calibration), op_types_to_quantize=["MatMul", "Gemm"], per_channel=not stacked,
+                quant_format=QuantFormat.QOperator, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                 extra_options={"MatMulConstBOnly": True},
             )  # fmt: skip
             open_onnx(made)
             temporary.write_bytes(made.read_bytes())
 
     write_atomically(Path(out), write)
+
+
+def with_unit_columns(graph: "GraphProto") -> bool:
+    """Divides every column of the stacked matrices by its largest absolute value and multiplies the products by it.
+
+    Args:
+        graph: of an ONNX file; changed in place, to one that computes the same.
+
+    Returns:
+        whether it has stacked matrices.
+    """
+    from onnx import helper, numpy_helper
+
+    stacks = {value.name: value for value in graph.initializer if len(value.dims) == 3}
+    nodes = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in stacks]
+    for node in nodes:
+        stack, result = stacks[node.input[1]], node.output[0]
+        weights = numpy_helper.to_array(stack)
+        largest = np.abs(weights).max(1, keepdims=True)  # (K, 1, out)
+        largest[largest == 0] = 1.0
+        product, scale = f"{result}_of_unit_columns", f"{stack.name}_columns"
+        stack.CopyFrom(numpy_helper.from_array(weights / largest, stack.name))
+        graph.initializer.append(numpy_helper.from_array(largest, scale))
+        node.output[0] = product
+        after = list(graph.node).index(node) + 1
+        graph.node.insert(after, helper.make_node("Mul", [product, scale], [result], name=f"{product}_restored"))
+    return bool(nodes)
 
 
 class _Reader:

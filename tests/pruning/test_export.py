@@ -1,6 +1,7 @@
 """Files for other runtimes give the same logits at every batch size."""
 
 import json
+import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -60,3 +61,16 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"pip install 'pyro-isingvit\[export\]'"):
         export_onnx(pruned(TINY), tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("export", [export_onnx, export_program])
+def test_a_disk_that_fills_while_a_file_is_written(export, tmp_path: Path) -> None:
+    """A real limit to what may be written, which PyTorch's own writer of files does not survive."""
+    model, kept = pruned(TINY), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, kept[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write"):
+            export(model, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+    assert not [*tmp_path.iterdir()]

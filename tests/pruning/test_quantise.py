@@ -4,6 +4,7 @@ import errno
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from helpers import INFO, around, make_pair
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from pyro_isingvit import UserError, compact, predict_onnx
 from pyro_isingvit.core.settings import ViTConfig
-from pyro_isingvit.pruning.export import export_onnx
+from pyro_isingvit.pruning.export import export_onnx, open_onnx
 from pyro_isingvit.pruning.onnx_members import export_members
-from pyro_isingvit.pruning.quantise import int8_of, quantise
+from pyro_isingvit.pruning.quantise import int8_of, quantise, with_unit_columns
 
 WIDE = ViTConfig(patch_size=2, width=64, heads=4, depth=1, mlp_ratio=4)  # weights outweigh the graph
 
@@ -50,6 +51,42 @@ def test_smaller_and_close(number: int, files: list[Path]) -> None:
     assert 0 < difference.max() < 0.15 and difference.mean() < 0.02 and after.classes == INFO.classes
     alone = torch.cat([predict_onnx(small, x[i : i + 1]).probs for i in range(5)])
     torch.testing.assert_close(alone, after.probs[:5], atol=1e-6, rtol=0)  # neighbours in the batch do not matter
+
+
+def test_the_products_are_of_integers(files: list[Path]) -> None:
+    import onnx
+
+    for path in files:
+        graph = onnx.load(int8_of(path)).graph
+        weights = {value.name for value in graph.initializer}
+        left = [n.name for n in graph.node if n.op_type in ("MatMul", "Gemm") and set(n.input) & weights]
+        assert not left  # attention alone stays float32
+        assert sum(node.op_type == "QLinearMatMul" for node in graph.node) >= 4
+
+
+def test_each_channel_of_each_member_has_a_scale_of_its_own(tmp_path: Path) -> None:
+    """Columns of tiny weights beside columns of large ones: all keep their relative accuracy, in every member."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    made = np.random.default_rng(0)
+    sizes = np.float32([[1e-4, 1, 100, 0], [10, 1e-3, 1, 0.1], [1, 1, 1e-5, 1000]])
+    weights = made.normal(size=(3, 16, 4)).astype(np.float32) * sizes[:, None]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["K", "n", None]) for name in ("images", "y")]
+    node = helper.make_node("MatMul", ["images", "w"], ["y"], name="product")
+    graph = helper.make_graph([node], "stack", ends[:1], ends[1:], [numpy_helper.from_array(weights, "w")])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(proto, tmp_path / "stack.onnx")
+    x = made.normal(size=(3, 40, 16)).astype(np.float32)
+    wanted = x @ weights
+    assert with_unit_columns(proto.graph) and np.abs(numpy_helper.to_array(proto.graph.initializer[0])).max() == 1
+    onnx.save(proto, tmp_path / "same.onnx")
+    (same,) = open_onnx(tmp_path / "same.onnx").run(None, {"images": x})
+    np.testing.assert_allclose(same, wanted, rtol=1e-5, atol=1e-4 * sizes.max(1).min())
+    with patch("pyro_isingvit.pruning.quantise.BATCH", 3):
+        quantise(tmp_path / "stack.onnx", tmp_path / "int8.onnx", torch.from_numpy(x))
+    (found,) = open_onnx(tmp_path / "int8.onnx").run(None, {"images": x})
+    assert (np.abs(found - wanted).max(1) <= 0.05 * np.abs(wanted).max(1) + 1e-30).all()
 
 
 def test_refused(files: list[Path], tmp_path: Path) -> None:
