@@ -1,6 +1,5 @@
 """How a trained run is shared: as a folder or repository in the manner of the Hugging Face Hub, and back."""
 
-import tempfile
 from pathlib import Path
 from typing import Any, Self
 
@@ -8,6 +7,7 @@ from pyro_isingvit.evaluation import Evaluation
 from pyro_isingvit.runs.folder import is_evaluated
 from pyro_isingvit.runs.run import Run
 from pyro_isingvit.runs.shared import FILES, open_shared
+from pyro_isingvit.sharing.folder import temporary_folder
 from pyro_isingvit.sharing.hub import check_repo, locate, upload
 
 
@@ -111,8 +111,8 @@ class Shareable(Run):
             UserError: a wrong name, huggingface_hub is missing, or the Hub refuses.
         """
         check_repo(repo)
-        with tempfile.TemporaryDirectory() as place:
-            folder = self.save_pretrained(f"{place}/run", license=license, intended_use=intended_use, repo=repo)
+        with temporary_folder() as place:
+            folder = self.save_pretrained(place / "run", license=license, intended_use=intended_use, repo=repo)
             return upload(folder, repo, FILES, private=private, token=token, commit_message=commit_message)
 
     @classmethod

@@ -11,7 +11,6 @@ the full posterior is set to 0.
 Shapes: B batch, T tokens, D width, H heads, C classes, S samples.
 """
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from pyro_isingvit.nets.stem import ConvStem
 from pyro_isingvit.pruning.card import FILES, WEIGHTS, write_compact_card
 from pyro_isingvit.pruning.shapes import CONFIG, CompactConfig, LayerShape, PosteriorShape
 from pyro_isingvit.sharing.card import check_license
+from pyro_isingvit.sharing.folder import temporary_folder
 from pyro_isingvit.sharing.hub import check_repo, locate, upload
 from pyro_isingvit.sharing.names import shared_name
 
@@ -144,12 +144,11 @@ class CompactViT(nn.Module):
         temperature: T of the predictions; the logits are divided by it.
 
     Examples:
-        >>> import tempfile
-        >>> from pyro_isingvit import CompactViT, ViTConfig, compact, fit, load_data
+        >>>         >>> from pyro_isingvit import CompactViT, ViTConfig, compact, fit, load_data
         >>> data = load_data("digits", train_size=100)
         >>> vit = ViTConfig(patch_size=4, width=16, heads=4, depth=1)
         >>> small = compact(fit(vit, data, epochs=3, granularity="unit", progress=False))
-        >>> with tempfile.TemporaryDirectory() as place:
+        >>> with temporary_folder() as place:
         ...     small.save_pretrained(place)
         ...     again = CompactViT.from_pretrained(place)
         >>> images = data.test.images[:3]
@@ -373,9 +372,9 @@ class CompactViT(nn.Module):
             UserError: a wrong name, huggingface_hub is missing, or the Hub refuses.
         """
         check_repo(repo)
-        with tempfile.TemporaryDirectory() as place:
+        with temporary_folder() as place:
             self.save_pretrained(place, repo=repo, **card)
-            return upload(Path(place), repo, FILES, private=private, token=token, commit_message=commit_message)
+            return upload(place, repo, FILES, private=private, token=token, commit_message=commit_message)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **hub: Any) -> "CompactViT":

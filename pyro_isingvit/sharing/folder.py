@@ -49,6 +49,21 @@ def staged(folder: Path, replaces: Sequence[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """An empty folder until the block is done.
+
+    Raises:
+        UserError: there is no place for one.
+    """
+    try:
+        place = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise UserError(f"cannot write a temporary folder: {error.strerror or error}; set TMPDIR.") from error
+    with place as name:
+        yield Path(name)
+
+
 def is_ours(folder: Path) -> bool:
     """Whether the folder has no README.md, or one that may be written again."""
     path = folder / README

@@ -12,12 +12,19 @@ STRINGS = ("method", "preset", "worst_class", "class", "granularity")  # texts o
 
 
 def shared_name(name: str) -> str:
-    """A data set's name, or the last part of a path: ``imagefolder:/home/me/scans`` becomes ``imagefolder:scans``."""
+    """A data set's name, or the last part of its path: ``imagefolder:/home/me/scans`` becomes ``scans (imagefolder)``.
+
+    What was a path is none any more, and is taken for no data set that a shared run could find again.
+    """
     kind, colon, path = name.partition(":")
-    if not colon or len(kind) == 1:  # no prefix, or a drive's letter
-        kind, colon, path = "", "", name
-    last = PurePosixPath(path.replace("\\", "/").rstrip("/")).name
-    return f"{kind.rpartition('/')[2]}{colon}{printable(last)}"
+    if not colon or len(kind) == 1 or "/" in kind:  # no prefix, or a drive's letter
+        return last_part(name)
+    return f"{last_part(path)} ({kind})"
+
+
+def last_part(path: str) -> str:
+    """A name without the folders before it."""
+    return printable(PurePosixPath(path.replace("\\", "/")).name)
 
 
 def shared_config(config: RunConfig) -> RunConfig:
@@ -25,7 +32,7 @@ def shared_config(config: RunConfig) -> RunConfig:
     plain = DataConfig()
     data = replace(config.data, dataset=shared_name(config.data.dataset), data_root=plain.data_root, cache=plain.cache,
                    groups=plain.groups, download=plain.download)  # fmt: skip
-    init = config.init and "@".join(shared_name(part) for part in config.init.split("@"))
+    init = config.init and "@".join(last_part(part) for part in config.init.split("@"))
     return replace(config, data=data, init=init)
 
 
@@ -43,4 +50,4 @@ def shared_metrics(metrics: Any, key: str = "") -> Any:
 
 def is_path_free(name: str) -> bool:
     """Whether a name says nothing of folders."""
-    return shared_name(name) == name and not re.search(r"[/\\]", name)
+    return not re.search(r"[/\\]", name)

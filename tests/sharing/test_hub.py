@@ -131,6 +131,21 @@ def test_without_huggingface_hub_the_extra_is_named(monkeypatch, digits_run: Pat
     TrainedRun.from_pretrained(run.save_pretrained(tmp_path / "x"))  # folders need none
 
 
+def test_without_a_place_for_temporary_files(hub: Hub, digits_run: Path, monkeypatch) -> None:
+    def none(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    run = load_run(digits_run)
+    small = compact(run, keep=0.5)
+    monkeypatch.setattr("tempfile.mkdtemp", none)
+    for net in (run, small):
+        with pytest.raises(UserError, match="Read-only file system"):
+            net.push_to_hub("a/b")
+    with pytest.raises(UserError, match="Read-only file system"):
+        run.save_pretrained("x")
+    assert not hub.calls
+
+
 def test_what_the_hub_refuses_is_one_clear_line(monkeypatch, digits_run: Path) -> None:
     def fails(*_, **__):
         raise huggingface_hub.errors.LocalEntryNotFoundError("cannot find it\nand more")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONFIG
+from helpers import CONFIG, here, write_npz
 from safetensors.torch import load, load_file, save_file
 
 from pyro_isingvit import CompactViT, TrainedRun, compact, load_run
@@ -92,6 +92,24 @@ def test_what_loss_terms_remember_of_images_is_not_shared(data: ImageData, tmp_p
         TrainedRun.from_pretrained(shared)
 
 
+def test_a_shared_run_does_not_take_other_images_for_its_own(data: ImageData, tmp_path: Path, monkeypatch) -> None:
+    """A folder of the same name that is there by chance is not its validation part: its groups are not known."""
+    run = tiny(data)
+    run.config = replace(run.config, data=DataConfig(write_npz(tmp_path / "scans.npz"), groups="(.*)"))
+    again = TrainedRun.from_pretrained(run.save_pretrained(tmp_path / "shared"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="keeps no predictions for its validation part"):
+        again.validation()
+
+
+def test_scripts_open_a_shared_run(run: TrainedRun, tmp_path: Path) -> None:
+    shared, out = run.save_pretrained(tmp_path / "shared"), tmp_path / "p.nc"
+    told = here(
+        "inference.predict", "--run", shared, "--input", "digits", "--out", out, "--samples", 3, "--device", "cpu"
+    )
+    assert told.returncode == 0 and out.is_file(), told.stderr
+
+
 def change(folder: Path, **values: object) -> None:
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | values))
@@ -129,7 +147,7 @@ def test_no_local_path_is_shared(data: ImageData, digits_run: Path, tmp_path: Pa
             for word in (b"somebody", b"secret", str(tmp_path).encode()):
                 assert word not in content, (path.name, word)
     card = (shared / "README.md").read_text()
-    assert "imagefolder&#58;scans" in card and "imagefolder&#58;strange" in card and "0.900" in card
+    assert "scans (imagefolder)" in card and "strange (imagefolder)" in card and "0.900" in card
     assert not list(shared.glob("figures/ood*"))  # its title may name a folder
     TrainedRun.from_pretrained(shared)
     CompactViT.from_pretrained(tmp_path / "small")
@@ -160,17 +178,21 @@ def test_figures_of_other_images_are_copied_where_no_title_names_a_folder(data: 
 
 
 @pytest.mark.parametrize(("name", "shared"), [
-    ("digits", "digits"), ("imagefolder:/a/b/scans/", "imagefolder:scans"), ("npz:C:\\me\\x.npz", "npz:x.npz"),
-    ("C:\\me\\x", "x"), ("/a/b", "b"), ("csv:a.csv", "csv:a.csv"), ("a/b:c/d", "b:d"), ("x\ny", "x\\ny"), ("", ""),
+    ("digits", "digits"), ("imagefolder:/a/b/scans/", "scans (imagefolder)"), ("npz:C:\\me\\x.npz", "x.npz (npz)"),
+    ("C:\\me\\x", "x"), ("/a/b", "b"), ("csv:a.csv", "a.csv (csv)"), ("a/b:c/d", "d"), ("npz:/x/mnist", "mnist (npz)"),
+    ("x\ny", "x\\ny"), ("", ""),
 ])  # fmt: skip
 def test_shared_names(name: str, shared: str) -> None:
     assert shared_name(name) == shared
-    assert is_path_free(name) == (name == shared)
+    assert "\n" in name or (shared_name(shared) == shared and is_path_free(shared))
+    assert is_path_free(name) == ("/" not in name and "\\" not in name)
 
 
 def test_shared_settings_and_metrics() -> None:
     config = RunConfig(data=DataConfig("digits", image_size=8), init="runs/mine/small", train=TrainConfig(epochs=3))
     assert shared_config(config) == replace(config, init="small")
+    for init in ("timm:vit_tiny", None):
+        assert shared_config(replace(config, init=init)).init == init
     metrics = {
         "a": 1,
         "b": None,
@@ -199,7 +221,7 @@ def test_folders_that_hold_something_else(run: TrainedRun, digits_run: Path, tmp
         run.save_pretrained(shared)
     run.save_pretrained(shared, overwrite=True)
     (tmp_path / "file").touch()
-    for wrong in (tmp_path / "file", tmp_path / "file" / "x"):
+    for wrong in (tmp_path / "file", tmp_path / "file" / "x", Path("/proc/none/x")):
         with pytest.raises(UserError, match=r"is a file|cannot write"):
             run.save_pretrained(wrong)
     for licence in ("My own", "mit\nx: y", "", "MIT"):
