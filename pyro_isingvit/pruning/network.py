@@ -144,11 +144,12 @@ class CompactViT(nn.Module):
         temperature: T of the predictions; the logits are divided by it.
 
     Examples:
-        >>>         >>> from pyro_isingvit import CompactViT, ViTConfig, compact, fit, load_data
+        >>> import tempfile
+        >>> from pyro_isingvit import CompactViT, ViTConfig, compact, fit, load_data
         >>> data = load_data("digits", train_size=100)
         >>> vit = ViTConfig(patch_size=4, width=16, heads=4, depth=1)
         >>> small = compact(fit(vit, data, epochs=3, granularity="unit", progress=False))
-        >>> with temporary_folder() as place:
+        >>> with tempfile.TemporaryDirectory() as place:
         ...     small.save_pretrained(place)
         ...     again = CompactViT.from_pretrained(place)
         >>> images = data.test.images[:3]
