@@ -21,6 +21,7 @@ PYTHON = [text for language, text in BLOCKS if language == "python"]
 ARGUMENTS = {
     "PATH": "images", "FOLDER": "new", "--epochs 60": "--epochs 2", "runs/mine-small": "small", "runs/mine": "mine",
     "runs/grid": "grid", "runs/benchmark": "benchmark", "predictions.nc": "predictions.nc",
+    "predictions.parquet": "predictions.parquet",
 }  # fmt: skip
 QUICKER = {  # what is added to a command, so that the test is short
     "inference.train": ["--samples", 5, "--depth", 2, "--width", 48], "inference.prune": ["--repeats", 1],
@@ -62,7 +63,8 @@ def test_commands_on_own_images_run_as_shown(tmp_path: Path, run) -> None:
     commands = [words for words in COMMANDS if "fashion-mnist" not in words]
     assert [words[2] for words in commands] == [
         "inference.train", "inference.predict", "analysis.report", "inference.prune", "inference.train",
-        "analysis.ood", "analysis.corruptions", "inference.compare", "inference.benchmark", "analysis.benchmark",
+        "inference.predict", "analysis.ood", "analysis.corruptions", "inference.compare", "inference.benchmark",
+        "analysis.benchmark",
     ]  # fmt: skip
     for words in commands:
         line = " ".join(words[3:])

@@ -22,7 +22,7 @@ from pyro_isingvit.sharing.folder import README, staged
 from pyro_isingvit.sharing.names import is_path_free, shared_metrics, shared_name
 from pyro_isingvit.version import __version__
 
-OOD = ("ood", "results.json")  # of analysis.ood, in the run's folder
+OOD = ("ood", "results.json")  # of strange images, in the run's folder
 CALIBRATION = (
     "Each bar collects the test images whose predicted class got a probability in that range; its height is the share "
     "that was right. Hatching is the gap to the mean confidence."
@@ -117,7 +117,7 @@ def _kind(run: Run) -> str:
 
 
 def _ood(run: Run) -> tuple[list[tuple[str, int, str, float, float]], list[Path]]:
-    """Rows and figures of ``analysis.ood`` in the run's folder; a figure whose title may name a folder is left out."""
+    """Rows and figures of strange images in the run's folder; a figure whose title may name a folder is left out."""
     path = run.folder and run.folder.joinpath(*OOD)
     if path is None or not path.is_file():
         return [], []
@@ -135,4 +135,6 @@ def _ood(run: Run) -> tuple[list[tuple[str, int, str, float, float]], list[Path]
                 pictures.append(figure)
         return rows, pictures
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError, OSError) as error:
-        raise UserError(f"{path} is damaged ({why(error)[:100]}); run analysis.ood again, or move it away.") from error
+        raise UserError(
+            f"{path} is damaged ({why(error)[:100]}); measure strange images again, or move it away."
+        ) from error

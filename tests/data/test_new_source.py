@@ -13,7 +13,8 @@ from pyro_isingvit.data.split import ImageData, Split
 from pyro_isingvit.experiment import train_run
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.predictive.metrics import classification_metrics
-from pyro_isingvit.pruning.choose import compact, finetune
+from pyro_isingvit.pruning.choose import compact
+from pyro_isingvit.pruning.finetune import finetune
 from pyro_isingvit.pruning.frontier import frontier
 from pyro_isingvit.runs.load import open_run
 from pyro_isingvit.runs.predict import attention_margins, draw_predictive

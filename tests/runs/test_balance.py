@@ -26,7 +26,8 @@ from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.likelihood import Likelihood
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.predictive.calibration import fit_temperature, temper, with_shares_of
-from pyro_isingvit.pruning.choose import compact, finetune
+from pyro_isingvit.pruning.choose import compact
+from pyro_isingvit.pruning.finetune import finetune
 from pyro_isingvit.runs.load import open_run
 from pyro_isingvit.runs.predict import draw_predictive
 
