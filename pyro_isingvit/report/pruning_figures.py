@@ -119,7 +119,7 @@ def frontier(
         ax.set(title=title)
         if name != "nll":
             percent(ax.yaxis)
-    axes[3].legend(loc="lower right")
+    axes[3].legend(loc="best")
     for ax in axes:
         if ax is not axes[0]:
             ax.axvline(chosen["kept"], color=RED, linewidth=1)
