@@ -421,16 +421,16 @@ print(peak_kib())
 
 
 def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
-    """10,000 more images, whose 100 draws alone would be 12 MB: names, of which there are 2 MB, are all that grows."""
+    """20,000 more images, whose 100 draws alone would be 24 MB: names, of which there are 4 MB, are all that grows."""
     peaks = []
-    for count in (1000, 11_000):
+    for count in (1000, 21_000):
         folder = write_images(tmp_path / str(count), count)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         words = [sys.executable, "-c", MEASURE, folder, tmp_path / f"{count}.parquet"]
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))
         assert pq.read_metadata(tmp_path / f"{count}.parquet").num_rows == count
-    assert peaks[1] - peaks[0] < 7000, peaks
+    assert peaks[1] - peaks[0] < 14_000, peaks  # kB
 
 
 def test_draws_of_one_part_are_bounded_whatever_is_asked(images: Path, tmp_path: Path, monkeypatch) -> None:
