@@ -7,7 +7,7 @@ Every cell starts from the run as it was trained. ``DIR/adaptation/results.json`
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,7 @@ def adaptation(arguments: Arguments) -> None:
     """Accuracy, NLL and ECE with and without test-time adaptation."""
     from tqdm.auto import tqdm
 
-    from analysis.comparison_tables import to_table, write_between
+    from analysis.comparison_tables import show_table, to_table
     from analysis.shift import load_runs, own_test_part
     from analysis.spoil import CORRUPTIONS
     from pyro_isingvit.core.checkpoint import write_json
@@ -111,14 +111,9 @@ def adaptation(arguments: Arguments) -> None:
                                    | {metric: scores[metric] for metric in METRICS})  # fmt: skip
                     bar.update()
     folder = (arguments.out or arguments.run[0]) / "adaptation"
-    settings = {name: None if how is None else vars(replace(how)) for name, how in hows.items()}
+    settings = {name: None if how is None else asdict(how) for name, how in hows.items()}
     write_json(folder / RESULTS, {"images": len(split), "adaptations": settings, "records": records})
-    made = to_table(table(records))
-    if arguments.page is None:
-        print(made)
-    else:
-        write_between(arguments.page, made, MARKERS)
-        print(f"page: {arguments.page}")
+    show_table(to_table(table(records)), arguments.page, MARKERS)
     print(f"results: {folder / RESULTS}")
 
 

@@ -242,6 +242,15 @@ def to_table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "| --- |" + " --- |" * (len(rows[0]) - 1), *lines[1:]])
 
 
+def show_table(table: str, page: Path | None, markers: tuple[str, str]) -> None:
+    """Prints a table, or puts it between the markers of a page and says so."""
+    if page is None:
+        print(table)
+        return
+    write_between(page, table, markers)
+    print(f"page: {page}")
+
+
 def write_between(path: Path, table: str, markers: tuple[str, str] = MARKERS) -> None:
     """Puts a table between two markers.
 

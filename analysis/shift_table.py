@@ -59,7 +59,7 @@ def shift_table(arguments: Arguments) -> None:
     """Accuracy, NLL and ECE on corrupted images, and detection of strange ones, for everything that predicts."""
     from tqdm.auto import tqdm
 
-    from analysis.comparison_tables import to_table, write_between
+    from analysis.comparison_tables import show_table, to_table
     from analysis.shift import load_runs, own_test_part
     from analysis.spoil import CORRUPTIONS, judge
     from analysis.strange import strange_images
@@ -80,20 +80,15 @@ def shift_table(arguments: Arguments) -> None:
     with tqdm(total=total, desc="predict", dynamic_ncols=True) as bar:
         for path, entry in zip(arguments.run, entries, strict=True):
             scores = judge(entry.predict, split, arguments.seed, bar)
-            scores["strange"] = {}
+            own, scores["strange"] = entry.predict(split.images[:]), {}
             for name, images in strange.items():
-                scores["strange"][name] = detected(entry.predict(split.images[:]), entry.predict(images))
+                scores["strange"][name] = detected(own, entry.predict(images))
                 bar.update()
             found[str(path)] = {"kind": entry.kind, **scores}
     folder = (arguments.out or arguments.run[0]) / "shift"
     shared = {"dataset": first.info.dataset, "images": len(split), "samples": arguments.samples, "seed": arguments.seed}
     write_json(folder / RESULTS, shared | {"entries": found})
-    made = to_table(table(list(found.values())))
-    if arguments.page is None:
-        print(made)
-    else:
-        write_between(arguments.page, made, MARKERS)
-        print(f"page: {arguments.page}")
+    show_table(to_table(table(list(found.values()))), arguments.page, MARKERS)
     print(f"results: {folder / RESULTS}")
 
 

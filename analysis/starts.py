@@ -60,14 +60,10 @@ def table(nothing: "pd.DataFrame", started: "pd.DataFrame") -> str:
 
 def show(arguments: Arguments) -> None:
     """Print, or put into a page, what starting from a trained network is worth."""
-    from analysis.comparison_tables import load_results, write_between
+    from analysis.comparison_tables import load_results, show_table
 
     made = table(load_results(arguments.nothing / "results.json"), load_results(arguments.started / "results.json"))
-    if arguments.page is None:
-        print(made)
-        return
-    write_between(arguments.page, made, MARKERS)
-    print(f"page: {arguments.page}")
+    show_table(made, arguments.page, MARKERS)
 
 
 def main(argv: list[str] | None = None) -> None:

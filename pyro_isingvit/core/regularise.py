@@ -23,32 +23,30 @@ class Regulariser:
         most: the largest strength that makes sense; the least is above 0.
         below: the strength must stay below ``most``.
         sets: further fields and their values.
-        words: what it does.
     """
 
     setting: str
     strength: float
-    words: str
     most: float = math.inf
     below: bool = False
     sets: dict[str, Any] = field(default_factory=dict)
 
 
 REGULARISERS: dict[str, Regulariser] = {
-    "token-masking": Regulariser("token_masking", 0.25, "drops a share of each image's patches", 1.0, True),
-    "regmixup": Regulariser("mix_alpha", 10.0, "half of a batch as mixtures of two", 1e3, sets={"mix": "regmixup"}),
-    "mixup": Regulariser("mix_alpha", 0.2, "every image as a mixture of two", 1e3, sets={"mix": "mixup"}),
-    "cutmix": Regulariser("mix_alpha", 0.2, "boxes of another image", 1e3, sets={"mix": "cutmix"}),
-    "label-smoothing": Regulariser("label_smoothing", 0.1, "a share of each label for all classes", 1.0, True),
-    "logit-penalty": Regulariser("logit_penalty", 0.1, "short logits"),
-    "ps-kd": Regulariser("self_distillation", 0.8, "an image's own last prediction in its target", 1.0),
-    "early-learning": Regulariser("early_learning", 3.0, "what was said before labels were learned by heart"),
-    "car": Regulariser("confusion", 0.3, "classes that are mistaken for others"),
-    "attention-entropy": Regulariser("attention_entropy", 0.1, "attention that spreads, by its entropy"),
-    "sparse-vit": Regulariser("attention_spread", 0.01, "attention that spreads, by log(1 + A^2)"),
-    "attention-log": Regulariser("attention_log", 0.01, "attention that spreads, by -log A"),
-    "log-barrier": Regulariser("log_barrier", 0.02, "attention away from where it is not invertible"),
-    "vne": Regulariser("feature_entropy", 0.01, "features in many directions"),
+    "token-masking": Regulariser("token_masking", 0.25, 1.0, True),
+    "regmixup": Regulariser("mix_alpha", 10.0, 1e3, sets={"mix": "regmixup"}),
+    "mixup": Regulariser("mix_alpha", 0.2, 1e3, sets={"mix": "mixup"}),
+    "cutmix": Regulariser("mix_alpha", 0.2, 1e3, sets={"mix": "cutmix"}),
+    "label-smoothing": Regulariser("label_smoothing", 0.1, 1.0, True),
+    "logit-penalty": Regulariser("logit_penalty", 0.1),
+    "ps-kd": Regulariser("self_distillation", 0.8, 1.0),
+    "early-learning": Regulariser("early_learning", 3.0),
+    "car": Regulariser("confusion", 0.3),
+    "attention-entropy": Regulariser("attention_entropy", 0.1),
+    "sparse-vit": Regulariser("attention_spread", 0.01),
+    "attention-log": Regulariser("attention_log", 0.01),
+    "log-barrier": Regulariser("log_barrier", 0.02),
+    "vne": Regulariser("feature_entropy", 0.01),
 }
 
 
