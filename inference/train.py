@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    if by_torchrun():  # a process that exits while the group's threads still run may abort
+    if by_torchrun():
         from pyro_isingvit.core.processes import part_ways
 
         part_ways()

@@ -5,8 +5,11 @@ of each batch, and what depends on the rows is averaged over the processes, so t
 torch.distributed there is one process, and everything here does nothing.
 """
 
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -121,7 +124,15 @@ def on_first(call: Callable[[], object]) -> None:
         raise UserError(message[0])
 
 
-def part_ways() -> None:
-    """Ends the group of processes, if there is one."""
+def part_ways() -> NoReturn:
+    """Ends the group of processes, if there is one, and this process, with exit code 0; call it once all is done.
+
+    The interpreter's own end is skipped: threads of gloo that release a tensor only then abort a process that has done
+    its work ("terminate called without an active exception").
+    """
     if _joined():
         dist.destroy_process_group()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
