@@ -28,7 +28,7 @@ from pyro_isingvit.runs.run import Run
 class Distillation:
     """How ``distil`` trains; the defaults were chosen on training images alone (docs/pruning.md)."""
 
-    epochs: int = 60
+    epochs: int = 120
     """Passes over the images, with the unlabelled ones."""
     lr: float = 3e-3
     """Peak learning rate."""

@@ -87,6 +87,7 @@ def test_wrong_words(script: str, capsys) -> None:
         "analysis.method_figure",
         "analysis.rates",
         "analysis.starts",
+        "analysis.distillation",
     )  # paths alone
     for words in ([], ["--nope"], ["stray"], ["--run"]):
         outcome(script, words, capsys)
@@ -111,6 +112,7 @@ def required(script: str, folder: Path) -> list[str]:
         "analysis.rates": ["--results", missing],
         "analysis.starts": ["--nothing", missing, "--started", missing],
         "analysis.trials": ["--records", missing],
+        "analysis.distillation": ["--pruned", missing],
         "analysis.decisions": ["--run", missing],
         "analysis.adaptation": ["--run", missing],
         "analysis.shift_table": ["--run", missing],
