@@ -35,9 +35,11 @@ class PruneArguments:
     out: Path
     """Folder of the compact network."""
     threshold: float | None = None
-    """Keep masks with a retention above it; 0.5 unless --keep or --max-accuracy-drop is given."""
+    """Keep masks with a retention above it; 0.5 unless another of these four says how far to cut."""
     keep: float | None = None
     """Keep this share of the weights: the masks of highest retention."""
+    macs: float | None = None
+    """Keep as much as this share of the dense network's multiply-accumulates allows."""
     max_accuracy_drop: float | None = None
     """Take the smallest network within this many percentage points of the full posterior's validation accuracy."""
     finetune: int = 0
@@ -72,7 +74,7 @@ class PruneArguments:
 
 def prune(arguments: PruneArguments) -> None:
     """Turn a run's masks into a smaller network; measure it against the dense one and the full posterior."""
-    from inference.prune_deploy import check_deploy, deploy
+    from inference.prune_deploy import deploy
     from inference.prune_tuning import make_tuning
     from pyro_isingvit.core.checkpoint import write_json
     from pyro_isingvit.predictive.metrics import classification_metrics
@@ -83,14 +85,14 @@ def prune(arguments: PruneArguments) -> None:
     from pyro_isingvit.runs.predict import draw_predictive
 
     _check(arguments)
-    check_deploy("onnx" in arguments.export, arguments.members, arguments.int8)
     if arguments.peers:
         from inference.prune_peers import need_peers
 
         need_peers()
     run = open_run(arguments.run)
     guide_of(run)
-    masks = None if arguments.max_accuracy_drop is not None else choose_masks(run, arguments.threshold, arguments.keep)
+    searched = arguments.max_accuracy_drop is not None
+    masks = None if searched else choose_masks(run, arguments.threshold, arguments.keep, arguments.macs)
     data = _load(run, arguments.data_root)
     seed = run.config.train.seed
     merge = data.train.images if _merges(arguments, run) else None
@@ -118,12 +120,10 @@ def prune(arguments: PruneArguments) -> None:
     metrics = {
         **_quality(run, model, bayes, data),
         **_cost(run, model, arguments, data),
-        "kept_fraction": kept_share(run, masks), "threshold": arguments.threshold, "keep": arguments.keep,
-        "max_accuracy_drop": arguments.max_accuracy_drop, "finetune_epochs": arguments.finetune,
-        "distil_epochs": arguments.distil, "merged": merge is not None, "teachers": len(arguments.teacher) or 1,
-        "dataset": data.info.dataset, "method": f"{run.config.method}, compact",
-        "granularity": run.config.ising.granularity, "run": str(arguments.run), "train_size": len(data.train),
-        "val_size": len(data.val), "test_size": len(data.test), "seed": seed,
+        **_asked(arguments, merge is not None),
+        "kept_fraction": kept_share(run, masks), "dataset": data.info.dataset,
+        "method": f"{run.config.method}, compact", "granularity": run.config.ising.granularity,
+        "train_size": len(data.train), "val_size": len(data.val), "test_size": len(data.test), "seed": seed,
     }  # fmt: skip
     if arguments.members is not None or arguments.int8:
         out, members, int8 = arguments.out, arguments.members, arguments.int8
@@ -140,8 +140,12 @@ def prune(arguments: PruneArguments) -> None:
 
 
 def _check(arguments: PruneArguments) -> None:
+    from inference.prune_deploy import check_deploy
+
+    check_deploy("onnx" in arguments.export, arguments.members, arguments.int8)
     given = {
-        "--threshold": arguments.threshold, "--keep": arguments.keep, "--max-accuracy-drop": arguments.max_accuracy_drop
+        "--threshold": arguments.threshold, "--keep": arguments.keep, "--macs": arguments.macs,
+        "--max-accuracy-drop": arguments.max_accuracy_drop,
     }  # fmt: skip
     named = [name for name, value in given.items() if value is not None]
     need(len(named) <= 1, f"{' and '.join(named)} contradict each other; give one of them.")
@@ -159,6 +163,16 @@ def _check(arguments: PruneArguments) -> None:
     need(not (out / "config.json").exists(), f"{out} holds a run; name another --out.")
     held = (out / "compact.json").exists()
     need(not held or arguments.overwrite, f"{out} already holds a compact network; name another --out or --overwrite.")
+
+
+def _asked(arguments: PruneArguments, merged: bool) -> dict[str, Any]:
+    """How the network was made, for metrics.json."""
+    return {
+        "run": str(arguments.run), "threshold": arguments.threshold, "keep": arguments.keep,
+        "macs_share": arguments.macs, "max_accuracy_drop": arguments.max_accuracy_drop, "merged": merged,
+        "finetune_epochs": arguments.finetune, "distil_epochs": arguments.distil,
+        "teachers": len(arguments.teacher) or 1,
+    }  # fmt: skip
 
 
 def _merges(arguments: PruneArguments, run: "Run") -> bool:

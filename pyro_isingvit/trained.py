@@ -260,6 +260,7 @@ class TrainedRun(Shareable):
         *,
         threshold: float | None = None,
         keep: float | None = None,
+        macs: float | None = None,
         form: Form = "mean",
         weighting: Weighting = "auto",
         val: Labelled | None = None,
@@ -268,8 +269,9 @@ class TrainedRun(Shareable):
         """Cuts the run down to a smaller, ordinary network, as ``compact`` does.
 
         Args:
-            threshold: keep masks with a retention above it, in (0, 1); 0.5 unless ``keep`` is given.
+            threshold: keep masks with a retention above it, in (0, 1); 0.5 unless ``keep`` or ``macs`` is given.
             keep: keep this share of the masked weights instead.
+            macs: keep as much as this share of the dense network's multiply-accumulates allows instead.
             form: ``mean``, one deterministic network, or ``bayes``, which can be sampled.
             weighting: of the form ``mean``: ``slab``, ``mean``, or ``auto``: whichever has the lower NLL on ``val``.
             val: validation images, on which the temperature is fitted anew; None: those of training, while the run
@@ -294,7 +296,9 @@ class TrainedRun(Shareable):
         """
         part = self.val if val is None else labelled(val, self.info, "val")
         images = None if merge is None else pixels(merge, self.info)
-        return compact(self, form, threshold=threshold, keep=keep, weighting=weighting, val=part, merge=images)
+        return compact(
+            self, form, threshold=threshold, keep=keep, macs=macs, weighting=weighting, val=part, merge=images
+        )
 
     def report(
         self, folder: str | Path | None = None, data: Labelled | None = None, *, overwrite: bool = False

@@ -20,6 +20,7 @@ from pyro_isingvit.nets.vit import Weights
 from pyro_isingvit.predictive.calibration import fit_temperature, with_shares_of
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.pruning.assembly import PosteriorParts, assemble
+from pyro_isingvit.pruning.cost import macs as count_macs
 from pyro_isingvit.pruning.merge import merge_units
 from pyro_isingvit.pruning.network import CompactViT
 from pyro_isingvit.runs.run import Run
@@ -27,6 +28,7 @@ from pyro_isingvit.runs.run import Run
 Form = Literal["mean", "bayes"]
 Weighting = Literal["auto", "slab", "mean"]
 SAMPLES = 50
+HALVINGS = 12  # of the interval in which a share of the weights is sought
 MIDDLE = 0.5  # the threshold, unless another is asked for
 
 Kept = dict[str, Tensor]  # mask site -> bool, of the site's shape
@@ -49,7 +51,9 @@ def guide_of(run: Run) -> IsingGuide:
 
 
 @torch.no_grad()
-def choose_masks(run: Run, threshold: float | None = None, keep: float | None = None) -> Kept:
+def choose_masks(
+    run: Run, threshold: float | None = None, keep: float | None = None, macs: float | None = None
+) -> Kept:
     """Which masks stay on.
 
     Args:
@@ -57,14 +61,21 @@ def choose_masks(run: Run, threshold: float | None = None, keep: float | None = 
         threshold: keep pi > threshold, in (0, 1); 0.5 where neither is given.
         keep: keep this share of the masked weights, in (0, 1): the masks of highest pi, and among equals (pi is
             clipped at max_keep) those of highest second-order gain per weight.
+        macs: keep as many of them, in the same order, as this share of the dense network's multiply-accumulates
+            allows, in (0, 1).
 
     Raises:
-        UserError: both given, a value outside (0, 1), no masks, or none kept.
+        UserError: two given, a value outside (0, 1), no masks, none kept, or a share that what is not masked exceeds.
     """
     guide = guide_of(run)
-    need(threshold is None or keep is None, "`threshold` and `keep` contradict each other; give one of them.")
-    for name, value in (("threshold", threshold), ("keep", keep)):
-        need(value is None or 0 < value < 1, f"`{name}` must lie strictly between 0 and 1, not {value}.")
+    given = {name: value for name, value in (("threshold", threshold), ("keep", keep), ("macs", macs))
+             if value is not None}  # fmt: skip
+    told = " and ".join(f"`{name}`" for name in given)
+    need(len(given) <= 1, f"{told} contradict each other; give one of them.")
+    for name, value in given.items():
+        need(0 < value < 1, f"`{name}` must lie strictly between 0 and 1, not {value}.")
+    if macs is not None:
+        return _within(run, macs)
     retention = {name: guide.retention(name).cpu() for name in guide.layout.sites}
     if keep is None:
         chosen = {name: pi > (MIDDLE if threshold is None else threshold) for name, pi in retention.items()}
@@ -73,6 +84,34 @@ def choose_masks(run: Run, threshold: float | None = None, keep: float | None = 
     if not any(bool(mask.any()) for mask in chosen.values()):
         highest = max(float(pi.max()) for pi in retention.values())
         raise UserError(f"nothing is left of the network: the highest retention is {highest:.3f}; lower `threshold`.")
+    return chosen
+
+
+def _within(run: Run, share: float) -> Kept:
+    """Bisection over the share of masked weights: a network costs more, the more of them it keeps."""
+    guide, shape = guide_of(run), run.model.vit.image_shape
+    retention = {name: guide.retention(name).cpu() for name in guide.layout.sites}
+
+    def cost(kept: Kept) -> int:
+        try:
+            return count_macs(from_masks(run, kept, weighting="slab"), shape)
+        except UserError:  # a part that a network cannot do without is gone: too little
+            return 0
+
+    most = share * cost({name: torch.ones_like(pi, dtype=torch.bool) for name, pi in retention.items()})
+    low, high, found = 0.0, 1.0, 0
+    chosen: Kept = {}
+    for _ in range(HALVINGS):
+        kept = _highest(guide, retention, middle := (low + high) / 2)
+        if (spent := cost(kept)) <= most:
+            low, chosen, found = middle, kept, spent
+        else:
+            high = middle
+    need(
+        found and any(bool(mask.any()) for mask in chosen.values()),
+        f"`macs` {share:g} leaves nothing of the blocks: what cannot be cut takes too many multiply-accumulates; "
+        "raise it.",
+    )
     return chosen
 
 
@@ -117,6 +156,7 @@ def compact(
     *,
     threshold: float | None = None,
     keep: float | None = None,
+    macs: float | None = None,
     weighting: Weighting = "auto",
     val: Split | None = None,
     merge: Images | None = None,
@@ -126,8 +166,9 @@ def compact(
     Args:
         run: a trained run with masks.
         form: ``mean``, one deterministic network, or ``bayes``, which can be sampled.
-        threshold: keep masks with pi > threshold, in (0, 1); 0.5 unless ``keep`` is given.
+        threshold: keep masks with pi > threshold, in (0, 1); 0.5 unless ``keep`` or ``macs`` is given.
         keep: keep this share of the masked weights instead.
+        macs: keep as much as this share of the dense network's multiply-accumulates allows instead.
         weighting: of the form ``mean``: slab means m ("slab"), posterior means pi m ("mean"), or whichever has the
             lower NLL on ``val`` ("auto"; m without ``val``).
         val: validation images, on which the temperature is fitted anew; None: the run's temperature is kept.
@@ -154,7 +195,7 @@ def compact(
         torch.Size([4, 2, 10])
     """
     need(form in ("mean", "bayes"), f"`form` must be mean or bayes, not {form!r}.")
-    kept = choose_masks(run, threshold, keep)
+    kept = choose_masks(run, threshold, keep, macs)
     return from_masks(run, kept, form, weighting, val, merge)
 
 

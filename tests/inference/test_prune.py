@@ -86,10 +86,11 @@ def test_max_accuracy_drop(run: Path, tmp_path: Path) -> None:
 
 def test_distilled_from_two_runs_on_unlabelled_images(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "o"
-    result = script("inference.prune", "--run", run, "--out", out, "--keep", 0.6, "--repeats", 1, "--no-plot",
+    result = script("inference.prune", "--run", run, "--out", out, "--macs", 0.6, "--repeats", 1, "--no-plot",
                     "--distil", 1, "--teacher", run, run, "--unlabelled", "digits")  # fmt: skip
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    assert metrics["macs"] <= 0.6 * metrics["dense_macs"] and metrics["macs_share"] == 0.6
     assert metrics["distil_epochs"] == 1 and metrics["teachers"] == 2 and metrics["merged"] is True
     points = json.loads((tmp_path / "o" / "frontier.json").read_text())["points"]
     assert all({"accuracy", "nll", "ece"} == set(point["unmerged"]) for point in points)
@@ -110,6 +111,8 @@ def test_what_is_there_stays_unless_asked(run: Path, small: Path) -> None:
         (("--keep", "-1"), ("between 0 and 1",)),
         (("--threshold", "0.5", "--keep", "0.2"), ("--threshold and --keep contradict",)),
         (("--keep", "0.2", "--max-accuracy-drop", "1"), ("contradict",)),
+        (("--macs", "0.2", "--keep", "0.2"), ("--keep and --macs contradict",)),
+        (("--macs", "0.0001"), ("--macs 0.0001 leaves nothing",)),
         (("--max-accuracy-drop", "-1"), ("percentage points",)),
         (("--threshold", "0.99999"), ("nothing is left", "--threshold")),
         (("--finetune", "-1"), ("--finetune",)),

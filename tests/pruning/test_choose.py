@@ -68,6 +68,17 @@ def test_keep_takes_the_share_by_retention(granularity: str) -> None:
     assert lowest_on >= highest_off or (len(sizes) > 1 and granularity != "weight")
 
 
+@pytest.mark.parametrize("granularity", ["unit", "head"])
+@pytest.mark.parametrize("share", [0.75, 0.5, 0.35])
+def test_macs_keeps_what_the_share_allows(granularity: str, share: float) -> None:
+    run = make_run(granularity)
+    shape, dense = run.model.vit.image_shape, dense_network(run, None)
+    kept = choose_masks(run, macs=share)
+    cost = macs(from_masks(run, kept), shape) / macs(dense, shape)
+    assert share - 0.25 < cost <= share  # a head of so small a network is a fifth of it
+    assert kept_share(run, choose_masks(run, macs=share + 0.2)) > kept_share(run, kept)
+
+
 @pytest.mark.parametrize("spread", [0.0, 0.005])
 def test_keep_breaks_ties_by_gain(spread: float) -> None:
     """Masks a little above or below a clip that has just moved are equals too."""
@@ -85,7 +96,7 @@ def test_keep_breaks_ties_by_gain(spread: float) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_thresholds_outside_their_range(value: float) -> None:
-    for setting in ("threshold", "keep"):
+    for setting in ("threshold", "keep", "macs"):
         with pytest.raises(UserError, match="between 0 and 1"):
             compact(make_run(), **{setting: value})
 
@@ -94,6 +105,10 @@ def test_bad_input() -> None:
     run = make_run()
     with pytest.raises(UserError, match="contradict"):
         compact(run, threshold=0.5, keep=0.2)
+    with pytest.raises(UserError, match="`keep` and `macs` contradict"):
+        compact(run, keep=0.5, macs=0.2)
+    with pytest.raises(UserError, match="leaves nothing"):
+        compact(run, macs=1e-3)
     with pytest.raises(UserError, match=r"nothing is left.*highest retention is 0\."):
         compact(run, threshold=0.999)
     with pytest.raises(UserError, match="form"):
