@@ -71,7 +71,7 @@ def skewed(split: "Split", seed: int) -> "Split":
 
 def cells(split: "Split", severities: tuple[int, ...], seed: int) -> "Iterator[tuple[str, Tensor, Tensor]]":
     """(name, images, labels) of every cell."""
-    from analysis.spoil import CORRUPTIONS, corrupt
+    from inference.spoil import CORRUPTIONS, corrupt
 
     yield "clean", split.images[:], split.labels
     few = skewed(split, seed)
@@ -87,7 +87,7 @@ def adaptation(arguments: Arguments) -> None:
 
     from analysis.comparison_tables import show_table, to_table
     from analysis.shift import load_runs, own_test_part
-    from analysis.spoil import CORRUPTIONS
+    from inference.spoil import CORRUPTIONS
     from pyro_isingvit.core.checkpoint import write_json
     from pyro_isingvit.predictive.metrics import classification_metrics
     from pyro_isingvit.runs.adapt import adapted

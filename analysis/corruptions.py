@@ -32,7 +32,7 @@ def corruptions(arguments: Arguments) -> None:
 
     from analysis import shift_figures
     from analysis.shift import load_runs, mean_of, own_test_part, print_columns
-    from analysis.spoil import CORRUPTIONS, corrupt, judge, summary_rows
+    from inference.spoil import CORRUPTIONS, corrupt, judge, summary_rows
     from pyro_isingvit.core.checkpoint import write_json
     from pyro_isingvit.report import style
 

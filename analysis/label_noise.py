@@ -126,26 +126,11 @@ def settings(cell: Cell, data_root: str, device: str) -> RunConfig:
     return replace(config, train=replace(config.train, **changes))
 
 
-def noisy(data: "ImageData", share: float, seed: int) -> tuple["ImageData", "np.ndarray"]:
-    """The data with wrong labels in training and validation part, and which are wrong, training images first."""
-    import numpy as np
-
-    from analysis.spoil import flip_labels
-    from pyro_isingvit.data.split import Split
-
-    parts, moved = dict[str, Any](), []
-    for number, name in enumerate(("train", "val")):
-        part: Split = getattr(data, name)
-        labels, wrong = flip_labels(part.labels, share, data.info.num_classes, 2 * seed + number)
-        parts[name] = Split(part.images, labels, part.names)
-        moved.append(wrong.numpy())
-    return replace(data, **parts), np.concatenate(moved)
-
-
 def measure(cell: Cell, data_root: str, device: str, threads: int | None) -> dict[str, float]:
     """The scores of a cell."""
     import torch
 
+    from inference.spoil import noisy
     from pyro_isingvit.data.load import load_data
 
     if threads is not None:

@@ -61,8 +61,8 @@ def shift_table(arguments: Arguments) -> None:
 
     from analysis.comparison_tables import show_table, to_table
     from analysis.shift import load_runs, own_test_part
-    from analysis.spoil import CORRUPTIONS, judge
     from analysis.strange import strange_images
+    from inference.spoil import CORRUPTIONS, judge
     from pyro_isingvit.core.checkpoint import write_json
 
     need(arguments.samples >= 1, f"`samples` must be at least 1, not {arguments.samples}.")

@@ -5,6 +5,9 @@ python -m inference.compare --dataset digits --train-sizes 300 1000 --methods is
 
 Re-run the same command to resume an interrupted grid: cells that results.json has with the same settings are done, even
 where their runs are on another machine. The number after a method sets its main knob.
+
+With --regularisers the grid is another: every regulariser against none, on development images of the training files
+(inference/regularisers.py).
 """
 
 import json
@@ -70,6 +73,10 @@ class CompareArguments:
     label: str | None = None
     """Name of the data set in the tables; by default that of --dataset."""
     data: DataConfig = field(default_factory=DataConfig)
+    regularisers: tuple[str, ...] = ()
+    """Compare these with none, for every method, on images of the training files alone: NAME, NAME:STRENGTH, or all."""
+    flipped: float = 0.0
+    """With regularisers: share of the training and validation labels that are moved to another class."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,8 @@ def make_cells(arguments: CompareArguments) -> list[Cell]:
     for name in ("methods", "train_sizes", "seeds"):
         values = getattr(arguments, name)
         need(len(values) > 0 and len(set(values)) == len(values), f"--{name.replace('_', '-')} needs distinct values.")
+    need(0 <= arguments.flipped < 1, f"`flipped` is a share, at least 0 and below 1, not {arguments.flipped}.")
+    need(not arguments.flipped or arguments.regularisers, "`flipped` goes with `regularisers`.")
     need(len(arguments.epochs) in (1, len(arguments.train_sizes)), "--epochs takes one number, or one for each size.")
     need(min(*arguments.epochs, arguments.jobs, *arguments.train_sizes, arguments.samples) >= 1,
          "epochs, jobs, train sizes and samples must be at least 1.")  # fmt: skip
@@ -230,6 +239,12 @@ def run_grid(cells: list[Cell], jobs: int) -> Iterator[tuple[Cell, dict[str, Any
 def compare(arguments: CompareArguments) -> None:
     """Train a grid of methods, sizes and seeds, and compare them."""
     cells = make_cells(arguments)
+    if arguments.regularisers:
+        from inference.regularisers import ablate
+
+        plain = [(cell.dataset, cell.method, cell.config) for cell in cells]
+        ablate(plain, arguments.regularisers, arguments.flipped, arguments.out, arguments.jobs)
+        return
     results = read_results(arguments.out / RESULTS)
     todo = []
     for cell in cells:

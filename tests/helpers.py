@@ -136,8 +136,8 @@ SCRIPTS = {
     "analysis.ood": "Arguments", "analysis.corruptions": "Arguments", "analysis.comparison": "Arguments",
     "analysis.starts": "Arguments", "analysis.labels": "Arguments", "analysis.label_noise": "Arguments",
     "analysis.decisions": "Arguments", "analysis.adaptation": "Arguments", "analysis.shift_table": "Arguments",
-    "inference.share": "ShareArguments",
-    "analysis.distillation": "Arguments",
+    "inference.share": "ShareArguments", "analysis.distillation": "Arguments",
+    "analysis.regularisers": "Arguments",
     "analysis.trials": "Arguments", "analysis.tutorial": "Arguments", "analysis.method_figure": "Arguments",
 }  # fmt: skip
 QUICK_FLAGS = ["--dataset", "digits", "--epochs", "3", "--depth", "1", "--width", "16", "--samples", "5",

@@ -5,6 +5,7 @@ Masks with pi > threshold are kept, the others are off for good; ``assembly`` th
 Shapes: S samples, B batch, C classes.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.data.images import Images
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.ising.guide import IsingGuide
+from pyro_isingvit.ising.layout import MaskLayout
 from pyro_isingvit.nets.vit import Weights
 from pyro_isingvit.predictive.calibration import fit_temperature, with_shares_of
 from pyro_isingvit.predictive.metrics import classification_metrics
@@ -116,21 +118,35 @@ def _within(run: Run, share: float) -> Kept:
 
 
 def _highest(guide: IsingGuide, retention: Kept, keep: float) -> Kept:
-    gain = guide.gains()
-    ones = {kind: torch.ones_like(loc) for kind, loc in guide.loc.items()}
-    sites = guide.layout.sites
-    sizes = {name: guide.layout.reduce(site, ones) for name, site in sites.items()}
+    gain, sites = guide.gains(), guide.layout.sites
+    sizes = mask_sizes(guide.layout, dict(guide.loc.items()))
     worth = {name: gain[name] / sizes[name] for name in sites}
     # Damped masks are on their way to a clip that moves: those within 1% of it are equals.
     clipped = {name: pi.clamp(max=0.99 * guide.max_keep) for name, pi in retention.items()}
-    flat = [torch.cat([part[name].flatten() for name in sites]).double().cpu().numpy()
-            for part in (clipped, worth, sizes)]  # fmt: skip
-    order = np.lexsort((flat[1], flat[0]))[::-1]  # by pi, then by worth, the highest first
-    total = np.cumsum(flat[2][order])
+    return highest((clipped, worth), sizes, keep)
+
+
+def mask_sizes(layout: MaskLayout, weights: Mapping[str, Tensor]) -> Kept:
+    """How many weights each mask covers, mask site -> float, of the site's shape."""
+    ones = {kind: torch.ones_like(weight) for kind, weight in weights.items()}
+    return {name: layout.reduce(site, ones) for name, site in layout.sites.items()}
+
+
+def highest(keys: Sequence[Kept], sizes: Kept, keep: float) -> Kept:
+    """The masks of highest keys that cover a share of the weights, or just less.
+
+    Args:
+        keys: mask site -> value of each mask; later ones decide among equals.
+        sizes: weights that each mask covers.
+        keep: share of the weights, in [0, 1].
+    """
+    flat = [torch.cat([part[name].flatten() for name in sizes]).double().cpu().numpy() for part in (*keys, sizes)]
+    order = np.lexsort(flat[-2::-1])[::-1]  # by the first key, then by the next, the highest first
+    total = np.cumsum(flat[-1][order])
     on = np.zeros(len(order), bool)
     on[order[total <= keep * total[-1]]] = True
-    parts = torch.from_numpy(on).split([retention[name].numel() for name in sites])
-    return {name: part.view(retention[name].shape) for name, part in zip(sites, parts, strict=True)}
+    parts = torch.from_numpy(on).split([values.numel() for values in sizes.values()])
+    return {name: part.view(sizes[name].shape) for name, part in zip(sizes, parts, strict=True)}
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from helpers import here, refused
 
 from analysis.adaptation import MARKERS, SKEW, main, skewed, table
-from analysis.spoil import CORRUPTIONS
+from inference.spoil import CORRUPTIONS
 from pyro_isingvit.data.split import Split
 
 

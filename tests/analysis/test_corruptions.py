@@ -11,7 +11,7 @@ from helpers import here
 from PIL import Image
 
 from analysis.corruptions import main
-from analysis.spoil import CORRUPTIONS, METRICS, corrupt
+from inference.spoil import CORRUPTIONS, METRICS, corrupt
 from pyro_isingvit.core.errors import UserError
 
 SHAPES = [(1, 8, 8), (3, 32, 32), (1, 28, 20)]

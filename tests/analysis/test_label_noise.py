@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from helpers import here, refused, script
 
-from analysis.label_noise import MARKERS, Arguments, Cell, make_cells, noisy, read_records, to_tables
+from analysis.label_noise import MARKERS, Arguments, Cell, make_cells, read_records, to_tables
+from inference.spoil import noisy
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.data.split import ImageData
 

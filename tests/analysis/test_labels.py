@@ -14,7 +14,7 @@ from helpers import CONFIG, EVIL, INFO, here, refused, script, trainer, write_np
 
 from analysis import crossfit
 from analysis.crossfit import cross_fit, digests, read_fold
-from analysis.spoil import flip_labels
+from inference.spoil import flip_labels
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.data.folds import copy_groups, fold_numbers

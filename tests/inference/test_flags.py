@@ -88,6 +88,7 @@ def test_wrong_words(script: str, capsys) -> None:
         "analysis.rates",
         "analysis.starts",
         "analysis.distillation",
+        "analysis.regularisers",
     )  # paths alone
     for words in ([], ["--nope"], ["stray"], ["--run"]):
         outcome(script, words, capsys)
@@ -113,6 +114,7 @@ def required(script: str, folder: Path) -> list[str]:
         "analysis.starts": ["--nothing", missing, "--started", missing],
         "analysis.trials": ["--records", missing],
         "analysis.distillation": ["--pruned", missing],
+        "analysis.regularisers": ["--results", missing],
         "analysis.decisions": ["--run", missing],
         "analysis.adaptation": ["--run", missing],
         "analysis.shift_table": ["--run", missing],
@@ -175,6 +177,8 @@ def test_training_refuses_what_is_out_of_range(flag: str, tmp_path: Path, capsys
     ("inference.prune", ["--repeats", "0"]), ("inference.compare", ["--methods", "nope"]),
     ("inference.compare", ["--methods", "dropout:x"]), ("inference.compare", ["--methods", "ising:nan"]),
     ("inference.compare", ["--methods", "ising", "ising"]), ("inference.compare", ["--jobs", "0"]),
+    ("inference.compare", ["--flipped", "0.2"]), ("inference.compare", ["--regularisers", "nope"]),
+    ("inference.compare", ["--regularisers", "car:x"]), ("inference.compare", ["--flipped", "1"]),
     ("inference.compare", ["--epochs", "1", "2", "3"]), ("inference.compare", ["--preset", "nope"]),
     ("inference.compare", ["--train-sizes", "0"]), ("inference.peers", ["--peers", "nope"]),
     ("inference.peers", ["--preset", "nope"]), ("inference.peers", ["--epochs", "0"]),

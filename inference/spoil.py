@@ -5,16 +5,17 @@ Shapes: B images, C channels, H height, W width; images are (B, C, H, W) uint8. 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from pyro_isingvit.core.errors import need
-from pyro_isingvit.data.split import Split
+from pyro_isingvit.data.split import ImageData, Split
 from pyro_isingvit.predictive.metrics import classification_metrics
 
 METRICS = ("accuracy", "nll", "ece")
@@ -132,6 +133,17 @@ def flip_labels(labels: Tensor, share: float, classes: int, seed: int = 0) -> tu
     flipped[wrong] = (labels[wrong] + torch.randint(1, classes, (len(wrong),), generator=random)) % classes
     moved[wrong] = True
     return flipped, moved
+
+
+def noisy(data: ImageData, share: float, seed: int) -> tuple[ImageData, np.ndarray]:
+    """The data with wrong labels in training and validation part, and which are wrong, training images first."""
+    parts, moved = dict[str, Any](), []
+    for number, name in enumerate(("train", "val")):
+        part: Split = getattr(data, name)
+        labels, wrong = flip_labels(part.labels, share, data.info.num_classes, 2 * seed + number)
+        parts[name] = Split(part.images, labels, part.names)
+        moved.append(wrong.numpy())
+    return replace(data, **parts), np.concatenate(moved)
 
 
 def judge(predict: Callable[[Tensor], Tensor], split: Split, seed: int, bar: Any) -> dict[str, Any]:
