@@ -14,10 +14,14 @@ QUICK = ["--epochs", "2", "--samples", "2", "--val-samples", "1", "--device", "c
 
 def test_its_command_runs(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    [line] = re.findall(r"^python -m (.*)$", PAGE, re.M)
+    line, *others = re.findall(r"^python -m (.*)$", PAGE, re.M)
     module, *words = line.split()
     done = here(module, *words, *QUICK)
     assert done.returncode == 0, done.stderr
+    for other in others:
+        module, *words = other.split()
+        done = here(module, *words, *QUICK, "--finetune-epochs", "1")
+        assert done.returncode == 0, done.stderr
     assert '"logit_penalty": 0.1' in (tmp_path / "runs" / "regularised" / "config.json").read_text()
 
 

@@ -47,6 +47,12 @@ REGULARISERS: dict[str, Regulariser] = {
     "attention-log": Regulariser("attention_log", 0.01),
     "log-barrier": Regulariser("log_barrier", 0.02),
     "vne": Regulariser("feature_entropy", 0.01),
+    "group-lasso": Regulariser("group_lasso", 0.001, sets={"lasso_groups": "unit"}),
+    "group-lasso-heads": Regulariser("group_lasso", 0.001, sets={"lasso_groups": "head"}),
+    "group-lasso-blocks": Regulariser("group_lasso", 0.001, sets={"lasso_groups": "block"}),
+    "gor": Regulariser("group_orthogonality", 0.01),
+    "spectral": Regulariser("spectral", 0.01),
+    "mhe": Regulariser("hyperspherical_energy", 1.0),
 }
 
 

@@ -182,13 +182,19 @@ class BaselineConfig:
     members: int = 5
     """ensemble, ising-ensemble: K, networks trained side by side."""
     sparsity: float = 0.6
-    """magnitude, gradual-magnitude: share of the weights that are pruned."""
+    """magnitude, gradual-magnitude, hypersparse, lobster: share of the weights that are pruned."""
     l0_penalty: float = 0.03
     """l0: nats per weight that is on."""
     kl_weight: float = 1.0
     """sparse-vd: weight of the KL in the objective after its warm-up (1: the ELBO)."""
     length_scale: float = 0.01
     """concrete-dropout: prior length scale."""
+    hypersparse_weight: float = 5e-6
+    """hypersparse: weight of its loss in the first epoch after the warm-up."""
+    hypersparse_growth: float = 1.05
+    """hypersparse: factor by which that weight grows from epoch to epoch."""
+    lobster_weight: float = 1e-4
+    """lobster: decay of an insensitive weight, per step."""
 
 
 @dataclass(frozen=True)
@@ -297,6 +303,17 @@ class TrainConfig:
     """Weight of -log A over attention A, likewise. 0: none."""
     feature_entropy: float = 0.0
     """Weight of the negative von Neumann entropy of the features, for features in many directions. 0: none."""
+    group_lasso: float = 0.0
+    """Weight of the sum of the norms of groups of weights, which sends whole groups towards 0. 0: none."""
+    lasso_groups: Literal["unit", "head", "block"] = "unit"
+    """What a group of group_lasso is: output rows, attention heads or whole branches; units where there are no larger
+    ones."""
+    group_orthogonality: float = 0.0
+    """Weight of the distance of groups of rows from orthonormal ones. 0: none."""
+    spectral: float = 0.0
+    """Weight of half the sum of the squared largest singular values of the matrices. 0: none."""
+    hyperspherical_energy: float = 0.0
+    """Weight of the energy that keeps the directions of a matrix's rows apart. 0: none."""
 
 
 @dataclass(frozen=True)

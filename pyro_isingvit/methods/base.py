@@ -24,6 +24,7 @@ from pyro_isingvit.nets.likelihood import Likelihood
 from pyro_isingvit.nets.penalties import Penalties
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.vit import ViT, Weights
+from pyro_isingvit.nets.weight_terms import Matrices, trained_matrices
 
 Terms = dict[str, Tensor]  # name -> its share of the loss, nats per image; the loss is their sum
 Networks = Callable[[Tensor], Tensor]  # normalised images (B, ...) -> logits (S, B, C)
@@ -58,6 +59,7 @@ class Method(nn.Module):
         super().__init__()
         self.config, self.info, self.num_data = config, info, num_data
         self.penalties = Penalties(config.train, num_data, info.num_classes, info.shares)
+        self.penalties.matrices = self.matrices
         self.likelihood = Likelihood(config.train, info.shares)
 
     # Training ---------------------------------------------------------------------------------------------------
@@ -141,6 +143,11 @@ class Method(nn.Module):
     def trained_networks(self) -> Sequence[tuple[ViT, nn.ParameterDict]]:
         """Every network that is trained, with its matrices."""
         return []
+
+    def matrices(self) -> Matrices:
+        """The weights without noise, of one network, which penalties of weights see."""
+        [(vit, weights)] = self.trained_networks()
+        return trained_matrices(vit, dict(weights.items()))
 
     def start_from(self, start: Start) -> None:
         """Begins from a trained network instead of random weights; the heads stay fresh.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import BaselineConfig, RunConfig, TrainConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.base import Method, Networks, Terms
@@ -120,6 +120,7 @@ def check_baseline(config: BaselineConfig) -> None:
         raise UserError(f"`sparsity` must lie in [0, 1), not {config.sparsity}.")
     if config.members < 1:
         raise UserError(f"`members` of an ensemble must be at least 1, not {config.members}.")
-    for name in ("l0_penalty", "kl_weight", "length_scale"):
+    for name in ("l0_penalty", "kl_weight", "length_scale", "hypersparse_weight", "hypersparse_growth"):
         if not getattr(config, name) >= 0:
             raise UserError(f"`{name}` must not be negative, but is {getattr(config, name)}.")
+    need(0 <= config.lobster_weight <= 1, f"`lobster_weight` must lie in [0, 1], not {config.lobster_weight}.")

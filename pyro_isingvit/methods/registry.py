@@ -116,6 +116,17 @@ METHODS: dict[str, Row] = {
     "gradual-magnitude": Row(
         f"{HERE}.sparse:GradualMagnitude", train=PLAIN, knob=("baseline", "sparsity")
     ),
+    # Epochs before and after the cut, as for the other methods that cut once.
+    "hypersparse": Row(
+        f"{HERE}.shrinking:HyperSparse",
+        train=replace(PLAIN, epochs=24, finetune_epochs=16, finetune_lr=0.5),
+        knob=("baseline", "sparsity"),
+    ),
+    "lobster": Row(
+        f"{HERE}.shrinking:Lobster",
+        train=replace(PLAIN, epochs=24, finetune_epochs=16, finetune_lr=0.5, shrinkage=0.0),
+        knob=("baseline", "sparsity"),
+    ),
     "laplace": Row(f"{HERE}.laplace:LastLayerLaplace", train=PLAIN, derived_from="deterministic"),
 }  # fmt: skip
 

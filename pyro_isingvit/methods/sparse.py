@@ -14,6 +14,7 @@ from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.plain import Plain
 from pyro_isingvit.nets.vit import Weights, linear
+from pyro_isingvit.nets.weight_terms import Matrices, trained_matrices
 
 
 def sparse_vd_kl(log_alpha: Tensor) -> Tensor:
@@ -160,6 +161,10 @@ class Magnitude(Plain):
         return {kind: weight * self.get_buffer(f"mask_{kind}") for kind, weight in self.loc.items()}
 
     draw_weights = weights
+
+    def matrices(self) -> Matrices:
+        """Of what is left."""
+        return trained_matrices(self.vit, self.weights())
 
     def kept(self) -> Weights:
         """The mask."""

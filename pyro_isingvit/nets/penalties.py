@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import need
@@ -23,6 +24,13 @@ from pyro_isingvit.nets.feature_terms import negative_von_neumann_entropy
 from pyro_isingvit.nets.margins import log_barrier
 from pyro_isingvit.nets.self_distillation import first_predictions, self_distillation
 from pyro_isingvit.nets.vit import Watch
+from pyro_isingvit.nets.weight_terms import (
+    Matrices,
+    group_lasso,
+    group_orthogonality,
+    hyperspherical_energy,
+    spectral,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Seen:
         settings: of training.
         shares: of the classes in the training part, (C,); None where they are not known.
         memory: what the penalty's ``memory`` made, as the steps before left it; the term writes to it in place.
+        matrices: the weights without noise, for penalties that ask for them (nets/weight_terms.py).
     """
 
     logits: Tensor
@@ -46,6 +55,7 @@ class Seen:
     settings: TrainConfig = field(default_factory=TrainConfig)
     shares: Sequence[float] | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    matrices: Matrices | None = None
 
 
 @dataclass(frozen=True)
@@ -74,12 +84,14 @@ class Penalty:
         settle: (what was seen of the step) -> None: called after each step with the whole batch's ``rows``; it must
             leave the memory the same on all processes, though each saw its ``own_rows`` of the batch alone, perhaps in
             several parts.
+        weighs: it looks at the weight matrices, ``seen.matrices``.
     """
 
     term: Callable[[Seen], Tensor]
     watches: tuple[str, ...] = ()
     memory: Callable[[int, int], dict[str, Tensor]] | None = None
     settle: Callable[[Settling], None] | None = None
+    weighs: bool = False
 
 
 def attention_log_barrier(seen: Seen) -> Tensor:
@@ -130,6 +142,17 @@ def exchange_rows(step: Settling) -> None:
         table[rows] = gathered(table[rows[own_rows(len(rows))]], len(rows), 0, table.device)
 
 
+def of_weights(term: Callable[[Matrices, TrainConfig], Tensor]) -> Penalty:
+    """The row of a term of the weight matrices and the settings."""
+
+    def seen_by(seen: Seen) -> Tensor:
+        assert seen.matrices is not None, "the method does not say what its matrices are"
+        with torch.autocast(seen.logits.device.type, enabled=False):
+            return term(seen.matrices, seen.settings)
+
+    return Penalty(seen_by, weighs=True)
+
+
 PENALTIES: dict[str, Penalty] = {
     "log_barrier": Penalty(attention_log_barrier, ("attention",)),
     "early_learning": Penalty(remembered_predictions, memory=first_targets, settle=exchange_rows),
@@ -140,6 +163,10 @@ PENALTIES: dict[str, Penalty] = {
     "attention_spread": Penalty(lambda seen: spread(seen.watched["attention"]), ("attention",)),
     "attention_log": Penalty(lambda seen: negative_log(seen.watched["attention"]), ("attention",)),
     "feature_entropy": Penalty(lambda seen: negative_von_neumann_entropy(seen.watched["features"][0]), ("features",)),
+    "group_lasso": of_weights(lambda matrices, settings: group_lasso(matrices, settings.lasso_groups)),
+    "group_orthogonality": of_weights(lambda matrices, _: group_orthogonality(matrices)),
+    "spectral": of_weights(lambda matrices, _: spectral(matrices)),
+    "hyperspherical_energy": of_weights(lambda matrices, _: hyperspherical_energy(matrices)),
 }
 
 
@@ -151,6 +178,9 @@ class Penalties(nn.Module):
         num_data: N, training images.
         num_classes: C.
         shares: of the classes in the training part, (C,); None where they are not known.
+
+    Attributes:
+        matrices: gives the weights without noise, to penalties of weights; the method sets it.
     """
 
     def __init__(
@@ -162,6 +192,7 @@ class Penalties(nn.Module):
     ) -> None:
         super().__init__()
         self.settings, self.shares = settings or TrainConfig(), shares
+        self.matrices: Callable[[], Matrices] | None = None
         weights: dict[str, Any] = {name: getattr(settings, name, 0.0) for name in PENALTIES if settings is not None}
         self.weights: dict[str, float] = {name: weight for name, weight in weights.items() if weight}
         for name in self.weights:
@@ -188,6 +219,8 @@ class Penalties(nn.Module):
         terms = {}
         for name, weight in self.weights.items():
             told = replace(seen, settings=self.settings, shares=self.shares, memory=self.memory(name))
+            if PENALTIES[name].weighs and self.matrices is not None:
+                told = replace(told, matrices=self.matrices())
             terms[name] = scale * weight * PENALTIES[name].term(told)
         return terms
 
