@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pyro_isingvit.pruning.network import CompactViT
     from pyro_isingvit.runs.run import Run
 
-FRONTIER = "frontier.json"
+FRONTIER, BRANCHES = "frontier.json", "branches.json"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def prune(arguments: PruneArguments) -> None:
     guide_of(run)
     searched = arguments.max_accuracy_drop is not None
     masks = None if searched else choose_masks(run, arguments.threshold, arguments.keep, arguments.macs)
-    data = _load(run, arguments.data_root)
+    data = data_of(run, arguments.data_root)
     seed = run.config.train.seed
     merge = data.train.images if _merges(arguments, run) else None
     found: list[Candidate] = []
@@ -114,7 +114,7 @@ def prune(arguments: PruneArguments) -> None:
         model = improved(model) if improved else model
     bayes = from_masks(run, masks, "bayes", val=data.val)
 
-    _clear(arguments.out)
+    clear(arguments.out)
     model.save_pretrained(arguments.out)
     bayes.save_pretrained(arguments.out / "bayes")
     metrics = {
@@ -157,12 +157,16 @@ def _check(arguments: PruneArguments) -> None:
     need(arguments.repeats >= 1, f"--repeats must be at least 1, not {arguments.repeats}.")
     drop = arguments.max_accuracy_drop
     need(drop is None or 0 <= drop <= 100, f"--max-accuracy-drop is in percentage points, 0 to 100, not {drop}.")
-    out = arguments.out
+    check_out(arguments.run, arguments.out, arguments.overwrite)
+
+
+def check_out(run: Path, out: Path, overwrite: bool) -> None:
+    """Raises UserError where a compact network cannot be written to ``out``."""
     need(not out.exists() or out.is_dir(), f"{out} is a file; --out takes a folder.")
-    need(out.resolve() != arguments.run.resolve(), "--out is the run's own folder; name another.")
+    need(out.resolve() != run.resolve(), "--out is the run's own folder; name another.")
     need(not (out / "config.json").exists(), f"{out} holds a run; name another --out.")
     held = (out / "compact.json").exists()
-    need(not held or arguments.overwrite, f"{out} already holds a compact network; name another --out or --overwrite.")
+    need(not held or overwrite, f"{out} already holds a compact network; name another --out or --overwrite.")
 
 
 def _asked(arguments: PruneArguments, merged: bool) -> dict[str, Any]:
@@ -185,7 +189,8 @@ def _merges(arguments: PruneArguments, run: "Run") -> bool:
     return not by_weight if arguments.merge is None else arguments.merge
 
 
-def _load(run: "Run", data_root: str | None) -> "ImageData":
+def data_of(run: "Run", data_root: str | None) -> "ImageData":
+    """The data that a run was trained on; raises UserError where they are others now, or have no test part."""
     from pyro_isingvit.data.load import load_data
 
     source = dataclasses.asdict(run.config.data) | ({} if data_root is None else {"data_root": data_root})
@@ -193,7 +198,7 @@ def _load(run: "Run", data_root: str | None) -> "ImageData":
     if run.config.init is not None:  # images are normalised as those were from which training started
         info = dataclasses.replace(data.info, mean=run.info.mean, std=run.info.std)
         data = dataclasses.replace(data, info=info)
-    same = data.info == run.info and len(data.train) == run.model.num_data
+    same = data.info == run.info and len(data.train) == run.method.num_data
     need(same, f"{source['dataset']} is no longer the data that the run was trained on; prune with the same data.")
     need(len(data.test), f"{data.info.dataset} has no test part to evaluate on.")
     return data
@@ -331,15 +336,15 @@ def _print_frontier(points: "list[Point]", full: dict[str, float]) -> None:
     table.add_row("full", *["-"] * 5, *(f"{full[name]:.4f}" for name in ("accuracy", "nll", "ece")))
     Console().print(table)
     if merged:
-        print("  * where the dropped units are only dropped, not refitted into those that are left (--no-merge)\n")
+        print("  * where the dropped units are only dropped, not refitted into those that are left (--merge False)\n")
 
 
-def _clear(out: Path) -> None:
+def clear(out: Path) -> None:
     """Removes the files of an earlier compact network and nothing else."""
     from inference.prune_deploy import DEPLOYED
     from pyro_isingvit.pruning.export import ONNX, PROGRAM
 
-    for name in ("compact.json", "compact.safetensors", ONNX, PROGRAM, *DEPLOYED, "metrics.json", FRONTIER):
+    for name in ("compact.json", "compact.safetensors", ONNX, PROGRAM, *DEPLOYED, "metrics.json", FRONTIER, BRANCHES):
         (out / name).unlink(missing_ok=True)
     for name in ("bayes", "report"):
         shutil.rmtree(out / name, ignore_errors=True)

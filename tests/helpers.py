@@ -137,7 +137,7 @@ SCRIPTS = {
     "analysis.starts": "Arguments", "analysis.labels": "Arguments", "analysis.label_noise": "Arguments",
     "analysis.decisions": "Arguments", "analysis.adaptation": "Arguments", "analysis.shift_table": "Arguments",
     "inference.share": "ShareArguments", "analysis.distillation": "Arguments",
-    "analysis.regularisers": "Arguments",
+    "analysis.regularisers": "Arguments", "inference.branches": "BranchesArguments",
     "analysis.trials": "Arguments", "analysis.tutorial": "Arguments", "analysis.method_figure": "Arguments",
 }  # fmt: skip
 QUICK_FLAGS = ["--dataset", "digits", "--epochs", "3", "--depth", "1", "--width", "16", "--samples", "5",

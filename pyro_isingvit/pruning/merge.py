@@ -57,7 +57,7 @@ def merge_units(model: CompactViT, reference: CompactViT, images: Images, ridge:
     need(len(images) > 0, "`images` has no images to fit on.")
     need(ridge > 0, f"`ridge` must be above 0, not {ridge}.")
     count = min(len(images), max(1, VALUES // model.position.numel()))
-    ready = [model.normalise(part) for part in _parts(images, count)]
+    ready = [model.normalise(part) for part in spread_out(images, count)]
     ours, theirs = [model.embed(x) for x in ready], [reference.embed(x) for x in ready]
     for block, large in zip(model.blocks, reference.blocks, strict=True):
         assert isinstance(block, Block) and isinstance(large, Block)
@@ -75,7 +75,7 @@ def merge_units(model: CompactViT, reference: CompactViT, images: Images, ridge:
     return model
 
 
-def _parts(images: Images, count: int) -> list[Tensor]:
+def spread_out(images: Images, count: int) -> list[Tensor]:
     """Evenly spaced images, in batches."""
     rows = torch.linspace(0, len(images) - 1, count).round().long()
     return [images[part].cpu() for part in rows.split(BATCH)]

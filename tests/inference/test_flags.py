@@ -101,6 +101,7 @@ def required(script: str, folder: Path) -> list[str]:
         "inference.train": ["--out", str(folder / "out"), "--dataset", "digits", "--device", "cpu"],
         "inference.predict": ["--run", missing, "--input", "digits", "--out", str(folder / "p.nc")],
         "inference.prune": ["--run", missing, "--out", str(folder / "out")],
+        "inference.branches": ["--run", missing, "--out", str(folder / "out")],
         "inference.compare": ["--out", str(folder / "out")],
         "inference.peers": ["--out", str(folder / "out")],
         "inference.benchmark": ["--out", str(folder / "out")],
@@ -146,7 +147,8 @@ def test_numbers_that_no_setting_has(script: str, tmp_path: Path, capsys) -> Non
 
 
 SIGNED = ("--J", "--omega")  # of any sign
-BASELINE = ("--drop-rate", "--members", "--sparsity", "--l0-penalty", "--kl-weight", "--length-scale")
+BASELINE = ("--drop-rate", "--members", "--sparsity", "--l0-penalty", "--kl-weight", "--length-scale",
+            "--hypersparse-weight", "--hypersparse-growth", "--lobster-weight")  # fmt: skip
 
 
 @pytest.mark.parametrize(
