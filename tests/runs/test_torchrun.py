@@ -129,6 +129,26 @@ def test_two_processes_balance_classes_as_one_does(balance: list[object], tmp_pa
         assert ours == pytest.approx(theirs, rel=1e-3) and theirs > 0
 
 
+WEIGHT_TERMS = ["--regularise", "group-lasso-heads:0.01", "gor:0.01", "spectral:0.01", "mhe:0.1"]
+
+
+@pytest.mark.parametrize("words", [
+    WEIGHT_TERMS, ["--method", "hypersparse", "--hypersparse-weight", 0.01, "--weight-decay", 0],
+    ["--method", "lobster", "--lobster-weight", 0.01],
+])  # fmt: skip
+def test_two_processes_penalise_weights_as_one_does(words: list[object], tmp_path: Path) -> None:
+    """Each of them sees all weights; LOBSTER the gradient of the whole batch."""
+    words = [*SMALL, "--train-size", 88, "--accumulate", 2, "--rate-rule", "uniform", *words]
+    assert script("inference.train", *words, "--out", tmp_path / "one").returncode == 0
+    code, _, err = two_forks(*words, "--out", tmp_path / "two")
+    assert code == 0, err
+    if words[-len(WEIGHT_TERMS) :] == WEIGHT_TERMS:
+        assert_alike(tmp_path / "two", tmp_path / "one")
+    for record, expected in zip(history(tmp_path / "two"), history(tmp_path / "one"), strict=True):
+        for name in ("loss", "val_nll", "pruned_fraction"):
+            assert record[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
 def test_two_processes_start_from_a_trained_network(tmp_path: Path) -> None:
     """A trunk whose first block is frozen, rates of each layer, and a decay towards the start."""
     torch.manual_seed(0)
