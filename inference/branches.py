@@ -69,7 +69,7 @@ def cut(arguments: BranchesArguments) -> None:
     merge = arguments.merge
     if merge is None:
         merge = masks or run.mask_summary()["pruned_fraction"] == 0
-    order = rank_branches(dense, data.train.images, branch, count, arguments.images)
+    order = rank_branches(dense, data.train.images, branch, count, arguments.images, progress=True)
 
     def left(removed: int) -> "CompactViT":
         small = without_branches(dense, branch, [removal.block for removal in order[:removed]])

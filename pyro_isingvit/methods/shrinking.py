@@ -77,7 +77,8 @@ class Lobster(Magnitude):
     LOBSTER (Tartaglione et al. 2022, arXiv 2011.09905). At dL/dw = 0 it is a decay of the weights by ``lobster_weight``
     a step. The source takes the step of SGD, and finds the threshold of the cut by the validation loss, again and
     again; here the step is AdamW's, without decay unless it is asked for, and the threshold is the size below which
-    the wanted share of the weights lies, once.
+    the wanted share of the weights lies, once. The decay is towards 0 also where training starts from a trained
+    network.
     """
 
     def __init__(self, config: RunConfig, info: DataInfo, num_data: int) -> None:

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.data.images import Images
@@ -78,7 +79,12 @@ def feature_entropy(model: CompactViT, images: list[Tensor]) -> float:
 
 
 def rank_branches(
-    model: CompactViT, images: Images, branch: Branch = "attention", count: int | None = None, most: int = 1000
+    model: CompactViT,
+    images: Images,
+    branch: Branch = "attention",
+    count: int | None = None,
+    most: int = 1000,
+    progress: bool = False,
 ) -> list[Removal]:
     """The order in which branches may go, the one that says least first.
 
@@ -88,6 +94,7 @@ def rank_branches(
         branch: which of a block's two branches.
         count: how many to rank; None: all.
         most: images that are looked at, evenly spaced.
+        progress: show a progress bar.
 
     Returns:
         the first ``count`` branches; a branch that adds nothing to the stream comes before all others, at TE 0.
@@ -112,15 +119,19 @@ def rank_branches(
     need(len(images) > 1 and most > 1, f"an entropy needs at least 2 images, not {min(len(images), most)}.")
     ready = [model.normalise(part) for part in spread_out(images, min(len(images), most))]
     whole = feature_entropy(model, ready)
+    passes = sum(len(left) - k for k in range(count))
+    bar = tqdm(total=passes, desc="rank", unit="network", disable=not progress, dynamic_ncols=True)
     while len(found) < count:
         transfer = {}
         for block in left:
             with skipping(model, branch, [*gone, block]):
                 transfer[block] = whole - feature_entropy(model, ready)
+            bar.update()
         least = min(left, key=lambda block: abs(transfer[block]))
         left.remove(least)
         gone.append(least)
         found.append(Removal(least, transfer[least]))
+    bar.close()
     return found
 
 
