@@ -52,13 +52,12 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(record.get(name), int | float | None):
             raise TypeError(f"{name} is no number")
     same = {name: value for name, value in trial.items() if name not in ("regulariser", "sets")}
-    epochs = trial["settings"].get("epochs", 0) + trial["settings"].get("finetune_epochs", 0)
     told = next((f"{word}: {plain(str(record[key]))}" for key, word in TOLD.items() if key in record), "")
     return {
         "dataset": plain(trial["dataset"]), "train_size": int(trial["train_size"] or 0),
-        "flipped": float(trial["flipped"]), "epochs": int(epochs), "method": plain(trial["method"]),
+        "flipped": float(trial["flipped"]), "epochs": int(trial["epochs"]), "method": plain(trial["method"]),
         "regulariser": plain(trial["regulariser"]), "seed": int(trial["seed"]), "told": told,
-        "setup": json.dumps(same, sort_keys=True), "call": str(record.get("call")),
+        "setup": json.dumps(same, sort_keys=True), "machine": str(record.get("machine")),
         **{name: math.nan if record.get(name) is None else float(record[name]) for name in numbers},
     }  # fmt: skip
 
@@ -66,17 +65,17 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
 def changes(frame: pd.DataFrame) -> pd.DataFrame:
     """Rows of regularisers with ``change_`` of each metric, and ``change_step``; those without a partner are dropped.
 
-    The partner has no regulariser and is the same otherwise; steps are compared within one call of the script.
+    The partner has no regulariser and is the same otherwise; steps are compared on one machine.
     """
     bare = frame[(frame.regulariser == "none") & (frame.told == "")]
-    kept = [*METRICS, "seconds_per_step", "call"]
+    kept = [*METRICS, "seconds_per_step", "machine"]
     pairs = frame[(frame.regulariser != "none") & (frame.told == "")].merge(
         bare[["setup", *kept]], on="setup", suffixes=("", "_none")
     )
     for name in METRICS:
         pairs[f"change_{name}"] = pairs[name] - pairs[f"{name}_none"]
     ratio = pairs["seconds_per_step"] / pairs["seconds_per_step_none"]
-    pairs[f"change_{STEP}"] = ratio.where(pairs["call"] == pairs["call_none"])
+    pairs[f"change_{STEP}"] = ratio.where(pairs["machine"] == pairs["machine_none"])
     return pairs
 
 

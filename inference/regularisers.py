@@ -7,7 +7,8 @@ accuracy, nll, brier, ece      of the development images, after the temperature 
 nll_uncalibrated               without it
 corrupted_accuracy, _nll       of ``CORRUPTED`` of them, mean over the corruptions of inference.spoil at severity 3
 prunable                       share of the weights that can be cut at equal accuracy (inference.prunable)
-seconds_per_step               of training, the lower quartile over the epochs; to be compared within one ``call``
+seconds_per_step               of training, the lower quartile over the epochs: of the processor, or on a GPU wall time;
+                               to be compared on one ``machine``
 refused, error                 alone: the method does not go with the regulariser; the training diverged
 """
 
@@ -107,7 +108,7 @@ def make_cells(plain: Iterable[tuple[str, str, RunConfig]], names: Sequence[str]
         data = {n: v for n, v in differing(config.data, DataConfig()).items() if n not in (*PLACE, "train_size")}
         trial = {
             "dataset": dataset, "train_size": config.data.train_size, "flipped": flipped, "method": method,
-            "seed": config.train.seed,
+            "seed": config.train.seed, "epochs": config.train.epochs + config.train.finetune_epochs,
             "settings": Trial({}, config, 0).changes() | {"vit": differing(config.vit, ViTConfig())},
             **({"init": config.init} if config.init else {}), **({"data": data} if data else {}),
         }  # fmt: skip
@@ -175,7 +176,7 @@ def _run_and_record(todo: Sequence[Cell], path: Path, records: dict[str, dict[st
 
     from inference.search_trials import append_record
 
-    failed, call = 0, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    failed = 0
     work = partial(measure, threads=max(1, (os.cpu_count() or 1) // jobs))
     with tqdm(total=len(todo), desc="cells", unit="cell", dynamic_ncols=True) as bar:
         for cell, outcome in outcomes(work, todo, jobs):
@@ -188,7 +189,7 @@ def _run_and_record(todo: Sequence[Cell], path: Path, records: dict[str, dict[st
                 bar.write(f"{cell.name}: {reason}: {outcome[reason]}", file=sys.stderr)
             known = records.get(cell.key, {})
             if "refused" not in outcome or outcome["refused"] != known.get("refused"):
-                record = {"trial": cell.trial, "version": __version__, "call": call, **outcome}
+                record = {"trial": cell.trial, "version": __version__, **outcome}
                 append_record(path, record)
                 records[cell.key] = record
     return failed
@@ -225,9 +226,19 @@ def measure(cell: Cell, threads: int) -> dict[str, Any]:
         run = trainer.fit()
     except TrainingDiverged as error:
         return {"error": first_line(error)}
-    quick = sorted(trainer.epoch_seconds)[len(trainer.epoch_seconds) // 4]
-    scores = judge(run, data) | {"seconds_per_step": quick / trainer.steps_per_epoch}
+    seconds = sorted(trainer.epoch_seconds if run.device.type == "cuda" else trainer.cpu_seconds)
+    quick = seconds[len(seconds) // 4] / trainer.steps_per_epoch
+    scores = judge(run, data) | {"seconds_per_step": quick, "machine": place_of_work(threads, run.device.type)}
     return {**scores, "seconds": time.monotonic() - begin}
+
+
+def place_of_work(threads: int, device: str) -> str:
+    """What the time of a step depends on: processor or GPU, threads and PyTorch."""
+    from inference.benchmark import machine
+
+    told = machine(threads, device)
+    cpu = f"{told['processor']}, {told['cores']} cores, {threads} threads"
+    return f"{told['gpu'] or cpu}, torch {told['torch']}"
 
 
 def first_line(error: UserError) -> str:

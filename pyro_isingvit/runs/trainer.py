@@ -118,6 +118,7 @@ class Trainer:
         method: its method.
         session: what is kept, and how far training is.
         epoch_seconds: wall time of the steps of each epoch of this call of ``fit``, validation left out.
+        cpu_seconds: processor time of the steps of each epoch, those of the search for the noise included.
         on_epoch: may be set until ``fit`` is called.
     """
 
@@ -183,6 +184,7 @@ class Trainer:
         self.session = Session(self.run, self.optimizer, self.scheduler, self.averaging, len(data.train), steps, device)
         self.noise_search = NoiseSearch(self.session, self.data.val, self.train_epoch)
         self.epoch_seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.bar: tqdm = tqdm(disable=True)
 
     @property
@@ -284,7 +286,7 @@ class Trainer:
             if phase == "finetune":  # the masks are others from now on
                 self.averaging.restart()
             self.method.begin(phase)
-        steps, session, start = self.steps_per_epoch, self.session, time.monotonic()
+        steps, session, start, worked = self.steps_per_epoch, self.session, time.monotonic(), time.process_time()
         self.loss.train()
         sums, count = torch.zeros((), device=self.fabric.device), 0
         looks: list[dict[str, float]] = []  # at the terms, of every tenth step
@@ -314,6 +316,7 @@ class Trainer:
         mean_loss = math.nan if not_finite(self.method) else float(averaged(sums)) / count
         self._check_finite(mean_loss, {}, epoch)
         seconds = time.monotonic() - start
+        self.cpu_seconds.append(time.process_time() - worked)
         self.averaging.show()
         mean_terms = {name: sum(look[name] for look in looks) / len(looks) for name in looks[0]}
         masks = self.run.mask_summary()

@@ -15,20 +15,20 @@ from analysis.regularisers_table import beyond_noise, changes, load, to_tables
 from pyro_isingvit.core.errors import UserError
 
 
-def record(name: str, seed: int, nll: float = 0.5, method: str = "ising", call: str = "a", **changes: Any) -> dict:
+def record(name: str, seed: int, nll: float = 0.5, method: str = "ising", machine: str = "a", **changes: Any) -> dict:
     trial = {
         "dataset": changes.pop("dataset", "made"), "train_size": 300, "flipped": changes.pop("flipped", 0.0),
         "method": method, "seed": seed, "regulariser": name, "sets": {},
-        "settings": {"epochs": 40, **changes.pop("settings", {})},
+        "epochs": 40, "settings": changes.pop("settings", {}),
     }  # fmt: skip
     scores = {"accuracy": 0.8, "nll": nll, "ece": 0.02, "corrupted_nll": 1.0, "prunable": 0.3, "seconds_per_step": 0.01}
-    return {"trial": trial, "call": call, **scores, **changes}
+    return {"trial": trial, "machine": machine, **scores, **changes}
 
 
 RECORDS = [
     *(record("none", seed, 0.5 + 0.1 * seed) for seed in (0, 1, 2)),
     *(record("car:0.3", seed, 0.4 + 0.1 * seed + 0.001 * seed, seconds_per_step=0.02) for seed in (0, 1, 2)),
-    record("vne:1", 0, 0.7, call="b"), record("vne:1", 1, 0.7, call="b", accuracy=0.85),
+    record("vne:1", 0, 0.7, machine="b"), record("vne:1", 1, 0.7, machine="b", accuracy=0.85),
     record("none", 0, 0.6, "dropout"), record("car:0.3", 0, 0.5, "dropout"), record("car:0.3", 1, 0.5, "dropout"),
     {"trial": record("ps-kd:0.8", 0)["trial"], "refused": "no <b>"},
     {"trial": record("mixup:9", 1)["trial"], "error": "the loss became nan"},
@@ -51,7 +51,7 @@ def test_changes_are_paired_by_seed(frame: pd.DataFrame) -> None:
     assert len(pairs) == 3 + 2 + 1 + 1  # what has no partner, was refused or diverged is left out
     car = pairs[(pairs.regulariser == "car:0.3") & (pairs.method == "ising") & (pairs.flipped == 0)]
     assert np.allclose(car.change_nll, [-0.1, -0.099, -0.098]) and np.allclose(car.change_step, 2.0)
-    assert pairs[pairs.regulariser == "vne:1"].change_step.isna().all()  # of another call: not to be compared
+    assert pairs[pairs.regulariser == "vne:1"].change_step.isna().all()  # of another machine: not to be compared
 
 
 def test_tables_say_changes_seeds_and_what_failed(frame: pd.DataFrame) -> None:

@@ -99,6 +99,7 @@ def test_every_cell_is_a_line_with_its_scores(measured: Path) -> None:
         assert record["seconds_per_step"] > 0 and record["seconds"] > 0 and record["samples"] == 3
         assert record["dev_size"] > 300 and record["train_size"] == 100
     assert found["mixup:0.4"]["trial"]["sets"] == {"mix": "mixup", "mix_alpha": 0.4}
+    assert len({record["machine"] for record in found.values()}) == 1
     assert len({record["nll"] for record in found.values()}) == 3
 
 
@@ -110,7 +111,7 @@ def test_it_resumes(measured: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and "3 cells, 2 of them done already" in done.stderr, done.stderr
     old, new = json.loads(last), records(tmp_path)[-1]
     for record in (old, new):
-        for name in ("call", "seconds", "seconds_per_step"):
+        for name in ("seconds", "seconds_per_step"):
             del record[name]
     assert (tmp_path / RECORDS).read_text().startswith("".join(kept)) and new == old  # the same numbers too
 
