@@ -36,16 +36,15 @@ def cut(run: Run, share: float) -> tuple[ViT, Weights] | None:
     Returns:
         network and matrices; None for a method of several networks.
     """
-    networks = run.method.trained_networks()
-    if len(networks) != 1:
-        return None
-    [(vit, means)] = networks
-    weights = {kind: mean.detach() for kind, mean in means.items()}
     if run.has_masks and run.config.method != "mean-field" and run.guide.phase != "pilot":
-        layout = run.guide.layout
+        vit, layout = run.model.vit, run.guide.layout
+        weights = {kind: pi * run.guide.loc[kind] for kind, pi in run.kept().items()}
         kept = choose_masks(run, keep=1 - share) if share else None
-        weights = {kind: pi * weights[kind] for kind, pi in run.kept().items()}
     else:
+        networks = run.method.deployed()
+        if len(networks) != 1:
+            return None
+        [(vit, weights)] = networks
         layout = MaskLayout(vit, run.config.ising.granularity)
         kept = highest([magnitudes(layout, weights)], mask_sizes(layout, weights), 1 - share) if share else None
     if kept is None:
