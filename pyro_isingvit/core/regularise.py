@@ -53,6 +53,11 @@ REGULARISERS: dict[str, Regulariser] = {
     "gor": Regulariser("group_orthogonality", 0.01),
     "spectral": Regulariser("spectral", 0.01),
     "mhe": Regulariser("hyperspherical_energy", 1.0),
+    "jacobian": Regulariser("jacobian", 0.01),
+    "nuclear": Regulariser("nuclear_norm", 0.01),
+    "ridg": Regulariser("rationale", 0.01),
+    "gradient-norm": Regulariser("gradient_norm", 0.01),
+    "amp": Regulariser("weight_perturbation", 0.05),
 }
 
 

@@ -314,6 +314,16 @@ class TrainConfig:
     """Weight of half the sum of the squared largest singular values of the matrices. 0: none."""
     hyperspherical_energy: float = 0.0
     """Weight of the energy that keeps the directions of a matrix's rows apart. 0: none."""
+    jacobian: float = 0.0
+    """Weight of half the squared Jacobian of the logits by the image, for smooth functions; 0.01 is usual. 0: none."""
+    nuclear_norm: float = 0.0
+    """Weight of the nuclear norm of that Jacobian, by a bound on it; 0.01 is usual. 0: none."""
+    rationale: float = 0.0
+    """Weight of rationale invariance: the same reasons for all images of a class; 0.01 is usual. 0: none."""
+    gradient_norm: float = 0.0
+    """Weight of half the squared gradient of the loss by the weights, for flat minima. 0: none."""
+    weight_perturbation: float = 0.0
+    """Radius within which the weights are moved against the loss before its gradient is taken, likewise. 0: none."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.lean import Noise, slab_pull
 from pyro_isingvit.ising.masks import MASK_POSTERIORS
 from pyro_isingvit.ising.model import IsingViT
-from pyro_isingvit.nets.penalties import Seen
 from pyro_isingvit.nets.vit import Watch
 
 DRAWS = 4  # posterior draws of a training step where the settings leave it open
@@ -107,15 +106,14 @@ class FusedELBO(nn.Module):
                 pull = (pi * loc.detach()).div_(tau_1**2)
                 product = torch.dot(pull.flatten(), loc.flatten())
                 kl = kl + product - 0.5 * product.detach()
-        watch = model.penalties.watch()
         path = self._by_activations if self.noise == "activations" else self._by_weights
-        logits = (self._by_images if self.draws == "image" else path)(x, watch).float()
+        seen = model.penalties.look(self._by_images if self.draws == "image" else path, x, y, rows)
         size = len(x) if model.num_data is None else model.num_data
         return {
-            "nll": size * model.likelihood.nll(logits, y),
+            "nll": size * model.likelihood.nll(seen.logits, y),
             "weight_kl": kl / model.kappa_weights,
             "mask_kl": mask_kl / model.kappa_weights,
-            **model.penalties.terms(Seen(logits, y, rows, watch or {}), size),
+            **model.penalties.terms(seen, size),
         }
 
     def _by_weights(self, x: Tensor, watch: Watch | None) -> Tensor:

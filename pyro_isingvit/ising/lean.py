@@ -108,7 +108,7 @@ class _NoisyLinear(torch.autograd.Function):
         (grad,), (x, weight, window) = grads, ctx.saved_tensors
         for_x = for_weight = None
         if ctx.needs_input_grad[0]:
-            for_x = grad @ torch.add(weight.detach(), window, alpha=ctx.scale).to(grad.dtype)
+            for_x = grad @ torch.add(weight, window, alpha=ctx.scale).to(grad.dtype)  # differentiable once more
         if ctx.needs_input_grad[1]:
             for_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
         return for_x, for_weight, None, None

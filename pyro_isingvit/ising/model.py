@@ -29,7 +29,7 @@ from pyro_isingvit.ising.distributions import SpikeAndSlab
 from pyro_isingvit.ising.layout import MaskLayout
 from pyro_isingvit.ising.lean import is_large
 from pyro_isingvit.nets.likelihood import Likelihood
-from pyro_isingvit.nets.penalties import Penalties, Seen
+from pyro_isingvit.nets.penalties import Penalties
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.vit import ViT, Weights
 
@@ -209,16 +209,15 @@ class IsingViT(nn.Module):
             logits (B, C), or (S, B, C) under a vectorised sample plate; divided by T where y is None, otherwise those
             of the likelihood.
         """
-        watch = None if y is None else self.penalties.watch()
-        logits = self.vit(self.sample_weights(), x, watch).float()
-        if y is None:
-            logits = logits / self.temperature
+        weights = self.sample_weights()
         size = len(x) if y is None or self.num_data is None else self.num_data
-        if y is not None and self.penalties:  # the loss, divided by N, gets weight * penalty
-            seen = Seen(logits, y, rows, watch or {})
-            for name, term in self.penalties.terms(seen, -size).items():
+        if y is None:
+            logits = self.vit(weights, x).float() / self.temperature
+        else:
+            seen = self.penalties.look(lambda x, watch: self.vit(weights, x, watch), x, y, rows)
+            logits = self.likelihood.adjusted(seen.logits)
+            for name, term in self.penalties.terms(seen, -size).items():  # loss / N gets weight * penalty
                 pyro.factor(name, with_plate_axis(term, 0))
-        logits = logits if y is None else self.likelihood.adjusted(logits)
         with pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device)):
             if y is None:
                 pyro.deterministic("probs", logits.softmax(-1), event_dim=1)

@@ -58,7 +58,8 @@ class Method(nn.Module):
     def __init__(self, config: RunConfig, info: DataInfo, num_data: int) -> None:
         super().__init__()
         self.config, self.info, self.num_data = config, info, num_data
-        self.penalties = Penalties(config.train, num_data, info.num_classes, info.shares)
+        features = config.vit.width // (2 if config.vit.head == "mlp" else 1)
+        self.penalties = Penalties(config.train, num_data, info.num_classes, info.shares, features)
         self.penalties.matrices = self.matrices
         self.likelihood = Likelihood(config.train, info.shares)
 
@@ -104,6 +105,7 @@ class Method(nn.Module):
 
     def take_part(self, part: int, parts: int) -> None:
         """Called before ``forward`` with one of several equal parts of a step's batch: its number and their count."""
+        self.penalties.part = (part, parts)
 
     def phases(self, settings: TrainConfig) -> list[tuple[str, int]]:
         """(name, epochs) of each phase, in order; an empty phase has 0 epochs."""

@@ -124,6 +124,7 @@ class IsingMethod(Method):
 
     def take_part(self, part: int, parts: int) -> None:
         """Which draws the next batch gets; the Pyro path has one for all."""
+        super().take_part(part, parts)
         if self.fused:
             self.elbo.part = (part, parts)
 

@@ -14,7 +14,6 @@ from pyro_isingvit.core.settings import BaselineConfig, RunConfig, TrainConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.base import Method, Networks, Terms
 from pyro_isingvit.methods.rates import matrix_groups
-from pyro_isingvit.nets.penalties import Seen
 from pyro_isingvit.nets.vit import Layer, ViT, Weights, linear, stack
 
 
@@ -61,12 +60,11 @@ class Plain(Method):
 
     def forward(self, x: Tensor, y: Tensor, rows: Tensor | None = None) -> Terms:
         """Cross entropy, and the method's own penalty as ``penalty``."""
-        watch = self.penalties.watch()
-        logits = self.vit(self.weights(), x, watch, self.layer_rule).float()
-        terms, own = {"nll": self.likelihood.nll(logits, y)}, self.penalty()
+        seen = self.penalties.look(lambda x, watch: self.vit(self.weights(), x, watch, self.layer_rule), x, y, rows)
+        terms, own = {"nll": self.likelihood.nll(seen.logits, y)}, self.penalty()
         if own is not None:
             terms["penalty"] = own / self.num_data
-        return terms | self.penalties.terms(Seen(logits, y, rows, watch or {}))
+        return terms | self.penalties.terms(seen)
 
     def logged(self, terms: dict[str, float]) -> dict[str, float]:
         """The method's own penalty in nats over all images."""

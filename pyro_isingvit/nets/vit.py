@@ -238,7 +238,8 @@ class ViT(nn.Module):
             watch: receives what passes at the places that it has as keys, appended to their lists:
                 ``tokens``, what the first block reads, (..., B, T, D); ``attention``, queries and keys of each layer,
                 (..., B, H, T, D/H) each; ``blocks``, the output of each block, (..., B, T, D); ``features``, what the
-                last matrix reads, (..., B, its inputs). T counts the tokens that are visible.
+                last matrix reads, (..., B, its inputs). T counts the tokens that are visible. ``swap`` holds a function
+                of these features, which is taken out: the last matrix reads its result in their place.
             layer_rule: what is computed in place of each linear layer; baselines put their noise there.
 
         Returns:
@@ -301,9 +302,12 @@ class ViT(nn.Module):
         x = self._pooled(x, norm)
         if self.config.head == "mlp":
             x = F.relu(apply("head_hidden", 0, x))
+        features = x.squeeze(-2)
         if "features" in watch:
-            watch["features"].append(x.squeeze(-2))
-        return apply("head", 0, x).squeeze(-2)
+            watch["features"].append(features)
+        if "swap" in watch:
+            features = watch["swap"].pop()(features)
+        return apply("head", 0, features.unsqueeze(-2)).squeeze(-2)
 
     def initial_weights(self) -> Weights:
         """Xavier-uniform matrices (q, k, v each on its own), or the centre's; kind -> (layers, out, in)."""

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.random_state import RandomState
 from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.predictive.metrics import entropy
@@ -252,20 +253,14 @@ def _losses(probs: Tensor, mean: Tensor, unsure: Tensor, how: Adaptation, limit:
 @torch.no_grad()
 def _at(start: list[Tensor], norms: list[Tensor], run: Run, x: Tensor, how: Adaptation, step: int) -> Tensor:
     """Mean prediction (B, C) of the first network; the next draws are the same ones."""
-    now, state = [norm.detach().clone() for norm in norms], _random_state(run)
+    now, state = [norm.detach().clone() for norm in norms], RandomState.now(run.device)
     for norm, value in zip(norms, start, strict=True):
         norm.copy_(value)
     first = _draw(run, x, how, step).mean(0)
     for norm, value in zip(norms, now, strict=True):
         norm.copy_(value)
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], run.device)
+    state.restore(run.device)
     return first
-
-
-def _random_state(run: Run) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None
 
 
 def _fisher(run: Run, images: Images, how: Adaptation, norms: list[Tensor]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.processes import launched, own_rows, rank, world
+from pyro_isingvit.core.random_state import RandomState
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.methods.base import Method, Terms, method_class
 from pyro_isingvit.nets.tokens import showing
@@ -90,23 +91,15 @@ def backward(
         with showing(method, visible):
             terms = wrapped(x, y, rows)
         fabric.backward(total(terms))
-        method.settle(rows)
         return {name: term.detach() for name, term in terms.items()}
-    cuda = fabric.device.type == "cuda"
     seed = int(torch.randint(2**62, ())) if method.image_noise else None
-    state, cuda_state = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
-
-    def rewind() -> None:
-        torch.set_rng_state(state)
-        if cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state)
-
+    state = RandomState.now(fabric.device)
     mine, sums = own_rows(len(x)), dict[str, Tensor]()
     shown = [None] * pieces if visible is None else visible[mine].chunk(pieces)
     shares = zip(x[mine].chunk(pieces), y[mine].chunk(pieces), rows[mine].chunk(pieces), shown, strict=True)
     for piece, (images, labels, numbers, tokens) in enumerate(shares):
         part = rank() * pieces + piece
-        rewind()
+        state.restore(fabric.device)
         if seed is not None:
             torch.manual_seed(seed + part)
         method.take_part(part, parts)
@@ -117,6 +110,5 @@ def backward(
         for name, term in terms.items():
             sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach() / pieces
     if seed is not None:
-        rewind()  # the parts drew different numbers, and the next step's must be the same on every process
-    method.settle(rows)
+        state.restore(fabric.device)  # the parts drew different numbers; the next step's must be the same everywhere
     return sums

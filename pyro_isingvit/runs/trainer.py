@@ -26,18 +26,20 @@ from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.base import Terms
 from pyro_isingvit.nets.divergence import first_not_finite, not_finite
 from pyro_isingvit.nets.penalties import PENALTIES
+from pyro_isingvit.nets.smoothness import check_smoothness
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.tokens import TokenMasking
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature, with_shares_of
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.runs.averaging import Averaging
+from pyro_isingvit.runs.flatness import check_flatness, step_gradient
 from pyro_isingvit.runs.noise_search import NoiseSearch
 from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule, with_decay
 from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.run import Run, build_run
 from pyro_isingvit.runs.session import Session
-from pyro_isingvit.runs.steps import backward, set_up_fabric, total
+from pyro_isingvit.runs.steps import set_up_fabric, total
 
 log = logging.getLogger(__name__)
 CHUNK = 1024  # training images at a time after training
@@ -65,13 +67,16 @@ def check_training(config: TrainConfig) -> None:
     for name in ("pilot_fraction", "warmup_fraction"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"`{name}` must lie in [0, 1], not {getattr(config, name)}.")
-    for name in ("finetune_epochs", "weight_decay", "shrinkage", "margin", *PENALTIES):
+    passes = ("gradient_norm", "weight_perturbation")
+    for name in ("finetune_epochs", "weight_decay", "shrinkage", "margin", *passes, *PENALTIES):
         if not (getattr(config, name, None) or 0.0) >= 0:
             raise UserError(f"`{name}` must not be negative, but is {getattr(config, name)}.")
     for name in ("average", "token_masking", "label_smoothing", "early_learning_momentum"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"`{name}` must be at least 0 and below 1, not {getattr(config, name)}.")
     _check_mixes(config)
+    check_smoothness(config)
+    check_flatness(config)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is available here; set `device` to cpu or auto.")
 
@@ -151,6 +156,11 @@ class Trainer:
             self.settings.balance == "none" or min(data.info.counts, default=0) > 0,
             f"`balance` {self.settings.balance} needs a training image of every class at least.",
         )
+        for name, kind in PENALTIES.items():
+            need(
+                self.parts == 1 or not (kind.whole and getattr(self.settings, name, None)),
+                f"`{name}` looks at a batch as a whole; train in one process and set `accumulate` to 1.",
+            )
         torch.manual_seed(self.settings.seed)
         self.run = build_run(config, data.info, len(data.train), folder, model)
         self.method = self.run.method
@@ -300,7 +310,7 @@ class Trainer:
             progress = (session.step - first * steps) / ((last - first) * steps)
             clean = self.augmentation.clean
             self.method.before_step(x[clean], labels[clean], phase, session.step, progress)
-            terms = backward(self.fabric, self.loss, self.method, x, labels, rows, self.settings.accumulate, visible)
+            terms = step_gradient(self.fabric, self.loss, self.method, self.settings, x, labels, rows, visible)
             if session.step % LOOK_EVERY == 0 or count == 0:
                 looks.append(self._look(terms, epoch))
                 self._show(epoch, phase, looks[-1])
