@@ -216,8 +216,13 @@ def measure(cell: Cell, threads: int) -> dict[str, Any]:
         data, _ = noisy(data, cell.trial["flipped"], config.train.seed)
     if config.init is not None:
         config, data, start = begun(config, data, load_start(config.init, download=config.data.download))
+    teachers = []
+    if config.train.distillation:  # learns from the same training without it
+        usual = {name: getattr(type(config.train)(), name) for name in cell.trial["sets"]}
+        alone = replace(config, train=replace(config.train, **usual))
+        teachers = [Trainer(alone, data, None, False, start=start).fit()]
     try:
-        trainer = Trainer(config, data, None, False, start=start)
+        trainer = Trainer(config, data, None, False, start=start, teachers=teachers)
     except UserError as error:
         if cell.trial["regulariser"] == NONE:
             raise

@@ -42,6 +42,8 @@ class TrainArguments:
     """Keep every mask and weight draw in posterior.nc."""
     regularise: tuple[str, ...] = ()
     """Regularisers, each NAME or NAME:STRENGTH, several at once (docs/regularisers.md has all names)."""
+    teacher: tuple[Path, ...] = ()
+    """With --regularise distillation, folders of trained runs whose mean prediction is learned too."""
     data: DataConfig = field(default_factory=DataConfig)
     vit: ViTConfig = field(default_factory=ViTConfig)
     ising: IsingConfig = field(default_factory=IsingConfig)
@@ -66,6 +68,7 @@ def train(arguments: TrainArguments) -> None:
     config = RunConfig(
         arguments.preset, arguments.method, arguments.data, arguments.vit, arguments.ising,
         regularised(arguments.train, arguments.regularise), __version__, arguments.baseline, init=arguments.init,
+        teacher=tuple(map(str, arguments.teacher)),
     )  # fmt: skip
     usual = replace(preset(arguments.preset), head=arguments.vit.head)
     if arguments.init is not None and arguments.vit != usual:

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from pyro_isingvit.methods.registry import row, started
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.runs.folder import FILES, clear_run, need_folder
 from pyro_isingvit.runs.load import open_run
+from pyro_isingvit.runs.run import Run
+from pyro_isingvit.runs.teacher import IN_MEMORY, teacher_name
 from pyro_isingvit.runs.trainer import Trainer
 from pyro_isingvit.starts import load_start
 from pyro_isingvit.trained import TrainedRun
@@ -70,7 +72,12 @@ def train_run(
         data = replace(data, info=open_run(folder).info)
     elif config.init is not None:
         config, data, start = begun(config, data, load_start(config.init, download=config.data.download))
-    trainer = Trainer(config, data, folder, progress, start=start)
+    need(
+        IN_MEMORY not in config.teacher,
+        f"{folder} has a teacher that was never saved: it can be loaded, but not resumed.",
+    )
+    teachers = [open_run(teacher) for teacher in config.teacher]
+    trainer = Trainer(config, data, folder, progress, start=start, teachers=teachers)
     if trained is not None:
         trainer.adopt(trained)
     elif resume:
@@ -119,6 +126,7 @@ def fit(
     train: TrainConfig | None = None,
     ising: IsingConfig | None = None,
     baseline: BaselineConfig | None = None,
+    teacher: Run | Sequence[Run] = (),
     progress: bool = True,
     **settings: Any,
 ) -> TrainedRun:
@@ -133,6 +141,8 @@ def fit(
         train: how to train; None: the method's own defaults.
         ising: prior and posterior of the masks; None: the method's own defaults. An ``IsingViT`` has its own.
         baseline: settings of the methods without Ising masks; None: the method's own defaults.
+        teacher: a trained run, or several, whose mean prediction is learned with the weight ``distillation``; moved to
+            the device of the training.
         progress: show a progress bar.
         **settings: single fields of ``TrainConfig``, ``IsingConfig`` and ``BaselineConfig``, such as ``epochs=60``,
             ``target_retention=0.3`` or ``drop_rate=0.2``.
@@ -167,6 +177,7 @@ def fit(
     given = model if isinstance(model, IsingViT) else None
     clash = "`model` is an IsingViT with mask settings of its own"
     need(given is None or ising is None, f"{clash}; leave out `ising`.")
+    teachers = [teacher] if isinstance(teacher, Run) else list(teacher)
     parts: dict[str, Any] = {
         "train": train or usual.train,
         "ising": given.ising if given else ising or usual.ising,
@@ -180,14 +191,14 @@ def fit(
     need(not settings, f"unknown setting {_named(settings)}; {_hint(settings, parts)}")
     config = RunConfig(
         data=_source(data, parts["train"]), vit=_shape(model), **parts, version=__version__, method=method,
-        preset=model if isinstance(model, str) else "custom",
+        preset=model if isinstance(model, str) else "custom", teacher=tuple(map(teacher_name, teachers)),
     )  # fmt: skip
     start = None
     if isinstance(model, Start):
         config, data, start = begun(config, data, model)
     elif given is not None and given.vit.centred:  # IsingViT.from_pretrained
         config, data = replace(config, init="IsingViT.from_pretrained"), replace(data, info=given.info)
-    return _trained(Trainer(config, data, None, progress, given, start=start), data)
+    return _trained(Trainer(config, data, None, progress, given, start=start, teachers=teachers), data)
 
 
 def _source(data: ImageData, train: TrainConfig) -> DataConfig:

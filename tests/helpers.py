@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 from forks import ROOT, new_process, script  # noqa: F401
+from kills import same
 
+from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.split import Split
@@ -121,6 +123,31 @@ def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def trainer(data, folder=None, config=CONFIG, **train) -> Trainer:
     """A trainer of ``CONFIG``, with changes to its settings of training."""
     return Trainer(replace(config, train=replace(config.train, **train)), data, folder, progress=False)
+
+
+def resumed_like_whole(data, folder, make=trainer, stop=3, **train) -> dict[str, object]:
+    """Trains once, and once more with an interruption after ``stop`` epochs; the checkpoints must be the same bits.
+
+    Returns:
+        the checkpoint.
+    """
+    whole = make(data, folder / "whole", **train).fit()
+
+    def interrupt(at: Trainer) -> None:
+        if at.epoch == stop:
+            raise KeyboardInterrupt
+
+    cut = make(data, folder / "cut", **train)
+    cut.on_epoch = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit()
+    torch.manual_seed(99)
+    again = make(data, folder / "cut", **train)
+    again.restore()
+    again.fit()
+    ours, theirs = (load_checkpoint(folder / name / "checkpoint.pt") for name in ("cut", "whole"))
+    assert same({**ours, "seconds": 0}, {**theirs, "seconds": 0}) and whole.history == again.run.history
+    return theirs
 
 
 # Scripts ---------------------------------------------------------------------------------------------------------

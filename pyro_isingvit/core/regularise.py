@@ -1,7 +1,8 @@
 """Regularisers by name: NAME:STRENGTH stands for settings of training, several at once.
 
 A new one is a row in ``REGULARISERS``; what it does is a penalty (nets/penalties.py), a change of the images or labels
-(data/augment.py) or of the tokens (nets/tokens.py), and a field of ``TrainConfig``.
+(data/augment.py), of the tokens or hidden states of a step (nets/view.py) or of what matrices are
+(nets/reparametrise.py), and a field of ``TrainConfig``.
 """
 
 import math
@@ -34,12 +35,18 @@ class Regulariser:
 
 REGULARISERS: dict[str, Regulariser] = {
     "token-masking": Regulariser("token_masking", 0.25, 1.0, True),
+    "sigma-reparam": Regulariser("sigma_reparam", 1.0),
+    "weight-compander": Regulariser("weight_compander", 1.0),
+    "nested-dropout": Regulariser("nested_dropout", 0.5, 1.0),
     "regmixup": Regulariser("mix_alpha", 10.0, 1e3, sets={"mix": "regmixup"}),
     "mixup": Regulariser("mix_alpha", 0.2, 1e3, sets={"mix": "mixup"}),
     "cutmix": Regulariser("mix_alpha", 0.2, 1e3, sets={"mix": "cutmix"}),
+    "manifold-mixup": Regulariser("mix_alpha", 2.0, 1e3, sets={"mix": "manifold"}),
     "label-smoothing": Regulariser("label_smoothing", 0.1, 1.0, True),
     "logit-penalty": Regulariser("logit_penalty", 0.1),
     "ps-kd": Regulariser("self_distillation", 0.8, 1.0),
+    "distillation": Regulariser("distillation", 1.0),
+    "ttm": Regulariser("distillation", 45.0, sets={"distillation_power": 0.1, "distillation_weighted": False}),
     "early-learning": Regulariser("early_learning", 3.0),
     "car": Regulariser("confusion", 0.3),
     "attention-entropy": Regulariser("attention_entropy", 0.1),

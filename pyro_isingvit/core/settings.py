@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pyro_isingvit.core.earlier import brought_up_to_date
 from pyro_isingvit.core.errors import UserError, why
 from pyro_isingvit.core.fields import check_fields
 
@@ -245,12 +246,12 @@ class TrainConfig:
     flips, or both with RandAugment. Use crop for digits, letters and other images that a mirror changes."""
     margin: int | None = None
     """Zero-padding of a random crop in pixels, the farthest that it shifts an image. None: an eighth of the side."""
-    mix: Literal["none", "mixup", "cutmix", "regmixup"] = "none"
+    mix: Literal["none", "mixup", "cutmix", "regmixup", "manifold"] = "none"
     """Mix each training image and its label with another: mixup sums both, cutmix pastes a box of the other, regmixup
-    sums both for every second image and leaves the others clean."""
+    sums both for every second image and leaves the others clean, manifold sums what a block makes of both."""
     mix_alpha: float | None = None
     """With mix, the share is drawn from Beta(alpha, alpha). Small values mix little; 1: any share alike; large ones:
-    halves. None: 10 for regmixup, 0.2 otherwise."""
+    halves. None: 10 for regmixup, 2 for manifold, 0.2 otherwise."""
     label_smoothing: float = 0.0
     """Share of each training label that goes to all classes alike."""
     token_masking: float = 0.0
@@ -324,6 +325,21 @@ class TrainConfig:
     """Weight of half the squared gradient of the loss by the weights, for flat minima. 0: none."""
     weight_perturbation: float = 0.0
     """Radius within which the weights are moved against the loss before its gradient is taken, likewise. 0: none."""
+    distillation: float = 0.0
+    """Weight of the divergence from the mean prediction of trained runs, the teachers; 1 is usual. 0: none."""
+    distillation_power: float = 1.0
+    """The teachers' probabilities are raised to this power: below 1 they are flattened, 1 leaves them calibrated."""
+    distillation_weighted: bool = True
+    """Weight each image by the sum of these powers, which is larger where the teachers are less certain."""
+    teacher_draws: int = 2
+    """Networks drawn from each teacher in a step."""
+    nested_dropout: float = 0.0
+    """Share of the training images that keep the first units of each MLP alone, a number drawn uniformly: orders units
+    by what they are worth. 0: none."""
+    sigma_reparam: float = 0.0
+    """Matrices have a trained spectral norm, which starts at this multiple of their own; 1 is usual. 0: none."""
+    weight_compander: float = 0.0
+    """Weights are a arctan(v / a), a this multiple of the largest weight at the start; 1 is usual. 0: none."""
 
 
 @dataclass(frozen=True)
@@ -340,6 +356,7 @@ class RunConfig:
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     format: int = FORMAT
     init: str | None = None
+    teacher: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The settings as indented JSON."""
@@ -393,38 +410,14 @@ class RunConfig:
                 f"use the version that wrote it ({raw.get('version', 'unknown')}) or train again."
             )
         try:
-            if written_before(raw.get("version", ""), (0, 4)) and raw["train"].get("draws") == 4:
-                raw["train"]["draws"] = None  # the default was 4, and 1 where 4 could not be
-            if "average" not in raw["train"] and shared_draws(raw):  # before version 0.5
-                raw["train"]["draws"] = 4
-            if raw["train"].get("shrinkage", 0.0) is None:  # what it was before it had a default
-                del raw["train"]["shrinkage"]
-            for part, values in EARLIER.items():
-                raw[part] = values | raw[part]
+            brought_up_to_date(raw)
             parts: dict[str, Any] = {name: kind(**raw.pop(name)) for name, kind in PARTS.items()}
             parts["baseline"] = BaselineConfig(**raw.pop("baseline", {}))  # runs of version 0.1 have none
-            config = cls(**parts, **raw)
+            config = cls(**parts, **raw | {"teacher": tuple(raw.get("teacher", ()))})
             check_fields(config)
             return config
         except (KeyError, TypeError, AttributeError, UserError) as error:
             raise UserError(f"{where} lacks or misnames a setting ({why(error)}); train the run again.") from error
 
 
-def shared_draws(raw: dict[str, Any]) -> bool:
-    """Whether version 0.4 shared a batch of masked units, heads or blocks out among 4 draws where none were asked."""
-    ising, train = raw["ising"], raw["train"]
-    fused = ising.get("mask_posterior") == "likelihood_guided" and train.get("engine") != "pyro"
-    return fused and train.get("draws") is None and ising.get("granularity") != "weight"
-
-
-def written_before(version: str, release: tuple[int, int]) -> bool:
-    """Whether a version, such as "0.3.0", is older than a release; an unreadable version counts as older."""
-    numbers = version.split(".")[:2]
-    return not all(map(str.isdecimal, numbers)) or len(numbers) < 2 or (int(numbers[0]), int(numbers[1])) < release
-
-
-# What runs did before a setting was there: the value of a config.json that lacks it, where the default is another.
-EARLIER: dict[str, dict[str, Any]] = {
-    "data": {"resize": "stretch"}, "vit": {}, "ising": {}, "train": {"average": 0.0, "rate_rule": "uniform"},
-}  # fmt: skip
 PARTS: dict[str, type] = {"data": DataConfig, "vit": ViTConfig, "ising": IsingConfig, "train": TrainConfig}

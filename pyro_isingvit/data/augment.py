@@ -95,8 +95,8 @@ class RegMixup:
 
 
 def group_size(settings: TrainConfig) -> int:
-    """Neighbouring images that must not be parted: a clean one and a mixed one of RegMixup, otherwise one."""
-    return 2 if settings.mix == "regmixup" else 1
+    """Neighbouring images that must not be parted: a pair of RegMixup or manifold mixup, otherwise one."""
+    return 2 if settings.mix in ("regmixup", "manifold") else 1
 
 
 class Augmentation:
@@ -131,7 +131,7 @@ class Augmentation:
 
     def __init__(self, settings: TrainConfig, info: DataInfo) -> None:
         self.kind, self.info, self.margin = settings.augment, info, settings.margin
-        self.smoothing, self.clean = settings.label_smoothing, slice(None, None, group_size(settings))
+        self.smoothing, self.clean = settings.label_smoothing, slice(None, None, 2 if settings.mix == "regmixup" else 1)
         self.weights = class_weights(info.counts) if settings.balance == "loss" else None
         side = min(info.height, info.width)
         need(

@@ -56,6 +56,7 @@ class FusedELBO(nn.Module):
             step's batch and is a multiple of P (a part has several draws) or a divisor of it (several parts share one).
         noise: where the noise of the posterior enters.
         compiled: run the network through torch.compile.
+        group: neighbouring images that share a draw of the masks whatever ``draws`` is; 2 where they are mixed inside.
 
     Attributes:
         part: (number of the part, P); (0, 1) is the whole batch.
@@ -68,9 +69,10 @@ class FusedELBO(nn.Module):
         draws: int | Literal["image"] = 1,
         noise: Literal["weights", "activations"] = "weights",
         compiled: bool = False,
+        group: int = 1,
     ) -> None:
         super().__init__()
-        self.model, self.guide, self.draws, self.noise = model, guide, draws, noise
+        self.model, self.guide, self.draws, self.noise, self.group = model, guide, draws, noise, group
         network = partial(masked_network, model.vit, model.layout) if draws == "image" else model.vit.forward
         self._network: Callable[..., Tensor] = torch.compile(network) if compiled else network
         self.part = (0, 1)
@@ -139,8 +141,10 @@ class FusedELBO(nn.Module):
     def _by_images(self, x: Tensor, watch: Watch | None) -> Tensor:
         """Logits (B, C), each image under masks of its own; the images share the Gaussian noise, which is small."""
         guide, weights, spikes = self.guide, dict[str, Tensor](), dict[str, Tensor]()
-        part, parts = self.part
-        masks = draw_all(self._retention, parts * len(x), slice(part * len(x), (part + 1) * len(x)))
+        (part, parts), count = self.part, len(x) // self.group
+        masks = draw_all(self._retention, parts * count, slice(part * count, (part + 1) * count))
+        if self.group > 1:
+            masks = {name: mask.repeat_interleave(self.group, 0) for name, mask in masks.items()}
         if guide.lean and not guide.config.tau_0:
             pool = {kind: float(guide.scale(kind)) for kind in guide.kinds}, Noise.draw(dict(guide.loc.items()))
             return self._network(dict(guide.loc.items()), {}, masks, x, watch, pool)
@@ -174,7 +178,7 @@ class FusedELBO(nn.Module):
         assert most != "image"
 
         def fits(count: int) -> bool:
-            return parts * batch % count == 0 and (count % parts == 0 or parts % count == 0)
+            return parts * batch % (count * self.group) == 0 and (count % parts == 0 or parts % count == 0)
 
         draws = max(count for count in range(1, most + 1) if fits(count))
         start = part * draws // parts

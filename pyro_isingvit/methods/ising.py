@@ -69,7 +69,8 @@ class IsingMethod(Method):
         if not self._elbo:
             train, usual = self.config.train, DRAWS if self.by_weight else "image"
             draws: Any = train.draws or usual
-            self._elbo.append(FusedELBO(self.model, self.guide, draws, train.noise, train.compile))
+            mixed = train.mix == "manifold"  # a pair of images, which is mixed under one draw of the masks
+            self._elbo.append(FusedELBO(self.model, self.guide, draws, train.noise, train.compile, 2 if mixed else 1))
         return self._elbo[0]
 
     @property
@@ -104,6 +105,21 @@ class IsingMethod(Method):
             settings.noise != "activations" or self.by_weight,
             "`noise` activations is for masks on single weights; set `granularity` to weight.",
         )
+        need(
+            settings.mix != "manifold" or settings.noise == "weights",
+            "`mix` manifold mixes what one draw of the weights makes of two images; set `noise` to weights.",
+        )
+        for name in ("sigma_reparam", "weight_compander"):
+            need(
+                not getattr(settings, name),
+                f"`{name}` is for ordinary weights; the posterior of method {self.config.method} has means of its own.",
+            )
+        changing = {"`mix` manifold": settings.mix == "manifold", "`nested_dropout`": settings.nested_dropout > 0}
+        for name, asked in changing.items():
+            need(
+                not (settings.compile and asked),
+                f"{name} changes the network in each step, for which `compile` would compile it again; leave out one.",
+            )
 
     def forward(self, x: Tensor, y: Tensor, rows: Tensor | None = None) -> Terms:
         """The loss; the guide is drawn from once, or once for each of ``draws`` parts of the batch."""

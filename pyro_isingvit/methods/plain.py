@@ -14,6 +14,7 @@ from pyro_isingvit.core.settings import BaselineConfig, RunConfig, TrainConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.base import Method, Networks, Terms
 from pyro_isingvit.methods.rates import matrix_groups
+from pyro_isingvit.nets.reparametrise import follow, gains, reparametrise, trained
 from pyro_isingvit.nets.vit import Layer, ViT, Weights, linear, stack
 
 
@@ -44,6 +45,7 @@ class Plain(Method):
             frozen=config.train.frozen_blocks,
         )
         self.loc = nn.ParameterDict({k: nn.Parameter(w) for k, w in self.vit.initial_weights().items()})
+        reparametrise(self.loc, config.train)
         self.make_temperature()
 
     def weights(self) -> Weights:
@@ -74,12 +76,27 @@ class Plain(Method):
         """Weight matrices with decay, parameters of the noise at their own rate, everything else without."""
         names = ("loc", *self.fast)
         noise = [p for n in self.fast for p in getattr(self, n).parameters()]
-        others = [p for name, p in self.named_parameters() if name.split(".")[0] not in names]
+        others = [p for name, p in self.named_parameters() if name.split(".")[0] not in names] + gains(self.loc)
         return [
-            *matrix_groups(self.loc, self.vit.all_readers, settings),
+            *matrix_groups(trained(self.loc), self.vit.all_readers, settings),
             {"params": others, "weight_decay": 0.0},
             {"params": noise, "weight_decay": 0.0, "lr": settings.lr * settings.scale_lr_factor},
         ]
+
+    def check(self, settings: TrainConfig) -> None:
+        """Refuses to start from weights that ``reparametrise`` could not give back."""
+        super().check(settings)
+        for name in ("sigma_reparam", "weight_compander"):
+            need(
+                not getattr(settings, name) or (self.config.init is None and settings.layer_decay == 1),
+                f"`{name}` is for a training from random weights at one rate for all blocks; leave it out, or leave "
+                "out `init` and `layer_decay`.",
+            )
+
+    def settle(self, rows: Tensor) -> None:
+        """Follows the spectral norms of the matrices, where they count."""
+        super().settle(rows)
+        follow(self.loc)
 
     def trained_networks(self) -> Sequence[tuple[ViT, nn.ParameterDict]]:
         """The network and its means."""

@@ -9,6 +9,7 @@ parametrisation (Yang et al. 2022, table 3, Adam), relative to the networks on w
 chosen: width 64, twice as many hidden units, up to 4 blocks. The inputs of the patch embedding do not grow.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -39,7 +40,9 @@ def rate_factors(readers: Readers) -> dict[str, float]:
     return factors
 
 
-def matrix_groups(weights: nn.ParameterDict, readers: Readers, settings: TrainConfig) -> list[dict[str, Any]]:
+def matrix_groups(
+    weights: nn.ParameterDict | Mapping[str, nn.Parameter], readers: Readers, settings: TrainConfig
+) -> list[dict[str, Any]]:
     """Groups of the weight matrices for AdamW, one for each rate.
 
     AdamW multiplies a weight by 1 - rate * decay at each step. The decay is divided by the factor of the rate, so that

@@ -8,6 +8,7 @@ from torch import Tensor
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.sparse import Magnitude
+from pyro_isingvit.nets.reparametrise import trained
 from pyro_isingvit.nets.vit import Weights
 from pyro_isingvit.nets.weight_terms import frozen_layers
 
@@ -93,7 +94,7 @@ class Lobster(Magnitude):
     def settle(self, rows: Tensor) -> None:
         """Takes the decay, with the gradients of the whole step, before the optimiser takes its own step."""
         super().settle(rows)
-        for kind, weight in self.loc.items() if self.shrinks else ():
+        for kind, weight in trained(self.loc).items() if self.shrinks else ():
             if weight.grad is not None:
                 layers = slice(frozen_layers(self.vit, kind), None)
                 insensitive = (1 - weight.grad[layers].abs()).clamp(min=0.0)

@@ -32,7 +32,8 @@ def _places(name: str, value: Tensor) -> Iterator[tuple[int, int, str]]:
     """Layer, place within it and words for the first layer of a parameter that is not finite."""
     if bool(torch.isfinite(value).all()):
         return
-    *_, owner, kind = f".{name}".split(".")
+    # Of a matrix that is a function of what is trained (nets/reparametrise.py), the name of the matrix.
+    *_, owner, kind = f".{name.replace('parametrizations.', '').removesuffix('.original')}".split(".")
     if kind not in KINDS:
         yield -1, 0, kind
         return

@@ -23,6 +23,7 @@ from pyro_isingvit.core.random_state import RandomState
 from pyro_isingvit.core.settings import TrainConfig
 from pyro_isingvit.nets.attention_terms import negative_entropy, negative_log, spread
 from pyro_isingvit.nets.confusion import confusion, first_confusion, settle_confusion
+from pyro_isingvit.nets.distillation import distillation
 from pyro_isingvit.nets.early_learning import early_learning, first_targets
 from pyro_isingvit.nets.feature_terms import negative_von_neumann_entropy
 from pyro_isingvit.nets.margins import log_barrier
@@ -58,6 +59,7 @@ class Seen:
         again: passes images through the same network once more, with the same random numbers.
         part: which of how many equal parts of the step's batch this is.
         probe: zeros that were added to the features, for penalties that ask for gradients by them; (B, F) or (S B, F).
+        told: (B, C) probabilities of a teacher; None: there is none.
     """
 
     logits: Tensor
@@ -72,6 +74,7 @@ class Seen:
     again: Network | None = None
     part: tuple[int, int] = (0, 1)
     probe: Tensor | None = None
+    told: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,16 @@ def invariant_reasons(seen: Seen) -> Tensor:
     return rationale(reasons, seen.labels, seen.memory)
 
 
+def taught(seen: Seen) -> Tensor:
+    """Divergence from a teacher's predictions (nets/distillation.py)."""
+    need(seen.told is not None, "`distillation` needs a teacher's predictions of the batch.")
+    assert seen.told is not None
+    settings = seen.settings
+    return distillation(
+        seen.logits, seen.told, seen.labels, settings.distillation_power, settings.distillation_weighted
+    )
+
+
 def exchange_rows(step: Settling) -> None:
     """Every process takes what the others remember of their images of the batch."""
     rows = step.rows
@@ -210,6 +223,7 @@ PENALTIES: dict[str, Penalty] = {
     "confusion": Penalty(class_confusion, memory=first_confusion, settle=settle_class_confusion),
     "logit_penalty": Penalty(logit_penalty),
     "self_distillation": Penalty(remembered_answers, memory=first_predictions, settle=exchange_rows),
+    "distillation": Penalty(taught),
     "attention_entropy": Penalty(lambda seen: negative_entropy(seen.watched["attention"]), ("attention",)),
     "attention_spread": Penalty(lambda seen: spread(seen.watched["attention"]), ("attention",)),
     "attention_log": Penalty(lambda seen: negative_log(seen.watched["attention"]), ("attention",)),
@@ -245,7 +259,10 @@ class Penalties(nn.Module):
     Attributes:
         part: which of how many equal parts of a step's batch comes next.
         matrices: gives the weights without noise, to penalties of weights; the method sets it.
+        told: a teacher's probabilities (B, C) for the batch that comes next; None: there is none.
     """
+
+    told: Tensor | None = None
 
     def __init__(
         self,
@@ -317,7 +334,7 @@ class Penalties(nn.Module):
         """scale * weight * penalty of each, a scalar or (S,); nats per image at scale 1, over all images at scale N."""
         terms = {}
         for name, weight in self.weights.items():
-            told = replace(seen, settings=self.settings, shares=self.shares, memory=self.memory(name))
+            told = replace(seen, settings=self.settings, shares=self.shares, memory=self.memory(name), told=self.told)
             if PENALTIES[name].weighs and self.matrices is not None:
                 told = replace(told, matrices=self.matrices())
             terms[name] = scale * weight * PENALTIES[name].term(told)

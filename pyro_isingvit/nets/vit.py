@@ -50,6 +50,8 @@ def stack(draws: list[Weights]) -> Weights:
     return {kind: torch.stack([draw[kind] for draw in draws]) for kind in draws[0]}
 
 
+Touch = Callable[[str, int, Tensor], Tensor]  # (place, layer, x) -> x, changed
+
 # (kind, layer, x, weight, bias) -> y: what stands for a linear layer; noise on activations goes in here.
 Layer = Callable[[str, int, Tensor, Tensor, Tensor], Tensor]
 
@@ -86,6 +88,8 @@ class ViT(nn.Module):
             computes it.
         visible: (images, tokens) numbers of the patch tokens that each image of a batch shows, as many for all; the
             others are dropped once the position is added. None: all of them (nets/tokens.py sets it in training).
+        touch: (place, layer, x) -> what is read on from there: ``tokens`` (layer 0, before ``norm_pre``), ``hidden``,
+            the units of an MLP, and ``blocks``, the output of each. None: x itself (nets/view.py sets it in training).
 
     Raises:
         UserError: a width that the heads do not divide, a patch larger than the image, non-positive sizes.
@@ -109,6 +113,7 @@ class ViT(nn.Module):
         self.checkpoint_activations, self.centred = False, centred
         self.shared: list[Tensor] | None = None
         self.visible: Tensor | None = None
+        self.touch: Touch | None = None
         patch, dim, depth = config.patch_size, config.width, config.depth
         self.grid, self.padding = patch_grid(height, width, patch, config.stride)
         if any(self.padding):
@@ -214,6 +219,7 @@ class ViT(nn.Module):
         if self.visible is not None:
             assert len(self.visible) == images.shape[:-3].numel(), "visible tokens of another batch"
             x = self._shown(x, self.visible)
+        x = x if self.touch is None else self.touch("tokens", 0, x)
         if self.config.norm_pre:
             x = F.layer_norm(x, x.shape[-1:], self.pre_gain, self.pre_bias, self.config.norm_eps)
         if "tokens" in watch:
@@ -264,6 +270,7 @@ class ViT(nn.Module):
         def norm(x: Tensor, row: int) -> Tensor:
             return F.layer_norm(x, x.shape[-1:], gains[row], offsets[row], eps)
 
+        touch = self.touch  # a block that is computed again in the backward pass has that of the forward pass
         trunk = {kind: weight.unbind(0) for kind, weight in self.trunk.items()}
 
         def apply(kind: str, layer: int, x: Tensor) -> Tensor:
@@ -275,7 +282,9 @@ class ViT(nn.Module):
 
         def block(x: Tensor, layer: int) -> Tensor:
             x = x + self._attention(norm(x, 2 * layer), apply, layer, watch)
-            x = x + apply("fc2", layer, activate(apply("fc1", layer, norm(x, 2 * layer + 1))))
+            units = activate(apply("fc1", layer, norm(x, 2 * layer + 1)))
+            x = x + apply("fc2", layer, units if touch is None else touch("hidden", layer, units))
+            x = x if touch is None else touch("blocks", layer, x)
             if "blocks" in watch:
                 watch["blocks"].append(x)
             return x

@@ -18,10 +18,10 @@ from pyro_isingvit.core.errors import need
 from pyro_isingvit.data.augment import Augmentation
 from pyro_isingvit.data.batches import batches, count_steps
 from pyro_isingvit.data.images import Images
-from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.pruning.network import CompactViT
 from pyro_isingvit.runs.run import Run
+from pyro_isingvit.runs.teacher import check_teachers, mean_prediction
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def distil(
     """
     teachers = [teachers] if isinstance(teachers, Run) else list(teachers)
     _need_mean(model)
-    _check_teachers(model, teachers)
+    check_teachers(teachers, model.config.classes, model.config.image_shape, model.config.kind)
     distil_any(model, lambda x: model(x) * model.temperature, teachers, train, unlabelled, how, progress)
     return model
 
@@ -197,7 +197,7 @@ def distil_any(
             for images, _, _ in batches(split, how.batch_size, how.seed, epoch):
                 images = images if more is None else torch.cat([images, next(more)])
                 x = _mixed(view(images, torch.zeros(len(images)))[0], how)
-                target = torch.stack([_soft(run, x, view.info, how.draws, step) for run in teachers]).mean(0)
+                target = torch.stack([mean_prediction(run, x, view.info, how.draws, step) for run in teachers]).mean(0)
                 yield F.cross_entropy(forward(x), target)
                 step += 1
 
@@ -211,20 +211,6 @@ def _need_mean(model: CompactViT) -> None:
         model.config.form == "mean",
         "only the form 'mean' can be fine-tuned with cross entropy; make the network with `form` mean.",
     )
-
-
-def _check_teachers(model: CompactViT, teachers: Sequence[Run]) -> None:
-    need(teachers, "`teachers` names no run.")
-    config = model.config
-    for run in teachers:
-        info, name = run.info, f"the teacher {run.folder or run.config.method}"
-        need(info.classes == config.classes, f"{name} has other classes than the network that it should teach.")
-        shape = (info.channels, info.height, info.width)
-        need(
-            shape == config.image_shape and info.kind == config.kind,
-            f"{name} reads images {shape} {info.kind}, the network that it should teach {config.image_shape} "
-            f"{config.kind}.",
-        )
 
 
 def _endless(images: Images, how: Distillation) -> Iterator[Tensor]:
@@ -245,22 +231,6 @@ def _mixed(x: Tensor, how: Distillation) -> Tensor:
     share = Beta(how.mix_alpha, how.mix_alpha).sample((count, 1, 1, 1))
     others = x[torch.randperm(len(x))[:count]]
     return torch.cat([share * x[:count] + (1 - share) * others, x[count:]])
-
-
-@torch.no_grad()
-def _soft(run: Run, x: Tensor, info: DataInfo, draws: int, step: int) -> Tensor:
-    """Mean prediction (B, C) of networks drawn from a teacher, of images normalised by ``info``."""
-    scale, own = info.scale, run.info.scale
-    if (scale.mean, scale.std) != (own.mean, own.std):
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (scale.mean, scale.std))
-        x = own.standardised(x * std + mean)
-    first = step * draws
-    if (most := run.max_draws) is not None:
-        draws = min(draws, most)
-        first = step * draws % most
-        draws = min(draws, most - first)
-    logits = run.draw_networks(draws, first)(x.to(run.device)) / run.temperature
-    return logits.softmax(-1).mean(0).cpu()
 
 
 def optimise(network: nn.Module, losses: Iterator[Tensor], steps: int, lr: float, progress: bool = False) -> None:

@@ -21,6 +21,7 @@ from pyro_isingvit.core.random_state import RandomState
 from pyro_isingvit.core.settings import TrainConfig
 from pyro_isingvit.methods.base import Method, Terms
 from pyro_isingvit.nets.penalties import Penalties
+from pyro_isingvit.nets.view import View
 from pyro_isingvit.runs.steps import backward
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def step_gradient(
     x: Tensor,
     y: Tensor,
     rows: Tensor,
-    visible: Tensor | None = None,
+    view: View | None = None,
 ) -> Terms:
     """Fills the parameters' gradients, which are None or 0, with that of a step, and ends the step for the penalties.
 
@@ -58,14 +59,14 @@ def step_gradient(
         x: (B, channels, height, width) normalised, the whole batch.
         y: (B,) or (B, C).
         rows: (B,) numbers of the images.
-        visible: (B, shown) numbers of the patch tokens that each image shows; None: all.
+        view: what was drawn for the whole batch besides; None: nothing.
 
     Returns:
         the mean terms of this process's parts at the weights themselves, detached.
     """
 
     def once() -> Terms:
-        return backward(fabric, wrapped, method, x, y, rows, settings.accumulate, visible)
+        return backward(fabric, wrapped, method, x, y, rows, settings.accumulate, view)
 
     if settings.gradient_norm or settings.weight_perturbation:
         penalties = [module for module in method.modules() if isinstance(module, Penalties)]

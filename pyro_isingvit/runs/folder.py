@@ -69,7 +69,7 @@ def trained_alike(first: RunConfig, second: RunConfig) -> bool:
     What follows the last epoch may differ: temperature, draws of the evaluation.
     """
     ours, theirs = (replace(config.train, calibrate=True, samples=1) for config in (first, second))
-    return (ours, first.vit, first.data) == (theirs, second.vit, second.data)
+    return (ours, first.vit, first.data, first.teacher) == (theirs, second.vit, second.data, second.teacher)
 
 
 def to_lines(history: list[dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from pyro_isingvit.core.processes import launched, own_rows, rank, world
 from pyro_isingvit.core.random_state import RandomState
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.methods.base import Method, Terms, method_class
-from pyro_isingvit.nets.tokens import showing
+from pyro_isingvit.nets.view import View, viewing
 
 if TYPE_CHECKING:  # slow to import; a process that only loads and predicts needs none of it
     import lightning_fabric as lf
@@ -65,7 +65,7 @@ def backward(
     y: Tensor,
     rows: Tensor,
     pieces: int,
-    visible: Tensor | None = None,
+    view: View | None = None,
 ) -> Terms:
     """Adds the gradient of a batch's loss to the parameters' gradients.
 
@@ -81,30 +81,30 @@ def backward(
         y: (B,) or (B, C).
         rows: (B,) numbers of the images.
         pieces: micro-batches of each process.
-        visible: (B, shown) numbers of the patch tokens that each image shows; None: all.
+        view: what was drawn for the whole batch besides; None: nothing.
 
     Returns:
         the mean terms of this process's parts, detached.
     """
     parts = world() * pieces
     if parts == 1:
-        with showing(method, visible):
+        with viewing(method, view):
             terms = wrapped(x, y, rows)
         fabric.backward(total(terms))
         return {name: term.detach() for name, term in terms.items()}
     seed = int(torch.randint(2**62, ())) if method.image_noise else None
     state = RandomState.now(fabric.device)
     mine, sums = own_rows(len(x)), dict[str, Tensor]()
-    shown = [None] * pieces if visible is None else visible[mine].chunk(pieces)
-    shares = zip(x[mine].chunk(pieces), y[mine].chunk(pieces), rows[mine].chunk(pieces), shown, strict=True)
-    for piece, (images, labels, numbers, tokens) in enumerate(shares):
+    views = [None] * pieces if view is None else view[mine].chunk(pieces)
+    shares = zip(x[mine].chunk(pieces), y[mine].chunk(pieces), rows[mine].chunk(pieces), views, strict=True)
+    for piece, (images, labels, numbers, part_view) in enumerate(shares):
         part = rank() * pieces + piece
         state.restore(fabric.device)
         if seed is not None:
             torch.manual_seed(seed + part)
         method.take_part(part, parts)
         with nullcontext() if piece == pieces - 1 else fabric.no_backward_sync(wrapped):
-            with showing(method, tokens):
+            with viewing(method, part_view):
                 terms = wrapped(images, labels, numbers)
             fabric.backward(total(terms) / pieces)
         for name, term in terms.items():

@@ -7,7 +7,7 @@ resumed training starts from, is in session.py.
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from pyro_isingvit.nets.divergence import first_not_finite, not_finite
 from pyro_isingvit.nets.penalties import PENALTIES
 from pyro_isingvit.nets.smoothness import check_smoothness
 from pyro_isingvit.nets.start import Start
-from pyro_isingvit.nets.tokens import TokenMasking
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature, with_shares_of
 from pyro_isingvit.predictive.metrics import classification_metrics
@@ -40,12 +39,14 @@ from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.run import Run, build_run
 from pyro_isingvit.runs.session import Session
 from pyro_isingvit.runs.steps import set_up_fabric, total
+from pyro_isingvit.runs.views import Views
 
 log = logging.getLogger(__name__)
 CHUNK = 1024  # training images at a time after training
 LOOK_EVERY = 10  # steps between looks at the terms of the loss, which wait for the device
 TERMS = {"nll": "the likelihood (NLL)", "weight_kl": "the weight KL", "mask_kl": "the mask KL"}
 SHORT = {"weight_kl": "klW", "mask_kl": "klM"}
+REPARAMETRISED = ("sigma_reparam", "weight_compander")
 LARGEST = 1e15  # of rates and norms: torch computes with them in single precision
 
 
@@ -56,7 +57,7 @@ class TrainingDiverged(UserError):
 def check_training(config: TrainConfig) -> None:
     """Raises UserError where a setting is out of its range."""
     check_fields(config)
-    for name in ("epochs", "batch_size", "samples", "val_samples", "accumulate", "draws"):
+    for name in ("epochs", "batch_size", "samples", "val_samples", "accumulate", "draws", "teacher_draws"):
         if isinstance(getattr(config, name), int) and getattr(config, name) < 1:
             raise UserError(f"`{name}` must be at least 1, not {getattr(config, name)}.")
     for name in ("lr", "finetune_lr", "clip_norm", "scale_lr_factor"):
@@ -68,12 +69,19 @@ def check_training(config: TrainConfig) -> None:
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"`{name}` must lie in [0, 1], not {getattr(config, name)}.")
     passes = ("gradient_norm", "weight_perturbation")
-    for name in ("finetune_epochs", "weight_decay", "shrinkage", "margin", *passes, *PENALTIES):
+    for name in ("finetune_epochs", "weight_decay", "shrinkage", "margin", *passes, *REPARAMETRISED, *PENALTIES):
         if not (getattr(config, name, None) or 0.0) >= 0:
             raise UserError(f"`{name}` must not be negative, but is {getattr(config, name)}.")
     for name in ("average", "token_masking", "label_smoothing", "early_learning_momentum"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"`{name}` must be at least 0 and below 1, not {getattr(config, name)}.")
+    need(
+        0 < config.distillation_power <= LARGEST,
+        f"`distillation_power` must be positive, not {config.distillation_power}.",
+    )
+    need(0 <= config.nested_dropout <= 1, f"`nested_dropout` must lie in [0, 1], not {config.nested_dropout}.")
+    both = all(getattr(config, name) for name in REPARAMETRISED)
+    need(not both, f"`{REPARAMETRISED[0]}` and `{REPARAMETRISED[1]}` both make the matrices; leave one out.")
     _check_mixes(config)
     check_smoothness(config)
     check_flatness(config)
@@ -85,8 +93,13 @@ def _check_mixes(config: TrainConfig) -> None:
     # Below, gamma variates underflow, and a share comes out as 1/2 where it should be 0 or 1.
     if config.mix_alpha is not None and not 1e-3 <= config.mix_alpha <= 1e3:
         raise UserError(
-            f"`mix_alpha` must lie in [0.001, 1000], not {config.mix_alpha}; 0.2 to 1 are usual, 10 to 20 for regmixup."
+            f"`mix_alpha` must lie in [0.001, 1000], not {config.mix_alpha}; 0.2 to 2 are usual, 10 to 20 for regmixup."
         )
+    need(
+        config.mix != "manifold" or not config.token_masking,
+        "`mix` manifold sums the tokens of two images place by place, and with `token_masking` they show other places; "
+        "leave one of them out.",
+    )
     for name in ("early_learning", "self_distillation"):
         need(
             not getattr(config, name) or config.mix == "none",
@@ -117,6 +130,7 @@ class Trainer:
         model: trained in place; None builds a fresh one.
         on_epoch: called with the trainer after every epoch, when the epoch is kept.
         start: a trained network to begin from, for these images; None: random weights, or those of ``model``.
+        teachers: trained runs of which `distillation` learns.
 
     Attributes:
         run: what is trained.
@@ -136,6 +150,7 @@ class Trainer:
         model: IsingViT | None = None,
         on_epoch: Callable[["Trainer"], object] | None = None,
         start: Start | None = None,
+        teachers: Sequence[Run] = (),
     ) -> None:
         check_training(config.train)
         if len(data.train) < 1:
@@ -178,7 +193,7 @@ class Trainer:
             self.method.start_from(start)
         self.method.to(self.fabric.device)  # before there is an optimiser, which may hold views of the parameters
         self.augmentation = Augmentation(self.settings, self.run.info)
-        self.masking = TokenMasking(self.settings.token_masking, self.method)
+        self.views = Views(self.settings, self.run, teachers)
         for module in self.method.modules():
             if isinstance(module, ViT):
                 module.checkpoint_activations = self.settings.checkpoint_activations
@@ -305,12 +320,13 @@ class Trainer:
         for images, classes, rows in order:
             weights = self.data.train.weights
             x, labels = self.augmentation(images, classes, None if weights is None else weights[rows])
-            visible = self.masking.draw(len(x), x.device)
+            view = self.views.draw(x, session.step)
             self.optimizer.zero_grad(set_to_none=True)
             progress = (session.step - first * steps) / ((last - first) * steps)
             clean = self.augmentation.clean
             self.method.before_step(x[clean], labels[clean], phase, session.step, progress)
-            terms = step_gradient(self.fabric, self.loss, self.method, self.settings, x, labels, rows, visible)
+            y = self.views.labels(labels, view)
+            terms = step_gradient(self.fabric, self.loss, self.method, self.settings, x, y, rows, view)
             if session.step % LOOK_EVERY == 0 or count == 0:
                 looks.append(self._look(terms, epoch))
                 self._show(epoch, phase, looks[-1])

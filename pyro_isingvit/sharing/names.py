@@ -33,7 +33,7 @@ def shared_config(config: RunConfig) -> RunConfig:
     data = replace(config.data, dataset=shared_name(config.data.dataset), data_root=plain.data_root, cache=plain.cache,
                    groups=plain.groups, download=plain.download)  # fmt: skip
     init = config.init and "@".join(last_part(part) for part in config.init.split("@"))
-    return replace(config, data=data, init=init)
+    return replace(config, data=data, init=init, teacher=tuple(map(last_part, config.teacher)))
 
 
 def shared_metrics(metrics: Any, key: str = "") -> Any:

@@ -21,6 +21,8 @@ from pyro_isingvit.data.load import development_data
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.experiment import fit
 from pyro_isingvit.ising.layout import MaskLayout
+from pyro_isingvit.runs.run import Run
+from pyro_isingvit.runs.teacher import Teacher
 
 SMALL = ViTConfig(patch_size=4, width=16, heads=2, depth=1)
 FLAGS = ["--preset", "digits", "--depth", 1, "--width", 16, "--train-sizes", 100, "--epochs", 2, "--seeds", 0,
@@ -141,6 +143,28 @@ def test_wrong_labels_are_for_training_alone(monkeypatch) -> None:
         (getattr(seen[0], part).labels != getattr(clean, part).labels).float().mean() for part in ("train", "val")
     ]
     assert changed[0] == pytest.approx(0.3) and changed[1] > 0 and (seen[0].test.labels == clean.test.labels).all()
+
+
+@pytest.mark.parametrize("method", ["ising", "dropout"])
+def test_distillation_learns_from_the_training_without_it(method: str, monkeypatch) -> None:
+    taught: list[list[Run]] = []
+    build = Teacher.__init__
+
+    def spy(self: Teacher, runs, run: Run) -> None:
+        taught.append(list(runs))
+        build(self, runs, run)
+
+    monkeypatch.setattr(Teacher, "__init__", spy)
+    scores = measure(one("ttm", methods=(method,)), 1)
+    assert 0 < scores["nll"] < 10
+    alone, [teacher] = taught
+    assert alone == [] and teacher.config.train.distillation == 0 and len(teacher.history) == 2
+
+
+@pytest.mark.parametrize("name", ["sigma-reparam", "weight-compander"])
+def test_reparametrised_weights_are_for_baselines(name: str) -> None:
+    assert 0 <= measure(one(name, methods=("dropout",)), 1)["prunable"] < 1
+    assert "ordinary weights" in measure(one(name, methods=("ising",)), 1)["refused"]
 
 
 def test_deterministic_networks_get_a_temperature_too() -> None:

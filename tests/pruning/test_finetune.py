@@ -78,7 +78,9 @@ def test_a_student_that_agrees_has_no_gradient(trained: tuple[Run, ImageData], m
 
     monkeypatch.setattr(module, "optimise", measured)
     distil(model, run, data.train)
-    monkeypatch.setattr(module, "_soft", lambda run, x, *_: (model(x) * model.temperature).softmax(-1).detach())
+    monkeypatch.setattr(
+        module, "mean_prediction", lambda run, x, *_: (model(x) * model.temperature).softmax(-1).detach()
+    )
     distil(model, run, data.train)
     assert sizes[0] > 1e-3 and sizes[1] < 1e-6
     logits = torch.randn(4, 3, requires_grad=True)
@@ -93,7 +95,7 @@ def test_the_target_is_the_posterior_mean_on_average(trained: tuple[Run, ImageDa
     x = run.info.normalise(data.test.images[:40])
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        targets = torch.stack([module._soft(run, x, run.info, 2, step) for step in range(300)])
+        targets = torch.stack([module.mean_prediction(run, x, run.info, 2, step) for step in range(300)])
     wanted = draw_predictive(run, data.test.images[:40], 600, seed=5).mean
     error = (targets.var(0) / 300).sqrt()
     assert bool(((targets.mean(0) - wanted).abs() < 5 * 2**0.5 * error + 1e-3).all())
@@ -107,9 +109,9 @@ def test_several_teachers_count_alike_and_read_their_own_scale(trained: tuple[Ru
     vars(again).update(vars(run))
     again.method = run.method
     torch.manual_seed(0)
-    ours = module._soft(run, x, run.info, 3, 0)
+    ours = module.mean_prediction(run, x, run.info, 3, 0)
     torch.manual_seed(0)
-    theirs = module._soft(run, other.normalise(data.test.images[:6]), other, 3, 0)
+    theirs = module.mean_prediction(run, other.normalise(data.test.images[:6]), other, 3, 0)
     torch.testing.assert_close(ours, theirs)
 
 
@@ -161,7 +163,7 @@ def test_a_single_network_may_teach(trained: tuple[Run, ImageData]) -> None:
     single.method = Counted()
     x = run.info.normalise(data.test.images[:2])
     for step in range(4):
-        module._soft(single, x, run.info, 2, step)
+        module.mean_prediction(single, x, run.info, 2, step)
     assert all(count >= 1 and first + count <= 3 for count, first in asked)
 
 

@@ -99,6 +99,14 @@ def test_two_processes_share_out_mixed_images_and_their_tokens(tmp_path: Path) -
     assert_alike(tmp_path / "two", tmp_path / "one")
 
 
+def test_two_processes_mix_the_same_states_and_keep_the_same_units(tmp_path: Path) -> None:
+    words = [*SMALL, "--train-size", 88, "--mix", "manifold", "--nested-dropout", 0.5, "--rate-rule", "uniform"]
+    assert script("inference.train", *words, "--out", tmp_path / "one").returncode == 0
+    code, _, err = two_forks(*words, "--accumulate", 2, "--out", tmp_path / "two")
+    assert code == 0, err
+    assert_alike(tmp_path / "two", tmp_path / "one")
+
+
 def test_two_processes_remember_what_both_said_of_their_images(tmp_path: Path) -> None:
     """Early-learning regularisation: the table of all images is that of one process, in micro-batches too."""
     words = [*SMALL, "--train-size", 88, "--early-learning", 2, "--accumulate", 2, "--rate-rule", "uniform"]

@@ -1,0 +1,126 @@
+"""Trained runs as teachers: the mean prediction of a batch that another network is trained towards.
+
+    t(x) = mean over teachers of E_{W ~ q} softmax(f_W(x) / T)
+
+Each step draws a few networks anew from every teacher. Their mean is an unbiased estimate of t.
+
+Shapes: B batch, C classes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.processes import own_rows
+from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.runs.run import Run
+
+IN_MEMORY = "a run in memory"  # stands in the settings for a teacher without a folder
+
+
+def teacher_name(run: Run) -> str:
+    """What the settings call a teacher: its folder."""
+    return str(run.folder) if run.folder is not None else IN_MEMORY
+
+
+def check_teachers(
+    teachers: Sequence[Run], classes: tuple[str, ...], image_shape: tuple[int, int, int], kind: str
+) -> None:
+    """Refuses teachers that know other classes or images than the network that they should teach.
+
+    Args:
+        teachers: the runs.
+        classes: of that network.
+        image_shape: of its images, (channels, height, width).
+        kind: of their pixels.
+
+    Raises:
+        UserError: no teacher, or one that does not fit.
+    """
+    need(teachers, "`teachers` names no run.")
+    for run in teachers:
+        info, name = run.info, f"the teacher {run.folder or run.config.method}"
+        need(info.classes == classes, f"{name} has other classes than the network that it should teach.")
+        need(
+            info.image_shape == image_shape and info.kind == kind,
+            f"{name} reads images {info.image_shape} {info.kind}, the network that it should teach {image_shape} "
+            f"{kind}.",
+        )
+
+
+@torch.no_grad()
+def mean_prediction(run: Run, x: Tensor, info: DataInfo, draws: int, step: int) -> Tensor:
+    """Mean probabilities (B, C) of networks drawn from a teacher; a method with a limited number gives them in turn.
+
+    Args:
+        run: the teacher.
+        x: (B, channels, height, width), normalised by ``info``.
+        info: of the images.
+        draws: networks, at most.
+        step: number of the step.
+    """
+    scale, own = info.scale, run.info.scale
+    if (scale.mean, scale.std) != (own.mean, own.std):
+        mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (scale.mean, scale.std))
+        x = own.standardised(x * std + mean)
+    first = step * draws
+    if (most := run.max_draws) is not None:
+        draws = min(draws, most)
+        first = step * draws % most
+        draws = min(draws, most - first)
+    logits = run.draw_networks(draws, first)(x.to(run.device)) / run.temperature
+    return logits.softmax(-1).mean(0).to(x.device)
+
+
+class Teacher:
+    """What trained runs say of the batches of a training.
+
+    Its random numbers are its own, a function of seed and step: the training draws what it draws without a teacher, and
+    a resumed training is taught the same. Each process asks for its share of the batch.
+
+    Args:
+        runs: the teachers, moved to the device of ``run``; none: nothing is taught.
+        run: what is trained, whose settings say how.
+
+    Raises:
+        UserError: a teacher of other classes, images, or way of balancing classes; the network that is trained teaches
+            itself; `distillation` without a teacher, or a teacher without it.
+    """
+
+    def __init__(self, runs: Sequence[Run], run: Run) -> None:
+        self.runs, self.info, self.settings = list(runs), run.info, run.config.train
+        asked = bool(self.settings.distillation)
+        need(self.runs or not asked, "`distillation` needs a trained run to learn from: name one as `teacher`.")
+        need(asked or not self.runs, "`teacher` is for the regulariser distillation: add it to `regularise`.")
+        if not asked:
+            return
+        check_teachers(self.runs, self.info.classes, self.info.image_shape, self.info.kind)
+        own = {id(parameter) for parameter in run.method.parameters()}
+        for each in self.runs:
+            name, scale = f"the teacher {each.folder or each.config.method}", each.info.scale
+            need(own.isdisjoint(map(id, each.method.parameters())), f"{name} is the network that is trained.")
+            need(
+                (scale.low, scale.high) == (self.info.scale.low, self.info.scale.high),
+                f"{name} scales pixels otherwise (`intensity`) than the network that it should teach.",
+            )
+            need(
+                each.balanced == run.balanced,
+                f"{name} predicts under {'equal shares' if each.balanced else 'the shares'} of the classes, the "
+                "network that it should teach does not: give both a `balance`, or neither.",
+            )
+            each.to(run.device)
+            each.method.eval()
+
+    def __call__(self, x: Tensor, step: int) -> Tensor | None:
+        """t (B, C) of a batch x (B, channels, height, width), normalised; 0 where another process needs it alone."""
+        if not self.runs:
+            return None
+        mine, draws = own_rows(len(x)), self.settings.teacher_draws
+        told = x.new_zeros(len(x), self.info.num_classes)
+        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+            torch.manual_seed(self.settings.seed * 1_000_003 + step)
+            said = [mean_prediction(run, x[mine], self.info, draws, step) for run in self.runs]
+        told[mine] = torch.stack(said).mean(0)
+        return told
