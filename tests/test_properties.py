@@ -60,6 +60,8 @@ def of(kind: Any) -> st.SearchStrategy:
     if dataclasses.is_dataclass(kind):
         fields = {field.name: of(field.type) for field in dataclasses.fields(kind) if field.name != "format"}
         return st.builds(kind, **fields)
+    if get_origin(kind) is tuple:  # tuple[kind, ...]
+        return st.lists(of(get_args(kind)[0]), max_size=3).map(tuple)
     return st.one_of([of(each) for each in get_args(kind)])
 
 

@@ -413,7 +413,8 @@ class RunConfig:
             brought_up_to_date(raw)
             parts: dict[str, Any] = {name: kind(**raw.pop(name)) for name, kind in PARTS.items()}
             parts["baseline"] = BaselineConfig(**raw.pop("baseline", {}))  # runs of version 0.1 have none
-            config = cls(**parts, **raw | {"teacher": tuple(raw.get("teacher", ()))})
+            teacher = raw.pop("teacher", [])  # JSON has no tuples
+            config = cls(**parts, **raw, teacher=tuple(teacher) if isinstance(teacher, list) else teacher)
             check_fields(config)
             return config
         except (KeyError, TypeError, AttributeError, UserError) as error:

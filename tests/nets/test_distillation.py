@@ -233,6 +233,9 @@ def test_in_python_the_settings_keep_the_teachers_name(data, teacher: Run, tmp_p
     raw = json.loads(run.config.to_json())
     del raw["teacher"]  # as earlier versions wrote it
     assert RunConfig.from_json(json.dumps(raw)).teacher == () and "teacher" not in EARLIER["train"]
+    for wrong in ("run", [1], None):
+        with pytest.raises(UserError, match="`teacher` cannot be"):
+            RunConfig.from_json(json.dumps(raw | {"teacher": wrong}))
 
 
 def test_the_command_line(tmp_path: Path, capsys) -> None:
