@@ -121,6 +121,8 @@ def table(records: list[dict[str, Any]]) -> list[list[str]]:
     """A row for each kind of images and adaptation: mean over severities and runs, and deviation over the runs."""
     import pandas as pd
 
+    from analysis.comparison_tables import with_spread
+
     frame = pd.DataFrame(records)
     corrupted = frame[~frame["cell"].str.startswith(("clean", "prevalence"))].assign(cell="all corrupted")
     frame = pd.concat([frame, corrupted])
@@ -129,10 +131,8 @@ def table(records: list[dict[str, Any]]) -> list[list[str]]:
         for name in dict.fromkeys(frame["adaptation"]):
             part = frame[(frame["cell"] == cell) & (frame["adaptation"] == name)]
             each = part.groupby("run")[[*METRICS]].mean()
-            spread = each.std() if len(each) > 1 else None
-            values = [f"{each[m].mean():.3f}" + ("" if spread is None else f" ± {spread[m]:.3f}") for m in METRICS]
-            used = part["used"].mean()
-            rows.append([cell, name, *values, "" if pd.isna(used) else f"{100 * used:.0f}%"])
+            used = "" if pd.isna(share := part["used"].mean()) else f"{100 * share:.0f}%"
+            rows.append([cell, name, *(with_spread(each[metric]) for metric in METRICS), used])
     return rows
 
 

@@ -242,6 +242,12 @@ def to_table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "| --- |" + " --- |" * (len(rows[0]) - 1), *lines[1:]])
 
 
+def with_spread(values: pd.Series, decimals: int = 3) -> str:
+    """Mean and standard deviation of numbers, the mean alone of a single one."""
+    spread = f" ± {values.std():.{decimals}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{decimals}f}{spread}"
+
+
 def show_table(table: str, page: Path | None, markers: tuple[str, str]) -> None:
     """Prints a table, or puts it between the markers of a page and says so."""
     if page is None:

@@ -71,15 +71,12 @@ def table(found: list[dict[str, Any]]) -> str:
     """A row for each data set, size and kind of network: means and deviations over seeds."""
     import pandas as pd
 
-    from analysis.comparison_tables import to_table
+    from analysis.comparison_tables import to_table, with_spread
 
     rows = [["", "", "MACs", *METRICS.values(), "seeds"]]
     for (dataset, size, what), cells in pd.DataFrame(found).groupby(["dataset", "train_size", "what"], sort=False):
         row = [f"{dataset}, {size:,}", str(what), f"{cells['macs'].mean():,.0f}"]
-        for metric in METRICS:
-            spread = f" ± {cells[metric].std():.3f}" if len(cells) > 1 else ""
-            row.append(f"{cells[metric].mean():.3f}{spread}")
-        rows.append([*row, str(len(cells))])
+        rows.append([*row, *(with_spread(cells[metric]) for metric in METRICS), str(len(cells))])
     return to_table(rows)
 
 

@@ -253,13 +253,11 @@ def to_tables(records: list[dict[str, Any]]) -> str:
     """Two tables in Markdown: wrong labels that are found, and trainings on wrong labels; means over the seeds."""
     import pandas as pd
 
-    from analysis.comparison_tables import to_table
+    from analysis.comparison_tables import to_table, with_spread
     from pyro_isingvit.core.untrusted import plain
 
     def mean(cells: "pd.DataFrame", name: str, decimals: int = 3) -> str:
-        values = cells[name]
-        spread = f" ± {values.std():.{decimals}f}" if len(values) > 1 else ""
-        return f"{values.mean():.{decimals}f}{spread}"
+        return with_spread(cells[name], decimals)
 
     tables = []
     for kind, scores in (("detect", DETECT), ("train", TRAIN)):

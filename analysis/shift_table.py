@@ -152,6 +152,8 @@ def table(found: list[dict[str, Any]]) -> list[list[str]]:
     """A row for each kind: clean and mean corrupted scores, then AUROC and FPR95 for each strange set."""
     import pandas as pd
 
+    from analysis.comparison_tables import with_spread
+
     records = []
     for each in found:
         record = {"kind": each["kind"]}
@@ -163,11 +165,7 @@ def table(found: list[dict[str, Any]]) -> list[list[str]]:
     frame = pd.DataFrame(records)
     rows = [list(map(str, frame.columns))]
     for kind, cells in frame.groupby("kind", sort=False):
-        row = [str(kind)]
-        for name in frame.columns[1:]:
-            values = cells[name].astype(float)
-            row.append(f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else ""))
-        rows.append(row)
+        rows.append([str(kind), *(with_spread(cells[name].astype(float)) for name in frame.columns[1:])])
     rows[0][0] = ""
     return rows
 

@@ -41,7 +41,7 @@ def table(nothing: "pd.DataFrame", started: "pd.DataFrame") -> str:
     Raises:
         UserError: the grids share no cell.
     """
-    from analysis.comparison_tables import to_table
+    from analysis.comparison_tables import to_table, with_spread
 
     keys = ["dataset", "train_size", "method", "seed"]
     both = nothing.merge(started, on=keys, suffixes=("_nothing", "_started"))
@@ -51,9 +51,7 @@ def table(nothing: "pd.DataFrame", started: "pd.DataFrame") -> str:
         row = [str(dataset), f"{size:,}", f"`{method}`"]
         for metric in METRICS:
             for start in ("nothing", "started"):
-                values = cells[f"{metric}_{start}"]
-                spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
-                row.append(f"{values.mean():.3f}{spread}")
+                row.append(with_spread(cells[f"{metric}_{start}"]))
         rows.append(row)
     return to_table(rows)
 

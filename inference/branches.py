@@ -45,7 +45,7 @@ class BranchesArguments:
 
 def cut(arguments: BranchesArguments) -> None:
     """Rank the branches of a run's network, remove the first ones, and measure what is left against the whole."""
-    from inference.prune import BRANCHES, check_out, clear, data_of
+    from inference.prune import BRANCHES, check_out, check_work, clear, data_of
     from inference.prune_tuning import make_tuning
     from pyro_isingvit.core.checkpoint import write_json
     from pyro_isingvit.pruning.branches import rank_branches, without_branches
@@ -56,6 +56,7 @@ def cut(arguments: BranchesArguments) -> None:
     from pyro_isingvit.runs.load import open_run
 
     _check(arguments)
+    check_work(arguments.finetune, arguments.distil, arguments.repeats)
     check_out(arguments.run, arguments.out, arguments.overwrite)
     run = open_run(arguments.run)
     networks = deployed_networks(run.method)
@@ -104,10 +105,6 @@ def cut(arguments: BranchesArguments) -> None:
 def _check(arguments: BranchesArguments) -> None:
     need(0 < arguments.share <= 1, f"--share must lie in (0, 1], not {arguments.share}.")
     need(arguments.images >= 2, f"--images must be at least 2, not {arguments.images}.")
-    for name in ("finetune", "distil"):
-        need(getattr(arguments, name) >= 0, f"--{name} takes a number of epochs, not {getattr(arguments, name)}.")
-    need(not (arguments.finetune and arguments.distil), "--finetune and --distil contradict each other; give one.")
-    need(arguments.repeats >= 1, f"--repeats must be at least 1, not {arguments.repeats}.")
 
 
 def _scores(model: "CompactViT", part: Any) -> dict[str, float]:

@@ -149,15 +149,20 @@ def _check(arguments: PruneArguments) -> None:
     }  # fmt: skip
     named = [name for name, value in given.items() if value is not None]
     need(len(named) <= 1, f"{' and '.join(named)} contradict each other; give one of them.")
-    for name in ("finetune", "distil"):
-        need(getattr(arguments, name) >= 0, f"--{name} takes a number of epochs, not {getattr(arguments, name)}.")
-    need(not (arguments.finetune and arguments.distil), "--finetune and --distil contradict each other; give one.")
+    check_work(arguments.finetune, arguments.distil, arguments.repeats)
     for name in ("teacher", "unlabelled"):
         need(arguments.distil or not getattr(arguments, name), f"--{name} says what --distil learns from; add it.")
-    need(arguments.repeats >= 1, f"--repeats must be at least 1, not {arguments.repeats}.")
     drop = arguments.max_accuracy_drop
     need(drop is None or 0 <= drop <= 100, f"--max-accuracy-drop is in percentage points, 0 to 100, not {drop}.")
     check_out(arguments.run, arguments.out, arguments.overwrite)
+
+
+def check_work(finetune: int, distil: int, repeats: int) -> None:
+    """Raises UserError for numbers of epochs or of time measurements that cannot be."""
+    for name, epochs in (("finetune", finetune), ("distil", distil)):
+        need(epochs >= 0, f"--{name} takes a number of epochs, not {epochs}.")
+    need(not (finetune and distil), "--finetune and --distil contradict each other; give one.")
+    need(repeats >= 1, f"--repeats must be at least 1, not {repeats}.")
 
 
 def check_out(run: Path, out: Path, overwrite: bool) -> None:

@@ -76,23 +76,22 @@ def choose_masks(
     need(len(given) <= 1, f"{told} contradict each other; give one of them.")
     for name, value in given.items():
         need(0 < value < 1, f"`{name}` must lie strictly between 0 and 1, not {value}.")
-    if macs is not None:
-        return _within(run, macs)
     retention = {name: guide.retention(name).cpu() for name in guide.layout.sites}
+    if macs is not None:
+        return _within(run, *_ranked(guide, retention), macs)
     if keep is None:
         chosen = {name: pi > (MIDDLE if threshold is None else threshold) for name, pi in retention.items()}
     else:
-        chosen = _highest(guide, retention, keep)
+        chosen = highest(*_ranked(guide, retention), keep)
     if not any(bool(mask.any()) for mask in chosen.values()):
-        highest = max(float(pi.max()) for pi in retention.values())
-        raise UserError(f"nothing is left of the network: the highest retention is {highest:.3f}; lower `threshold`.")
+        most = max(float(pi.max()) for pi in retention.values())
+        raise UserError(f"nothing is left of the network: the highest retention is {most:.3f}; lower `threshold`.")
     return chosen
 
 
-def _within(run: Run, share: float) -> Kept:
+def _within(run: Run, keys: Sequence[Kept], sizes: Kept, share: float) -> Kept:
     """Bisection over the share of masked weights: a network costs more, the more of them it keeps."""
-    guide, shape = guide_of(run), run.model.vit.image_shape
-    retention = {name: guide.retention(name).cpu() for name in guide.layout.sites}
+    shape = run.model.vit.image_shape
 
     def cost(kept: Kept) -> int:
         try:
@@ -100,11 +99,11 @@ def _within(run: Run, share: float) -> Kept:
         except UserError:  # a part that a network cannot do without is gone: too little
             return 0
 
-    most = share * cost({name: torch.ones_like(pi, dtype=torch.bool) for name, pi in retention.items()})
+    most = share * cost({name: torch.ones_like(values, dtype=torch.bool) for name, values in sizes.items()})
     low, high, found = 0.0, 1.0, 0
     chosen: Kept = {}
     for _ in range(HALVINGS):
-        kept = _highest(guide, retention, middle := (low + high) / 2)
+        kept = highest(keys, sizes, middle := (low + high) / 2)
         if (spent := cost(kept)) <= most:
             low, chosen, found = middle, kept, spent
         else:
@@ -117,13 +116,14 @@ def _within(run: Run, share: float) -> Kept:
     return chosen
 
 
-def _highest(guide: IsingGuide, retention: Kept, keep: float) -> Kept:
+def _ranked(guide: IsingGuide, retention: Kept) -> tuple[Sequence[Kept], Kept]:
+    """By what ``highest`` chooses masks of a posterior, and how many weights each covers."""
     gain, sites = guide.gains(), guide.layout.sites
     sizes = mask_sizes(guide.layout, dict(guide.loc.items()))
     worth = {name: gain[name] / sizes[name] for name in sites}
     # Damped masks are on their way to a clip that moves: those within 1% of it are equals.
     clipped = {name: pi.clamp(max=0.99 * guide.max_keep) for name, pi in retention.items()}
-    return highest((clipped, worth), sizes, keep)
+    return (clipped, worth), sizes
 
 
 def mask_sizes(layout: MaskLayout, weights: Mapping[str, Tensor]) -> Kept:
