@@ -17,6 +17,10 @@ from pyro_isingvit.core.settings import DataConfig, RunConfig, TrainConfig
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.runs.run import build_run
 
+# The first backward pass starts a thread per device, and export pretends that there are some: a fork after that could
+# not train. So the first pass comes before.
+torch.ones((), requires_grad=True).backward()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests come first, so that no worker waits for another at the end."""
