@@ -14,7 +14,8 @@ from typing import Any, Literal
 from inference.cli import print_table, results_file, run_script
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.presets import preset
-from pyro_isingvit.core.settings import IsingConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import IsingConfig, ViTConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.version import __version__
 
 RESULTS, PROFILE = "benchmark.json", "profile.txt"

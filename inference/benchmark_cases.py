@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inference.peer_network import decayed
-from pyro_isingvit.core.settings import IsingConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import IsingConfig, RunConfig, ViTConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.batches import count_steps
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.ising import IsingMethod

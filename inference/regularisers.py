@@ -28,7 +28,8 @@ from inference.cli import in_flags
 from inference.workers import outcomes
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.regularise import REGULARISERS, regularised
-from pyro_isingvit.core.settings import DataConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.version import __version__
 

@@ -18,7 +18,8 @@ from pyro_isingvit.core.errors import ProcessLost, UserError
 from pyro_isingvit.core.launcher import by_torchrun
 from pyro_isingvit.core.presets import PRESETS, default_preset, preset
 from pyro_isingvit.core.regularise import regularised
-from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig, RunConfig, ViTConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.methods.registry import METHODS, OURS, row, started
 from pyro_isingvit.version import __version__
 

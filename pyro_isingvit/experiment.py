@@ -12,7 +12,8 @@ from pyro_isingvit.core.checkpoint import remove_leftovers
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.presets import preset
 from pyro_isingvit.core.processes import is_first, launched, on_first
-from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig, RunConfig, ViTConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.load import load_data
 from pyro_isingvit.data.sources import DATASETS, PREFIXES
 from pyro_isingvit.data.split import ImageData

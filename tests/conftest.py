@@ -13,7 +13,8 @@ import torch
 from helpers import INFO, QUICK_FLAGS, TINY, make_split, script
 
 from pyro_isingvit.core.checkpoint import save_checkpoint
-from pyro_isingvit.core.settings import DataConfig, RunConfig, TrainConfig
+from pyro_isingvit.core.settings import DataConfig, RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.runs.run import build_run
 

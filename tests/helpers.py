@@ -20,7 +20,8 @@ from forks import ROOT, new_process, script  # noqa: F401
 from kills import same
 
 from pyro_isingvit.core.checkpoint import load_checkpoint
-from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, ViTConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.ising.guide import IsingGuide

@@ -17,7 +17,8 @@ from forks import exit_code, fork
 
 from inference.train import main as train_script
 from pyro_isingvit.core.checkpoint import load_checkpoint
-from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, ViTConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.experiment import train_run
 from pyro_isingvit.runs.folder import holds_run
 

@@ -11,7 +11,8 @@ from helpers import INFO, TINY, make_pair, pixels, write_npz
 
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import RunConfig, TrainConfig
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.images import copies
 from pyro_isingvit.data.load import load_data, load_inputs
 from pyro_isingvit.methods.base import method_class

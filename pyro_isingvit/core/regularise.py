@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyro_isingvit.core.errors import need
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def regularised(train: TrainConfig, names: Sequence[str]) -> TrainConfig:
         UserError: an unknown name, a strength that is no number or out of its range, or two that set the same thing.
 
     Examples:
-        >>> from pyro_isingvit.core.settings import TrainConfig
+        >>> from pyro_isingvit.core.train_settings import TrainConfig
         >>> from pyro_isingvit.core.regularise import regularised
         >>> train = regularised(TrainConfig(), ["logit-penalty", "token-masking:0.5"])
         >>> train.logit_penalty, train.token_masking

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Beta
 
 from pyro_isingvit.core.errors import need
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.balance import class_weights
 from pyro_isingvit.data.info import DataInfo
 

@@ -1,6 +1,6 @@
 """What training an Ising posterior takes, in bytes."""
 
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.ising.fused import DRAWS
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.model import IsingViT

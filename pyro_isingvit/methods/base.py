@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import need
-from pyro_isingvit.core.settings import RunConfig, TrainConfig
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.model import IsingViT

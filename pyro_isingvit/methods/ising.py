@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import need
-from pyro_isingvit.core.settings import RunConfig, TrainConfig
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.ising.elbo import ClosedFormELBO
 from pyro_isingvit.ising.fused import DRAWS, FusedELBO, fusible

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.core.settings import RunConfig, TrainConfig
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.base import Networks
 from pyro_isingvit.methods.plain import Plain

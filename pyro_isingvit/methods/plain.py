@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.core.settings import BaselineConfig, RunConfig, TrainConfig
+from pyro_isingvit.core.settings import BaselineConfig, RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.base import Method, Networks, Terms
 from pyro_isingvit.methods.rates import matrix_groups

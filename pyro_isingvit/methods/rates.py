@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.nets.readers import Readers
 
 WIDTH, HIDDEN, DEPTH = 64, 2, 4  # where rates were chosen: D, hidden units of an MLP as a multiple of D, most blocks

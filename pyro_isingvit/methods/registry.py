@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.core.settings import BaselineConfig, IsingConfig, RunConfig, TrainConfig
+from pyro_isingvit.core.settings import BaselineConfig, IsingConfig, RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 
 
 @dataclass(frozen=True)

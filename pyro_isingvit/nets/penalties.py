@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.processes import gathered, own_rows
 from pyro_isingvit.core.random_state import RandomState
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.nets.attention_terms import negative_entropy, negative_log, spread
 from pyro_isingvit.nets.confusion import confusion, first_confusion, settle_confusion
 from pyro_isingvit.nets.distillation import distillation

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import need
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 
 STEP = 1e-2  # s; the published 1e-3 leaves differences of single precision too few digits
 

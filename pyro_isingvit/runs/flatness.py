@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.random_state import RandomState
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.methods.base import Method, Terms
 from pyro_isingvit.nets.penalties import Penalties
 from pyro_isingvit.nets.view import View

@@ -22,7 +22,8 @@ from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint, writ
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.pretraining import PretrainConfig
-from pyro_isingvit.core.settings import TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import ViTConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.augment import Augmentation
 from pyro_isingvit.data.batches import batches, count_steps
 from pyro_isingvit.data.decode import Pages

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from pyro_isingvit.core.errors import ProcessLost, UserError, need, why
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.processes import averaged, is_first, is_lost, on_first, world
-from pyro_isingvit.core.settings import RunConfig, TrainConfig
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.augment import Augmentation, group_size
 from pyro_isingvit.data.batches import batches, count_steps
 from pyro_isingvit.data.split import ImageData

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import need
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.augment import draw_share, probabilities
 from pyro_isingvit.nets.manifold_mixup import ALPHA, LAST, HiddenMix
 from pyro_isingvit.nets.nested_dropout import draw_kept

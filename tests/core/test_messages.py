@@ -13,7 +13,8 @@ from inference.cli import in_flags, with_clear_errors
 from inference.train import TrainArguments
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.fields import check_fields
-from pyro_isingvit.core.settings import DataConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import DataConfig, ViTConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 
 LIBRARY = Path(__file__).parents[2] / "pyro_isingvit"
 COMMAND_LINE = re.compile(r"(?<![\w-])--[a-z][a-z-]|python -m|(?<![\w.])(?:inference|analysis)\.[a-z]")

@@ -17,7 +17,8 @@ from inference.variance import make_config as variance_config
 from pyro_isingvit import experiment
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.presets import PRESETS, default_preset, preset
-from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, ViTConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.registry import METHODS
 

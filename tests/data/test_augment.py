@@ -9,7 +9,8 @@ from helpers import TINY
 
 from inference.train import main
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import IsingConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import IsingConfig, RunConfig, ViTConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.augment import GROUPS, Augmentation, random_crop, random_flip
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.split import ImageData

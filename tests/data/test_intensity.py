@@ -7,7 +7,7 @@ from helpers import pixels
 
 from pyro_isingvit import CompactViT, ImageData, ViTConfig, compact, fit, load_run
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data import intensity
 from pyro_isingvit.data.augment import Augmentation
 from pyro_isingvit.data.images import as_images

@@ -11,7 +11,8 @@ from helpers import CONFIG, trainer
 from torch.nn import functional as F
 
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import RunConfig, TrainConfig
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.augment import ALPHAS, Augmentation, draw_share, random_crop
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.ising.curvature import SALIENCY

@@ -5,7 +5,8 @@ from typing import ClassVar
 import torch
 from helpers import TINY
 
-from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, TrainConfig
+from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.images import CHUNK, Images, Subset
 from pyro_isingvit.data.load import load_data, load_inputs
 from pyro_isingvit.data.sources import DATASETS, Parts

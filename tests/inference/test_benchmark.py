@@ -16,7 +16,8 @@ from inference import benchmark_cases
 from inference.benchmark import main as benchmark
 from inference.benchmark_cases import Shape, ising_step, plain_network
 from inference.benchmark_parts import curves, in_fresh_process, peak_of_draws, variants
-from pyro_isingvit.core.settings import IsingConfig, RunConfig, TrainConfig
+from pyro_isingvit.core.settings import IsingConfig, RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.pruning.cost import interleaved
 from pyro_isingvit.runs.optimiser import make_optimizer, with_decay

@@ -10,7 +10,8 @@ from helpers import TINY, around, make_pair
 from torch.nn.functional import cross_entropy
 
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import RunConfig, TrainConfig
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.ising.channel_masks import masked_network
 from pyro_isingvit.ising.elbo import ClosedFormELBO
 from pyro_isingvit.ising.fused import FusedELBO, draw_all

@@ -9,7 +9,8 @@ import torch
 from helpers import TINY, around, make_pair
 
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import RunConfig, TrainConfig
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.ising.elbo import ClosedFormELBO
 from pyro_isingvit.ising.fused import FusedELBO, draw_masks, fusible
 from pyro_isingvit.ising.layout import GRANULARITIES

@@ -9,7 +9,8 @@ from helpers import INFO, TINY, tensors
 from torch.testing import assert_close
 
 from pyro_isingvit import UserError, fit, load_run, run_to_datatree
-from pyro_isingvit.core.settings import IsingConfig, RunConfig, TrainConfig
+from pyro_isingvit.core.settings import IsingConfig, RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.ising.elbo import ClosedFormELBO
 from pyro_isingvit.ising.fused import FusedELBO
 from pyro_isingvit.ising.guide import IsingGuide

@@ -12,7 +12,8 @@ from helpers import INFO, TINY
 from scipy import integrate, stats
 
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import BaselineConfig, RunConfig, TrainConfig
+from pyro_isingvit.core.settings import BaselineConfig, RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.base import method_class
 from pyro_isingvit.methods.dropout import ConcreteDropout

@@ -10,7 +10,8 @@ from helpers import CONFIG, INFO, trainer
 
 from inference.compare import CompareArguments, make_cells
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import BaselineConfig, RunConfig, TrainConfig
+from pyro_isingvit.core.settings import BaselineConfig, RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.ensemble import Ensemble
 from pyro_isingvit.methods.ising import IsingMethod

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from inference.compare import CompareArguments, make_cells
 from inference.train import main
-from pyro_isingvit.core.settings import DataConfig, RunConfig, TrainConfig
+from pyro_isingvit.core.settings import DataConfig, RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.base import Networks
 from pyro_isingvit.methods.plain import Plain

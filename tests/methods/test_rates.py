@@ -12,7 +12,8 @@ from kills import same
 from torch import nn
 
 from pyro_isingvit.core.presets import PRESETS, preset
-from pyro_isingvit.core.settings import BaselineConfig, RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import BaselineConfig, RunConfig, ViTConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.methods.rates import rate_factors
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.vit import ViT

@@ -16,7 +16,8 @@ from pyro_isingvit import TrainedRun, fit, load_run
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.earlier import EARLIER
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import RunConfig, ViTConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.distillation import distillation

@@ -11,7 +11,7 @@ from kills import same
 
 from pyro_isingvit import IsingViT, ViTConfig, fit, load_data, load_run
 from pyro_isingvit.core.checkpoint import load_checkpoint
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.split import ImageData, Split
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.early_learning import FLOOR, early_learning, first_targets

@@ -10,7 +10,7 @@ from helpers import CONFIG, INFO, TINY, make_pair, network, resumed_like_whole, 
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.ising.curvature import SALIENCY
 from pyro_isingvit.ising.elbo import ClosedFormELBO
 from pyro_isingvit.ising.fused import FusedELBO

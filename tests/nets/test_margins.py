@@ -17,7 +17,8 @@ from torch.autograd.functional import jacobian
 from inference.cli import FLAT
 from inference.train import TrainArguments
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import RunConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import RunConfig, ViTConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.ising.elbo import ClosedFormELBO
 from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.nets.margins import FLOOR, least_margins, log_barrier, log_margin, log_margins

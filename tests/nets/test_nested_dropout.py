@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pyro_isingvit import Run, ViTConfig, fit, load_data
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.ising.elbo import ClosedFormELBO
 from pyro_isingvit.ising.fused import FusedELBO
 from pyro_isingvit.methods.registry import METHODS

@@ -10,7 +10,7 @@ from helpers import CONFIG, TINY, trainer
 from torch import Tensor
 
 from pyro_isingvit import fit
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.penalties import PENALTIES, Penalty, Seen

@@ -9,7 +9,7 @@ from helpers import CONFIG, trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.penalties import PENALTIES, Penalties, Seen

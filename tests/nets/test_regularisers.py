@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.regularise import REGULARISERS, regularised
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.attention_terms import negative_entropy, negative_log, spread

@@ -11,7 +11,7 @@ from torch import nn
 
 from pyro_isingvit import load_run
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.divergence import not_finite

@@ -9,7 +9,7 @@ from helpers import CONFIG, INFO, TINY, trainer
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.ising.lean import noisy_linear
 from pyro_isingvit.methods.registry import METHODS

@@ -13,7 +13,7 @@ from helpers import CONFIG, INFO, TINY, make_pair, network, trainer
 from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.ising.curvature import SALIENCY
 from pyro_isingvit.ising.elbo import ClosedFormELBO
 from pyro_isingvit.ising.fused import FusedELBO

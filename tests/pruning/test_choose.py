@@ -11,7 +11,8 @@ from torch.func import functional_call
 
 from pyro_isingvit import compact
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import DataConfig, RunConfig, TrainConfig
+from pyro_isingvit.core.settings import DataConfig, RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.ising.layout import GRANULARITIES
 from pyro_isingvit.nets.vit import ViT

@@ -7,7 +7,8 @@ import torch
 from helpers import CONFIG, make_pair, trainer
 from torch import Tensor
 
-from pyro_isingvit.core.settings import IsingConfig, TrainConfig, ViTConfig
+from pyro_isingvit.core.settings import IsingConfig, ViTConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.ising.fused import FusedELBO
 from pyro_isingvit.ising.layout import GRANULARITIES
 from pyro_isingvit.ising.memory import training_memory

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pyro_isingvit import draw_predictive, load_run
 from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import IsingConfig, RunConfig, TrainConfig
+from pyro_isingvit.core.settings import IsingConfig, RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.runs.averaging import Averaging

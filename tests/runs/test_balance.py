@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import IsingConfig, TrainConfig
+from pyro_isingvit.core.settings import IsingConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.augment import Augmentation
 from pyro_isingvit.data.balance import balanced_order, class_weights
 from pyro_isingvit.data.batches import batches, count_steps

@@ -9,7 +9,7 @@ from helpers import make_split, pixels
 
 from pyro_isingvit import ImageData, ViTConfig, fit
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.augment import Augmentation
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.base import method_class

@@ -9,7 +9,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from pyro_isingvit import UserError
-from pyro_isingvit.core.settings import RunConfig, TrainConfig
+from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.methods.base import method_class
 from pyro_isingvit.methods.registry import with_defaults
 from pyro_isingvit.nets.start import Start

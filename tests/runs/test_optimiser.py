@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pyro_isingvit.core.settings import TrainConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule, with_decay
 
 SETTINGS = TrainConfig(epochs=30, finetune_epochs=4, lr=0.01, warmup_fraction=0.1)

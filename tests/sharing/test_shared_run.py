@@ -14,7 +14,8 @@ from safetensors.torch import load, load_file, save_file
 from pyro_isingvit import CompactViT, TrainedRun, compact, load_run
 from pyro_isingvit.core import checkpoint
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig, RunConfig, TrainConfig
+from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig, RunConfig
+from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.load import load_data
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.registry import METHODS
