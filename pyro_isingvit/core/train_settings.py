@@ -8,7 +8,7 @@ from typing import Literal
 class TrainConfig:
     """How to train and how to evaluate."""
 
-    epochs: int = 40
+    epochs: int = 80
     """Passes over the training images, including the pilot phase but not the fine-tuning."""
     pilot_fraction: float = 0.15
     """Share of the epochs before the Ising phase, with every mask at one."""
