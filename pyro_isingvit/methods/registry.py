@@ -76,7 +76,7 @@ METHODS: dict[str, Row] = {
     "ising-sparse": Row(
         f"{HERE}.ising:IsingMethod",
         IsingConfig(target_retention=0.25),
-        TrainConfig(epochs=48, finetune_epochs=32, finetune_lr=0.5),
+        TrainConfig(epochs=48, finetune_epochs=32, finetune_lr=0.5, pilot_fraction=0.4),
         knob=("ising", "target_retention"),
     ),
     "ising-paper": Row(f"{HERE}.ising:IsingMethod", PAPER_ISING, PAPER_TRAIN),

@@ -28,6 +28,7 @@ class Session:
         num_data: N, training images.
         steps_per_epoch: optimiser steps of an epoch.
         device: where training runs.
+        taught: digest of the teachers' weights; "" without a teacher.
 
     Attributes:
         epoch: epochs that are finished.
@@ -45,11 +46,13 @@ class Session:
         num_data: int,
         steps_per_epoch: int,
         device: torch.device,
+        taught: str = "",
     ) -> None:
         if run.folder is not None:
             run.config.check_kept()  # here, before an earlier run in the folder is removed
         self.run, self.optimizer, self.scheduler, self.averaging = run, optimizer, scheduler, averaging
         self.num_data, self.steps_per_epoch, self.device = num_data, steps_per_epoch, device
+        self.taught = taught
         self.epoch = self.step = 0
         self.seconds = 0.0
         self.finished = False
@@ -77,7 +80,7 @@ class Session:
             "info": self.run.info.to_dict(), "num_data": self.num_data, "epoch": self.epoch,
             "step": self.step, **self.run.state(), "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda,
-            "seconds": self.seconds, "finished": self.finished,
+            "seconds": self.seconds, "finished": self.finished, "taught": self.taught,
             **({} if self.finished else self.averaging.state()),
         }  # fmt: skip
 
@@ -140,7 +143,7 @@ class Session:
             strict: the checkpoint has every tensor of the network.
 
         Raises:
-            UserError: no checkpoint, or one of another network or data set.
+            UserError: no checkpoint, or one of another network or data set; a teacher has changed since.
         """
         own = self.run.folder
         folder = folder or own
@@ -150,6 +153,10 @@ class Session:
         state = states[0] if states else load_checkpoint(folder / CHECKPOINT)
         if state.get("num_data") != self.num_data or not self.run.info.is_that_of(state.get("info")):
             raise UserError(f"{folder} was trained on other images than those given; resume with the same data.")
+        if state.get("taught", self.taught) != self.taught:
+            raise UserError(
+                f"a `teacher` has other weights than when {folder} was trained; bring them back, or train anew."
+            )
         try:
             self._take(state, strict)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -207,7 +207,10 @@ class Trainer:
         device = self.fabric.device
         self.averaging = Averaging(self.method.averaged_parameters(), self.settings.average)
         self.data = replace(data, train=data.train.to(device), val=data.val.to(device))
-        self.session = Session(self.run, self.optimizer, self.scheduler, self.averaging, len(data.train), steps, device)
+        self.session = Session(
+            self.run, self.optimizer, self.scheduler, self.averaging, len(data.train), steps, device,
+            self.views.teacher.digest(),
+        )  # fmt: skip
         self.noise_search = NoiseSearch(self.session, self.data.val, self.train_epoch)
         self.epoch_seconds: list[float] = []
         self.cpu_seconds: list[float] = []

@@ -219,6 +219,19 @@ def test_resumed_equals_uninterrupted_bit_for_bit(data, teacher: Run, tmp_path) 
     resumed_like_whole(data, tmp_path, taught([teacher]), augment="crop", mix="mixup")
 
 
+def test_a_teacher_that_has_changed_since_is_refused(data, teacher: Run, tmp_path) -> None:
+    made = taught([teacher])(data, tmp_path, epochs=2)
+    made.fit()
+    digest = made.session.taught
+    taught([teacher])(data, tmp_path, epochs=2).restore()
+    with torch.no_grad():
+        next(teacher.method.parameters()).view(-1)[0] += 1e-3
+    changed = taught([teacher])(data, tmp_path, epochs=2)
+    assert len(digest) == 32 != changed.session.taught
+    with pytest.raises(UserError, match=r"a `teacher` has other weights .*bring them back"):
+        changed.restore()
+
+
 # By name --------------------------------------------------------------------------------------------------------------
 
 
