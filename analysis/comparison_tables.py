@@ -17,7 +17,7 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.untrusted import plain
 from pyro_isingvit.methods.registry import METHODS, OURS
 
-SHORT = ("deterministic", "dropout", "ensemble")  # what the README shows in addition to ours
+SHORT = ("temperature", "dropout", "laplace", "ensemble")  # what the README shows in addition to ours
 SEVERAL = tuple(name for name, row in METHODS.items() if row.networks)  # methods that need several networks
 UNITS = {"macs": 1e6}  # metrics that are shown in such units
 SHOWN = {  # metrics.json -> heading, decimals, +1: more is better, -1: less, 0: neither
@@ -156,7 +156,7 @@ def to_markdown(table: pd.DataFrame, decimals: int = 4) -> str:
 
 
 def short_table(frame: pd.DataFrame, ours: str = OURS) -> str:
-    """For the README: ours, two customary networks and the ensemble, at the middle size of each data set."""
+    """For the README: ours, customary networks and the ensemble, at the middle size of each data set."""
     summary = summarise(frame)
     names = [ours, *(m for m in _order(frame.method.unique()) if m.split(":")[0] in SHORT and m != ours)]
     sizes = {str(name): sorted(part.train_size.unique()) for name, part in frame.groupby("dataset")}

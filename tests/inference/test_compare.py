@@ -362,12 +362,12 @@ def test_tables_put_the_best_in_bold_and_fill_the_readme(tmp_path: Path) -> None
         write_between(path, "x")
 
 
-@pytest.mark.skipif(not (ROOT / "analysis" / "results" / "results.json").is_file(), reason="no published grid")
 def test_readme_and_page_show_the_published_grid() -> None:
-    folder = ROOT / "analysis" / "results"
+    folder = ROOT / "analysis" / "results" / "grid"
     frame = load_results(folder / "results.json")
     assert (frame.groupby(["dataset", "train_size", "method"]).seed.nunique() >= 3).all()
-    assert frame.groupby(["dataset", "train_size"]).method.nunique().eq(frame.method.nunique()).all()  # none left out
+    for _, cell in frame.groupby(["dataset", "train_size"]):  # the grid is published part by part
+        assert {"ising", "dropout", "temperature", "laplace"} <= set(cell.method) and cell.epochs.nunique() == 1
     assert all(cell["status"] == "done" for cell in json.loads((folder / "results.json").read_text()))
     assert markdown(frame) in (folder / "table.md").read_text()
     for page, tables in (("docs/comparison.md", page_tables), ("README.md", short_table)):
