@@ -256,9 +256,6 @@ def to_tables(records: list[dict[str, Any]]) -> str:
     from analysis.comparison_tables import to_table, with_spread
     from pyro_isingvit.core.untrusted import plain
 
-    def mean(cells: "pd.DataFrame", name: str, decimals: int = 3) -> str:
-        return with_spread(cells[name], decimals)
-
     tables = []
     for kind, scores in (("detect", DETECT), ("train", TRAIN)):
         chosen = [{**each["cell"], **each["scores"]} for each in records if each["cell"]["kind"] == kind]
@@ -270,7 +267,7 @@ def to_tables(records: list[dict[str, Any]]) -> str:
         rows = [["data", "images", "wrong", "method", *own, *scores.values(), "epochs", "seeds"]]
         for (dataset, size, share, method, weight, epochs), cells in frame.groupby(keys, sort=True):
             own = [f"{weight:g}"] * len(own)
-            numbers = [mean(cells, name) for name in scores]
+            numbers = [with_spread(cells[name]) for name in scores]
             rows.append([
                 plain(str(dataset)), f"{size:,}", f"{share:.0%}", f"`{plain(str(method))}`", *own, *numbers,
                 f"{epochs}", f"{len(cells)}",

@@ -27,7 +27,7 @@ class TrainConfig:
     """Learning rate of learned posterior log-scales and mask logits, as a multiple of lr."""
     shrinkage: float = 1.5
     """Decay of the weight matrices over the whole training: exp(-shrinkage) of a weight is left where no gradient
-    speaks for it. One value serves short and long trainings."""
+    speaks for it."""
     weight_decay: float | None = None
     """AdamW's decoupled decay of the weight matrices, per unit of learning rate and step. None: by shrinkage."""
     schedule: Literal["cosine", "halving"] = "cosine"
