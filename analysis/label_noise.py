@@ -181,11 +181,15 @@ def trained(config: RunConfig, data: "ImageData") -> dict[str, float]:
 
 def label_noise(arguments: Arguments) -> None:
     """Measure how many wrong labels are found, and what early-learning regularisation is worth."""
+    from pyro_isingvit.data.load import load_parts
+
     cells, path = [*make_cells(arguments)], arguments.out / RESULTS
     records = read_records(path)
     known = [record["cell"] for record in records]
     todo = [cell for cell in cells if asdict(cell) not in known][: arguments.cells]
     log.info("%d cells, %d to do", len(cells), len(todo))
+    for dataset in dict.fromkeys(cell.dataset for cell in todo):
+        load_parts(DataConfig(dataset, arguments.data_root))  # what cannot be read is said here, not by every cell
     if todo:
         try:
             failed = _measure_all(todo, arguments, records, path)

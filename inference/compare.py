@@ -238,6 +238,8 @@ def run_grid(cells: list[Cell], jobs: int) -> Iterator[tuple[Cell, dict[str, Any
 
 def compare(arguments: CompareArguments) -> None:
     """Train a grid of methods, sizes and seeds, and compare them."""
+    from pyro_isingvit.data.load import load_parts
+
     cells = make_cells(arguments)
     if arguments.regularisers:
         from inference.regularisers import ablate
@@ -254,6 +256,8 @@ def compare(arguments: CompareArguments) -> None:
         elif not recorded(cell, results):
             todo.append(cell)
     log.info("%d cells, %d of them done already", len(cells), len(cells) - len(todo))
+    if todo:
+        load_parts(todo[0].config.data)  # what cannot be read is said here, not by every cell
     _write(arguments.out, results)
     try:
         failed = _run_and_record(todo, arguments, results)

@@ -148,11 +148,14 @@ def ablate(
         UserError: records that cannot be read or written, or cells that failed for another reason than their training.
     """
     from inference.search_trials import key_of, read_records
+    from pyro_isingvit.data.load import load_parts
 
     cells, path = make_cells(plain, names, flipped), out / RECORDS
     records = {key_of(record["trial"]): record for record in read_records(path)}
     todo = [cell for cell in cells if "refused" in records.get(cell.key, {"refused": ""})]
     log.info("%d cells, %d of them done already", len(cells), len(cells) - len(todo))
+    if todo:
+        load_parts(todo[0].config.data)  # what cannot be read is said here, not by every cell
     try:
         out.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()  # refuses a place that cannot be written to before anything is trained

@@ -125,6 +125,14 @@ def test_a_failed_cell_is_reported_and_the_rest_runs(tmp_path: Path) -> None:
     assert "train_size" in cells[100_000]["error"] and "metrics" not in cells[100_000]
 
 
+def test_data_that_are_missing_end_the_grid_before_any_cell(tmp_path: Path) -> None:
+    gone = ["--dataset", f"npz:{tmp_path / 'gone.npz'}", "--device", "cpu", "--out", tmp_path / "grid"]
+    for more in ([], ["--regularisers", "all"]):
+        result = here("inference.compare", *gone, *more)
+        refused(result, "gone.npz")
+        assert "failed" not in result.stderr and not (tmp_path / "grid" / "results.json").exists()
+
+
 def small_cells(out: Path, *methods: str, seeds: tuple[int, ...] = (0,), **changes: object):
     data = DataConfig("digits")
     return make_cells(CompareArguments(out, methods, (60,), seeds, (1,), depth=1, width=16, device="cpu", samples=2,

@@ -87,6 +87,7 @@ def test_wrong_words(script: str, capsys) -> None:
         "analysis.method_figure",
         "analysis.rates",
         "analysis.starts",
+        "analysis.paper_table",
         "analysis.distillation",
         "analysis.regularisers",
     )  # paths alone
@@ -113,6 +114,7 @@ def required(script: str, folder: Path) -> list[str]:
         "inference.rates": ["--out", str(folder / "out")],
         "analysis.rates": ["--results", missing],
         "analysis.starts": ["--nothing", missing, "--started", missing],
+        "analysis.paper_table": ["--results", missing],
         "analysis.trials": ["--records", missing],
         "analysis.distillation": ["--pruned", missing],
         "analysis.regularisers": ["--results", missing],
