@@ -22,7 +22,7 @@ from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.registry import row, started
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.runs.folder import FILES, clear_run, need_folder
-from pyro_isingvit.runs.load import open_run
+from pyro_isingvit.runs.load import open_run, read_info
 from pyro_isingvit.runs.run import Run
 from pyro_isingvit.runs.teacher import IN_MEMORY, teacher_name
 from pyro_isingvit.runs.trainer import Trainer
@@ -70,7 +70,7 @@ def train_run(
     need(here or not resume, f"{folder} was trained on images given in memory; it can be loaded, but not resumed.")
     data, start = load_data(**dataclasses.asdict(config.data), seed=config.train.seed), None
     if config.init is not None and resume:  # the checkpoint has the network, and how its images are normalised
-        data = replace(data, info=open_run(folder).info)
+        data = replace(data, info=read_info(folder))
     elif config.init is not None:
         config, data, start = begun(config, data, load_start(config.init, download=config.data.download))
     need(

@@ -28,15 +28,38 @@ def open_run(folder: str | Path, device: str = "cpu") -> Run:
         return open_shared(folder, device)
     config = read_config(folder)
     state = load_checkpoint(folder / CHECKPOINT)
+    info = _info(folder, state)
     try:
-        info = DataInfo.from_dict(state["info"])
         need(least_numbers(config, info) <= _held(state), "the network is larger than what the file holds")
         run = build_run(config, info, state["num_data"], folder)
         run.load_state(state)
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
-        reason = why(error)[:160]
-        raise UserError(f"{folder / CHECKPOINT} does not fit {CONFIG} ({reason}); train the run again.") from error
+        raise _misfit(folder, error) from error
     return run.to(device)
+
+
+def read_info(folder: Path) -> DataInfo:
+    """What a run's images look like, and how they are normalised.
+
+    Args:
+        folder: where the run was kept.
+
+    Raises:
+        UserError: there is no readable checkpoint.
+    """
+    return _info(folder, load_checkpoint(folder / CHECKPOINT))
+
+
+def _info(folder: Path, state: dict[str, Any]) -> DataInfo:
+    try:
+        return DataInfo.from_dict(state["info"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _misfit(folder, error) from error
+
+
+def _misfit(folder: Path, error: Exception) -> UserError:
+    reason = why(error)[:160]
+    return UserError(f"{folder / CHECKPOINT} does not fit {CONFIG} ({reason}); train the run again.")
 
 
 def _held(state: dict[str, Any]) -> int:
