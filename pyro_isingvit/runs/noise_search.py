@@ -34,7 +34,7 @@ class NoiseSearch:
     Args:
         session: the training.
         val: images to choose by.
-        train_epoch: trains an epoch, by its number.
+        take_steps: takes the steps of an epoch, by its number.
 
     Raises:
         UserError: there are not enough validation images, though there are images enough to give some.
@@ -46,8 +46,8 @@ class NoiseSearch:
         found: mean NLL of the validation images at each level, once the search is over.
     """
 
-    def __init__(self, session: Session, val: Split, train_epoch: Callable[[int], Any]) -> None:
-        self.session, self.val, self.train_epoch = session, val, train_epoch
+    def __init__(self, session: Session, val: Split, take_steps: Callable[[int], Any]) -> None:
+        self.session, self.val, self.take_steps = session, val, take_steps
         self.run, config = session.run, session.run.config
         settings = config.train
         phases = dict(self.run.method.phases(settings))
@@ -79,7 +79,7 @@ class NoiseSearch:
             self.run.method.set_noise(level)
             with self._hurried():
                 for epoch in range(self.at, self.at + self.epochs):
-                    self.train_epoch(epoch)
+                    self.take_steps(epoch)
             nll[level] = self._losses()
             self.session.put_back(before)
         best = chosen_keep(nll)

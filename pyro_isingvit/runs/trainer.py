@@ -211,7 +211,7 @@ class Trainer:
             self.run, self.optimizer, self.scheduler, self.averaging, len(data.train), steps, device,
             self.views.teacher.digest(),
         )  # fmt: skip
-        self.noise_search = NoiseSearch(self.session, self.data.val, self.train_epoch)
+        self.noise_search = NoiseSearch(self.session, self.data.val, self.take_steps)
         self.epoch_seconds: list[float] = []
         self.cpu_seconds: list[float] = []
         self.bar: tqdm = tqdm(disable=True)
@@ -309,6 +309,22 @@ class Trainer:
         Returns:
             its record for the history, and the seconds of its steps; neither is kept yet.
         """
+        trained, seconds = self.take_steps(epoch)
+        masks = self.run.mask_summary()
+        noise = {} if self.method.noise is None else {"max_keep": self.method.noise}
+        record = {
+            "epoch": epoch + 1, "phase": self.phase(epoch)[0], **trained, "lr": self.scheduler.get_last_lr()[0],
+            "retention": masks["retention_mean"], "pruned_fraction": masks["pruned_fraction"], **noise,
+            **self._validate(epoch),
+        }  # fmt: skip
+        return record, seconds
+
+    def take_steps(self, epoch: int) -> tuple[dict[str, float], float]:
+        """The steps of an epoch; the network holds the averaged weights afterwards.
+
+        Returns:
+            the mean loss and its terms, and the seconds that the steps took.
+        """
         phase, first, last = self.phase(epoch)
         self.averaging.hide()
         if epoch == first:
@@ -348,15 +364,8 @@ class Trainer:
         seconds = time.monotonic() - start
         self.cpu_seconds.append(time.process_time() - worked)
         self.averaging.show()
-        mean_terms = {name: sum(look[name] for look in looks) / len(looks) for name in looks[0]}
-        masks = self.run.mask_summary()
-        noise = {} if self.method.noise is None else {"max_keep": self.method.noise}
-        record = {
-            "epoch": epoch + 1, "phase": phase, "loss": mean_loss, **mean_terms,
-            "lr": self.scheduler.get_last_lr()[0], "retention": masks["retention_mean"],
-            "pruned_fraction": masks["pruned_fraction"], **noise, **self._validate(epoch),
-        }  # fmt: skip
-        return record, seconds
+        means = {name: sum(look[name] for look in looks) / len(looks) for name in looks[0]}
+        return {"loss": mean_loss, **means}, seconds
 
     def _look(self, terms: Terms, epoch: int) -> dict[str, float]:
         """The terms as numbers, averaged over the processes, in the units of metrics.jsonl; all must be finite."""
