@@ -13,6 +13,7 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PLAIN = "plain AdamW"
-UPDATE_EVERY = 10  # steps, the default
+EPOCH = 10  # steps, of which one updates the masks: the default
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class CostArguments:
     """Architecture: timm:NAME or torchvision:NAME."""
     batch_size: int = 4
     """Images per step."""
-    steps: int = 4
-    """Steps that are timed beyond the ten between two updates of the masks."""
+    repeats: int = 3
+    """Times that ten steps are timed, after ten that are not."""
     bayesian_blocks: int = 4
     """Last blocks with masks and noise in the partly Bayesian cases."""
     draws: int = 8
@@ -53,8 +54,8 @@ def cost(arguments: CostArguments) -> None:
     from pyro_isingvit.core.checkpoint import write_json
 
     need(arguments.overwrite or not arguments.out.exists(), f"{arguments.out} exists; add --overwrite to replace it.")
-    need(min(arguments.batch_size, arguments.steps, arguments.draws) >= 1 and arguments.classes >= 2,
-         "--batch-size, --steps and --draws must be at least 1, --classes at least 2.")  # fmt: skip
+    need(min(arguments.batch_size, arguments.repeats, arguments.draws) >= 1 and arguments.classes >= 2,
+         "--batch-size, --repeats and --draws must be at least 1, --classes at least 2.")  # fmt: skip
     need(arguments.init.partition(":")[0] in ("timm", "torchvision"), "--init takes timm:NAME or torchvision:NAME.")
     k = arguments.bayesian_blocks
     cases: dict[str, dict[str, Any]] = {
@@ -120,18 +121,17 @@ def _reset_peak() -> float:
 
 
 def step_seconds(arguments: CostArguments, case: dict[str, Any]) -> float:
-    """Seconds of a step: the median of those without an update of the masks, and the update's share."""
+    """Seconds of a step, updates of the masks at their usual rate included: the median of the repeats."""
     import torch
 
     torch.manual_seed(0)
-    step = _ising_step(arguments, **case) if case else _plain_step(arguments)
+    ten_steps = _ising_steps(arguments, **case) if case else _plain_steps(arguments)
     taken = []
-    for _ in range(UPDATE_EVERY + arguments.steps):  # an update comes with the first step and with this one
+    for _ in range(1 + arguments.repeats):
         start = time.perf_counter()
-        step()
+        ten_steps()
         taken.append(time.perf_counter() - start)
-    usual = statistics.median([*taken[1:UPDATE_EVERY], *taken[UPDATE_EVERY + 1 :]])
-    return usual + (taken[UPDATE_EVERY] - usual) / UPDATE_EVERY if case else usual
+    return statistics.median(taken[1:]) / EPOCH
 
 
 def peak_mb(arguments: CostArguments, case: dict[str, Any]) -> float:
@@ -146,10 +146,9 @@ def peak_mb(arguments: CostArguments, case: dict[str, Any]) -> float:
     torch.zeros(8, requires_grad=True).sum().backward()  # what the libraries take themselves does not count
     assert torchvision
     before = _reset_peak()
-    step = _ising_step(arguments, **case) if case else _plain_step(arguments)
+    ten_steps = _ising_steps(arguments, **case) if case else _plain_steps(arguments)
     _reset_peak()
-    for _ in range(3):
-        step()
+    ten_steps()
     return _peak_mb() - before
 
 
@@ -159,7 +158,7 @@ def _images(arguments: CostArguments, shape: tuple[int, ...], count: int) -> Any
     return torch.randint(0, 256, (count, *shape), dtype=torch.uint8), torch.arange(count) % arguments.classes
 
 
-def _plain_step(arguments: CostArguments) -> Any:
+def _plain_steps(arguments: CostArguments) -> Any:
     """Fine-tuning as one would write it: the library's network, AdamW, clipped gradients."""
     import torch
     from torch.nn import functional as F
@@ -175,17 +174,18 @@ def _plain_step(arguments: CostArguments) -> Any:
     images, labels = _images(arguments, (3, size, size), arguments.batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
 
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(network(images.float() / 255), labels).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
+    def ten_steps() -> None:
+        for _ in range(EPOCH):
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(network(images.float() / 255), labels).backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
 
-    return step
+    return ten_steps
 
 
-def _ising_step(arguments: CostArguments, bayesian_blocks: int | None, frozen: bool = False) -> Any:
-    """One step of the trainer itself, updates of the masks included at their usual rate."""
+def _ising_steps(arguments: CostArguments, bayesian_blocks: int | None, frozen: bool = False) -> Any:
+    """An epoch of the trainer itself, of ten steps, without validation."""
     from pyro_isingvit.core.settings import RunConfig
     from pyro_isingvit.data.info import DataInfo
     from pyro_isingvit.data.split import UNLABELLED, ImageData, Split
@@ -195,7 +195,7 @@ def _ising_step(arguments: CostArguments, bayesian_blocks: int | None, frozen: b
     from pyro_isingvit.runs.trainer import Trainer
 
     start = start_of(_network(arguments.init))
-    images, labels = _images(arguments, start.image_shape, 10 * arguments.batch_size)
+    images, labels = _images(arguments, start.image_shape, EPOCH * arguments.batch_size)
     names = tuple(map(str, range(arguments.classes)))
     part = Split(images, labels)
     none = Split(images[:0], labels[:0] * 0 + UNLABELLED)
@@ -210,37 +210,12 @@ def _ising_step(arguments: CostArguments, bayesian_blocks: int | None, frozen: b
     config, data, start = begun(replace(config, train=train, ising=ising), data, start)
     trainer = Trainer(config, data, None, False, start=start)
     del start
-    return trainer_step(trainer)
+    epochs = count()
 
+    def ten_steps() -> None:
+        trainer.take_steps(next(epochs))
 
-def trainer_step(trainer: Any) -> Any:
-    """A function that does one step of a trainer's epoch each time it is called."""
-    from pyro_isingvit.data.batches import batches
-    from pyro_isingvit.runs.steps import backward
-
-    method, settings = trainer.method, trainer.settings
-    method.begin("ising")
-    order = iter(batches(trainer.data.train, settings.batch_size, settings.seed, 0, trainer.multiple))
-    count = 0
-
-    def step() -> None:
-        nonlocal order, count
-        import torch
-
-        drawn = next(order, None)
-        if drawn is None:
-            order = iter(batches(trainer.data.train, settings.batch_size, settings.seed, count, trainer.multiple))
-            drawn = next(order)
-        x, labels = trainer.augmentation(drawn[0], drawn[1])
-        trainer.optimizer.zero_grad(set_to_none=True)
-        method.before_step(x, labels, "ising", count, 0.5)
-        backward(trainer.fabric, trainer.loss, method, x, labels, drawn[2], 1)
-        for part in method.clipped():
-            torch.nn.utils.clip_grad_norm_(part.parameters(), settings.clip_norm)
-        trainer.optimizer.step()
-        count += 1
-
-    return step
+    return ten_steps
 
 
 def predictions(arguments: CostArguments, bayesian_blocks: int | None, shared: bool = True) -> float:

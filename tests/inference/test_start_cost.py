@@ -7,6 +7,7 @@ from helpers import here, refused
 
 from inference import start_cost
 from inference.start_cost import CostArguments
+from pyro_isingvit.runs.trainer import Trainer
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def small(monkeypatch):
 
 
 def test_a_table_and_a_file(small, tmp_path):
-    done = here("inference.start_cost", "--out", tmp_path / "a.json", "--steps", "1", "--draws", "2",
+    done = here("inference.start_cost", "--out", tmp_path / "a.json", "--repeats", "1", "--draws", "2",
                 "--bayesian-blocks", "1")  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "a.json").read_text())
@@ -37,7 +38,7 @@ def test_a_table_and_a_file(small, tmp_path):
 
 
 @pytest.mark.parametrize("words", [
-    ["--steps", "0"], ["--init", "nope"], ["--init", "timm:nope"], ["--init", "torchvision:nope"], ["--classes", "1"],
+    ["--repeats", "0"], ["--init", "nope"], ["--init", "timm:nope"], ["--init", "torchvision:nope"], ["--classes", "1"],
 ])  # fmt: skip
 def test_what_cannot_be_measured(words, tmp_path, monkeypatch):
     monkeypatch.setattr(start_cost, "_apart", lambda function, *args: function(*args))
@@ -45,7 +46,10 @@ def test_what_cannot_be_measured(words, tmp_path, monkeypatch):
     assert not (tmp_path / "a.json").exists()
 
 
-def test_a_step_is_that_of_the_trainer(small):
-    step = start_cost._ising_step(CostArguments(out=None, batch_size=4), 1, True)  # type: ignore[arg-type]
-    for _ in range(12):  # more than an epoch
-        step()
+def test_steps_are_those_of_the_trainer(small, monkeypatch):
+    taken = []
+    monkeypatch.setattr(Trainer, "take_steps", lambda trainer, epoch: taken.append((epoch, trainer.steps_per_epoch)))
+    ten_steps = start_cost._ising_steps(CostArguments(out=None, batch_size=4), 1, True)  # type: ignore[arg-type]
+    ten_steps()
+    ten_steps()
+    assert taken == [(0, 10), (1, 10)]
