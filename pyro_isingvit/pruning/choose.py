@@ -19,7 +19,7 @@ from pyro_isingvit.data.split import Split
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.layout import MaskLayout
 from pyro_isingvit.nets.vit import Weights
-from pyro_isingvit.predictive.calibration import fit_temperature, with_shares_of
+from pyro_isingvit.predictive.calibration import fit_temperature
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.pruning.assembly import PosteriorParts, assemble
 from pyro_isingvit.pruning.cost import macs as count_macs
@@ -244,8 +244,7 @@ def from_masks(
     if len(models) == 1:
         return models[0]
     assert val is not None
-    means = [model.predict(val.images)[0] for model in models]
-    means = [with_shares_of(val.labels, mean) for mean in means] if run.balanced else means
+    means = [run.among(val.labels, model.predict(val.images)[0]) for model in models]
     scores = [classification_metrics(mean, val.labels)["nll"] for mean in means]
     return models[int(np.argmin(scores))]
 

@@ -18,7 +18,7 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.processes import averaged, is_first
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.ising.noise import LEVELS, USUAL_KEEP, chosen_keep
-from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature, temper, with_shares_of
+from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature, temper
 from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.session import Session
 
@@ -113,7 +113,6 @@ class NoiseSearch:
         labels, seed = self.val.labels, self.run.config.train.seed
         probs = draw_predictive(self.run, self.val.images, CALIBRATION_SAMPLES, seed=seed).probs
         mean = temper(probs, fit_temperature(probs, labels, self.run.balanced)).mean(0)
-        if self.run.balanced:  # the labels are those of classes of different sizes
-            mean = with_shares_of(labels.to(mean.device), mean)
+        mean = self.run.among(labels, mean)
         losses = -mean.gather(1, labels.to(mean.device).unsqueeze(1)).squeeze(1).log()
         return averaged(losses.double()).cpu()  # all processes must choose alike

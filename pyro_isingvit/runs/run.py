@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import RunConfig
@@ -20,6 +20,7 @@ from pyro_isingvit.methods.base import Method, Networks, method_class
 from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.methods.registry import row
 from pyro_isingvit.nets.vit import Weights
+from pyro_isingvit.predictive.calibration import with_shares_of
 
 
 class Run:
@@ -117,6 +118,10 @@ class Run:
     def balanced(self) -> bool:
         """Whether the probabilities are those under equal classes."""
         return self.config.train.balance != "none"
+
+    def among(self, labels: Tensor, probs: Tensor) -> Tensor:
+        """Probabilities (..., C) as they are among images with these labels (n,), where training made classes equal."""
+        return with_shares_of(labels.to(probs.device), probs) if self.balanced else probs
 
     @property
     def device(self) -> torch.device:

@@ -30,7 +30,7 @@ from pyro_isingvit.nets.penalties import PENALTIES
 from pyro_isingvit.nets.smoothness import check_smoothness
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.vit import ViT
-from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature, with_shares_of
+from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.runs.averaging import Averaging
 from pyro_isingvit.runs.flatness import check_flatness, step_gradient
@@ -382,7 +382,7 @@ class Trainer:
         draws = draw_predictive(self.run, val.images, self.method.validation_draws(self.settings), seed=epoch)
         self._check_finite(float(draws.probs.sum()), {}, epoch)
         labels = val.labels.cpu()
-        scores = classification_metrics(with_shares_of(labels, draws.mean) if self.run.balanced else draws.mean, labels)
+        scores = classification_metrics(self.run.among(labels, draws.mean), labels)
         return {f"val_{name}": scores[name] for name in ("accuracy", "nll", "brier", "ece")}
 
     def _show(self, epoch: int, phase: str, terms: dict[str, float]) -> None:
