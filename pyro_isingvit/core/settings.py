@@ -233,7 +233,7 @@ class RunConfig:
                 names = ", ".join(sorted(strange))
                 raise UserError(
                     f"settings that {kind.__name__} does not have cannot be kept in a folder: {names}; keep the run in "
-                    "memory, or add the field in core/settings.py."
+                    "memory, or add the field to that class."
                 )
 
     @classmethod
