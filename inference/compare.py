@@ -120,7 +120,7 @@ def make_cells(arguments: CompareArguments) -> list[Cell]:
         UserError: an invalid size, seed, method or preset.
     """
     from pyro_isingvit.methods.plain import check_baseline
-    from pyro_isingvit.runs.trainer import check_training
+    from pyro_isingvit.runs.checks import check_training
 
     for name in ("methods", "train_sizes", "seeds"):
         values = getattr(arguments, name)

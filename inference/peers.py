@@ -102,7 +102,7 @@ def check(config: RunConfig) -> None:
     from pyro_isingvit.data.load import load_data
     from pyro_isingvit.nets.plain import PlainViT
     from pyro_isingvit.nets.vit import ViT
-    from pyro_isingvit.runs.trainer import check_training
+    from pyro_isingvit.runs.checks import check_training
 
     check_training(config.train)
     data = load_data(**asdict(config.data), seed=config.train.seed)

@@ -101,7 +101,7 @@ def make_cells(plain: Iterable[tuple[str, str, RunConfig]], names: Sequence[str]
         flipped: share of wrong labels in the training and validation part.
     """
     from inference.search_trials import Trial
-    from pyro_isingvit.runs.trainer import check_training
+    from pyro_isingvit.runs.checks import check_training
 
     cells = []
     for dataset, method, config in sorted(plain, key=lambda one: (one[2].train.seed, one[2].data.train_size or 0)):

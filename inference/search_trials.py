@@ -16,7 +16,7 @@ from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
 from pyro_isingvit.data.load import DEV_SIZE
 from pyro_isingvit.methods.plain import check_baseline
 from pyro_isingvit.methods.registry import OURS, row, with_defaults
-from pyro_isingvit.runs.trainer import check_training
+from pyro_isingvit.runs.checks import check_training
 from pyro_isingvit.version import __version__
 
 Device = Literal["auto", "cpu", "cuda"]

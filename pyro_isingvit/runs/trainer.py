@@ -16,10 +16,8 @@ import torch
 from tqdm.auto import tqdm
 
 from pyro_isingvit.core.errors import ProcessLost, UserError, need, why
-from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.processes import averaged, is_first, is_lost, on_first, world
 from pyro_isingvit.core.settings import RunConfig
-from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.augment import Augmentation, group_size
 from pyro_isingvit.data.batches import batches, count_steps
 from pyro_isingvit.data.split import ImageData
@@ -27,13 +25,13 @@ from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.base import Terms
 from pyro_isingvit.nets.divergence import first_not_finite, not_finite
 from pyro_isingvit.nets.penalties import PENALTIES
-from pyro_isingvit.nets.smoothness import check_smoothness
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.runs.averaging import Averaging
-from pyro_isingvit.runs.flatness import check_flatness, step_gradient
+from pyro_isingvit.runs.checks import check_training
+from pyro_isingvit.runs.flatness import step_gradient
 from pyro_isingvit.runs.noise_search import NoiseSearch
 from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule, with_decay
 from pyro_isingvit.runs.predict import draw_predictive
@@ -47,73 +45,10 @@ CHUNK = 1024  # training images at a time after training
 LOOK_EVERY = 10  # steps between looks at the terms of the loss, which wait for the device
 TERMS = {"nll": "the likelihood (NLL)", "weight_kl": "the weight KL", "mask_kl": "the mask KL"}
 SHORT = {"weight_kl": "klW", "mask_kl": "klM"}
-REPARAMETRISED = ("sigma_reparam", "weight_compander")
-LARGEST = 1e15  # of rates and norms: torch computes with them in single precision
 
 
 class TrainingDiverged(UserError):
     """The loss was not finite; the message says which term, when, and where the last good state is."""
-
-
-def check_training(config: TrainConfig) -> None:
-    """Raises UserError where a setting is out of its range."""
-    check_fields(config)
-    for name in ("epochs", "batch_size", "samples", "val_samples", "accumulate", "draws", "teacher_draws"):
-        if isinstance(getattr(config, name), int) and getattr(config, name) < 1:
-            raise UserError(f"`{name}` must be at least 1, not {getattr(config, name)}.")
-    for name in ("lr", "finetune_lr", "clip_norm", "scale_lr_factor"):
-        if not 0 < getattr(config, name) <= LARGEST:
-            raise UserError(f"`{name}` must be positive and at most {LARGEST:g}, not {getattr(config, name)}.")
-    need(config.frozen_blocks >= 0, f"`frozen_blocks` must not be negative, but is {config.frozen_blocks}.")
-    need(0 < config.layer_decay <= 1, f"`layer_decay` must lie in (0, 1], not {config.layer_decay}.")
-    for name in ("pilot_fraction", "warmup_fraction"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"`{name}` must lie in [0, 1], not {getattr(config, name)}.")
-    passes = ("gradient_norm", "weight_perturbation")
-    for name in ("finetune_epochs", "weight_decay", "shrinkage", "margin", *passes, *REPARAMETRISED, *PENALTIES):
-        if not (getattr(config, name, None) or 0.0) >= 0:
-            raise UserError(f"`{name}` must not be negative, but is {getattr(config, name)}.")
-    for name in ("average", "token_masking", "label_smoothing", "early_learning_momentum"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"`{name}` must be at least 0 and below 1, not {getattr(config, name)}.")
-    need(
-        0 < config.distillation_power <= LARGEST,
-        f"`distillation_power` must be positive, not {config.distillation_power}.",
-    )
-    need(0 <= config.nested_dropout <= 1, f"`nested_dropout` must lie in [0, 1], not {config.nested_dropout}.")
-    both = all(getattr(config, name) for name in REPARAMETRISED)
-    need(not both, f"`{REPARAMETRISED[0]}` and `{REPARAMETRISED[1]}` both make the matrices; leave one out.")
-    _check_mixes(config)
-    check_smoothness(config)
-    check_flatness(config)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is available here; set `device` to cpu or auto.")
-
-
-def _check_mixes(config: TrainConfig) -> None:
-    # Below, gamma variates underflow, and a share comes out as 1/2 where it should be 0 or 1.
-    if config.mix_alpha is not None and not 1e-3 <= config.mix_alpha <= 1e3:
-        raise UserError(
-            f"`mix_alpha` must lie in [0.001, 1000], not {config.mix_alpha}; 0.2 to 2 are usual, 10 to 20 for regmixup."
-        )
-    need(
-        config.mix != "manifold" or not config.token_masking,
-        "`mix` manifold sums the tokens of two images place by place, and with `token_masking` they show other places; "
-        "leave one of them out.",
-    )
-    for name in ("early_learning", "self_distillation"):
-        need(
-            not getattr(config, name) or config.mix == "none",
-            f"`{name}` remembers what is said of each image, which `mix` {config.mix} does not show by itself; set "
-            "`mix` to none.",
-        )
-    share = config.self_distillation
-    need(share <= 1, f"`self_distillation` is the share of a prediction in the target, at most 1, not {share}.")
-    need(
-        not share or config.balance != "logit",
-        "`self_distillation` compares with the cross entropy of the network's own logits, which `balance` logit "
-        "adjusts; take another `balance`.",
-    )
 
 
 class Trainer:

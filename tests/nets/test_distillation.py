@@ -23,9 +23,10 @@ from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.distillation import distillation
 from pyro_isingvit.nets.penalties import Penalties, Seen
 from pyro_isingvit.nets.view import View
+from pyro_isingvit.runs.checks import check_training
 from pyro_isingvit.runs.run import Run
 from pyro_isingvit.runs.teacher import IN_MEMORY, Teacher, mean_prediction
-from pyro_isingvit.runs.trainer import Trainer, check_training
+from pyro_isingvit.runs.trainer import Trainer
 from pyro_isingvit.sharing.names import shared_config
 
 VIT = ViTConfig(patch_size=2, width=8, heads=2, depth=1, mlp_ratio=2)

@@ -18,7 +18,7 @@ from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.manifold_mixup import HiddenMix
 from pyro_isingvit.nets.view import View, viewing
 from pyro_isingvit.nets.vit import ViT, Watch
-from pyro_isingvit.runs.trainer import check_training
+from pyro_isingvit.runs.checks import check_training
 from pyro_isingvit.runs.views import Views
 
 SHARE = 0.3

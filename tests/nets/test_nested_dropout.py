@@ -18,7 +18,7 @@ from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.nested_dropout import draw_kept, first_units
 from pyro_isingvit.nets.view import View, viewing
 from pyro_isingvit.nets.vit import ViT, Weights
-from pyro_isingvit.runs.trainer import check_training
+from pyro_isingvit.runs.checks import check_training
 
 
 def without(vit: ViT, weights: Weights, gone: list[slice]) -> Weights:

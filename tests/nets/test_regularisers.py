@@ -20,7 +20,7 @@ from pyro_isingvit.nets.attention_terms import negative_entropy, negative_log, s
 from pyro_isingvit.nets.feature_terms import negative_von_neumann_entropy
 from pyro_isingvit.nets.penalties import PENALTIES, Penalties, Seen
 from pyro_isingvit.nets.self_distillation import first_predictions, self_distillation
-from pyro_isingvit.runs.trainer import check_training
+from pyro_isingvit.runs.checks import check_training
 
 NEW = [
     "logit_penalty",

@@ -16,7 +16,7 @@ from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.divergence import not_finite
 from pyro_isingvit.nets.reparametrise import Compander, SigmaReparam, follow, gains, reparametrise, trained
-from pyro_isingvit.runs.trainer import check_training
+from pyro_isingvit.runs.checks import check_training
 
 PLAIN = replace(CONFIG, method="deterministic")
 NAMES = ("sigma_reparam", "weight_compander")

@@ -16,7 +16,7 @@ from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.penalties import PENALTIES, Penalties, Seen
 from pyro_isingvit.nets.smoothness import own_normal, squared_jacobian
 from pyro_isingvit.nets.vit import ViT, Watch
-from pyro_isingvit.runs.trainer import check_training
+from pyro_isingvit.runs.checks import check_training
 
 METHOD_NAMES = [name for name in METHODS if name != "laplace"]  # which needs an extra
 MADE = torch.Generator().manual_seed(1)

@@ -13,8 +13,8 @@ from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.base import Method, Terms
 from pyro_isingvit.methods.registry import METHODS
+from pyro_isingvit.runs.checks import check_training
 from pyro_isingvit.runs.flatness import step_gradient
-from pyro_isingvit.runs.trainer import check_training
 
 METHOD_NAMES = [name for name in METHODS if name != "laplace"]  # which needs an extra
 NONE = torch.zeros(4, 0)

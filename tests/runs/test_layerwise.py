@@ -14,9 +14,10 @@ from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.methods.base import method_class
 from pyro_isingvit.methods.registry import with_defaults
 from pyro_isingvit.nets.start import Start
+from pyro_isingvit.runs.checks import check_training
 from pyro_isingvit.runs.layerwise import LayerwiseAdamW, levels
 from pyro_isingvit.runs.optimiser import make_optimizer
-from pyro_isingvit.runs.trainer import Trainer, check_training
+from pyro_isingvit.runs.trainer import Trainer
 
 SHAPE = replace(TINY, depth=3, pool="cls", registers=1, norm_pre=True)
 
