@@ -17,7 +17,9 @@ import math
 import torch
 from torch import Tensor
 
-PRIOR_WIDTH = 0.2  # standard deviation of log T around 0: a few images do not move T far
+# Mean and standard deviation of log T: a few images do not move T far. Networks that trained for long enough to be
+# accurate are too sure, the more so the fewer images they had (docs/tuning.md, Temperature).
+PRIOR_MEAN, PRIOR_WIDTH = 0.3, 0.3
 CALIBRATION_SAMPLES = 50  # draws that T is fitted on
 LIMIT = math.log(10.0)
 TINY = 1e-30
@@ -49,7 +51,9 @@ def with_shares_of(labels: Tensor, probs: Tensor) -> Tensor:
 
 
 def fit_temperature(probs: Tensor, labels: Tensor, balanced: bool = False) -> float:
-    """The T that gives the labels the highest posterior: -sum log p_T(y) + (log T)^2 / (2 PRIOR_WIDTH^2).
+    """The T that gives the labels the highest posterior: -sum log p_T(y) + (log T - m)^2 / (2 s^2).
+
+    log T ~ N(m, s^2) beforehand, m = PRIOR_MEAN and s = PRIOR_WIDTH.
 
     Probabilities under equal classes are first brought to the shares that the classes have in ``labels``: otherwise T
     would be raised to make up for predictions of rare classes that only the other shares make look wrong.
@@ -74,6 +78,6 @@ def fit_temperature(probs: Tensor, labels: Tensor, balanced: bool = False) -> fl
         mean = (logs / math.exp(log_t)).softmax(-1).mean(0)  # (B, C)
         mean = with_shares_of(labels, mean) if balanced else mean
         nll = -mean[rows, labels].clamp(min=TINY).log().sum()
-        return float(nll) + log_t**2 / (2 * PRIOR_WIDTH**2)
+        return float(nll) + (log_t - PRIOR_MEAN) ** 2 / (2 * PRIOR_WIDTH**2)
 
     return math.exp(minimize_scalar(cost, bounds=(-LIMIT, LIMIT), method="bounded", options={"xatol": 1e-4}).x)

@@ -1,9 +1,11 @@
 """The predictive temperature: found again where it is known, and harmless where there is nothing to learn."""
 
+import math
+
 import pytest
 import torch
 
-from pyro_isingvit.predictive.calibration import fit_temperature, temper
+from pyro_isingvit.predictive.calibration import PRIOR_MEAN, fit_temperature, temper
 from pyro_isingvit.predictive.metrics import classification_metrics
 
 
@@ -35,6 +37,7 @@ def test_it_mends_the_underconfidence_of_pooled_draws() -> None:
 
 
 def test_few_images_do_not_move_it_far() -> None:
-    probs = torch.tensor([[[0.9, 0.1], [0.8, 0.2]]])
-    assert 0.5 < fit_temperature(probs, torch.tensor([0, 0])) < 1.0
+    probs, usual = torch.tensor([[[0.9, 0.1], [0.8, 0.2]]]), math.exp(PRIOR_MEAN)
+    assert 0.7 * usual < fit_temperature(probs, torch.tensor([0, 0])) < usual
+    assert usual < fit_temperature(probs, torch.tensor([0, 1])) < 1.5 * usual
     assert fit_temperature(probs[:, :0], torch.tensor([], dtype=torch.long)) == 1.0
