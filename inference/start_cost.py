@@ -204,7 +204,7 @@ def _ising_steps(arguments: CostArguments, bayesian_blocks: int | None, frozen: 
     depth = start.vit.depth
     train = replace(
         config.train, batch_size=arguments.batch_size, average=0.0, pilot_fraction=0.0,
-        epochs=100, device="cpu", frozen_blocks=depth - (bayesian_blocks or 0) if frozen else 0,
+        epochs=1 + arguments.repeats, device="cpu", frozen_blocks=depth - (bayesian_blocks or 0) if frozen else 0,
     )  # fmt: skip
     ising = replace(config.ising, max_keep=0.98, bayesian_blocks=bayesian_blocks)
     config, data, start = begun(replace(config, train=train, ising=ising), data, start)
