@@ -15,32 +15,32 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_isingvit.ising.layout import MaskLayout
-from pyro_isingvit.ising.lean import Noise, noisy_linear
-from pyro_isingvit.nets.vit import ViT, Watch, Weights
+from pyro_isingvit.ising.lean import NoisyLayers
+from pyro_isingvit.nets.vit import Apart, ViT, Watch, Weights
 
 
 def masked_network(
     vit: ViT,
     layout: MaskLayout,
-    weights: Weights,
+    weights: Weights | Apart,
     spikes: Weights,
     masks: dict[str, Tensor],
     images: Tensor,
     watch: Watch | None = None,
-    noise: tuple[dict[str, float], Noise] | None = None,
+    noise: NoisyLayers | None = None,
 ) -> Tensor:
     """Logits (B, C) of images under masks of their own.
 
     Args:
         vit: the network.
         layout: the mask sites, none of them on single weights.
-        weights: what the masks multiply, W - V, kind -> (layers, out, in).
+        weights: what the masks multiply, W - V, kind -> (layers, out, in), or the layers one by one.
         spikes: V, likewise; empty where tau_0 = 0.
         masks: zeros and ones, site -> (B, *site shape).
         images: (B, channels, height, width), normalised.
         watch: see ``ViT.forward``.
-        noise: s of every kind, and the Gaussian noise that is added to the weights of each layer when they are used
-            (``lean.noisy_linear``); needs tau_0 = 0. None: ``weights`` has it.
+        noise: the Gaussian noise that is added to the weights of each layer when they are used; needs tau_0 = 0.
+            None: ``weights`` has it.
     """
     factors: dict[tuple[str, int], Tensor] = {}  # (kind, layer) -> (B, 1, channels): for every token the same
     for kind, site in layout.site_of.items():
@@ -50,9 +50,8 @@ def masked_network(
     def rule(kind: str, layer: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         mask = factors[kind, layer].to(x.dtype)
         if noise is not None:
-            window, sign = noise[1].of(kind, layer, weight)
             inward = layout.site_of[kind].spreads[kind].side == "in"
-            y = noisy_linear(x * mask if inward else x, weight, window, sign * noise[0][kind])
+            y = noise.linear(kind, layer, x * mask if inward else x, weight)
             return y + bias.to(y.dtype) if inward else torch.addcmul(bias.to(y.dtype), y, mask.to(y.dtype))
         spike = spikes[kind][layer] if spikes else None
         if layout.site_of[kind].spreads[kind].side == "in":

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from pyro_isingvit.ising.channel_masks import masked_network
 from pyro_isingvit.ising.distributions import bernoulli_kl, slab_kl
 from pyro_isingvit.ising.guide import IsingGuide
-from pyro_isingvit.ising.lean import Noise, slab_pull
+from pyro_isingvit.ising.lean import Gradient, Noise, NoisyLayers, apart
 from pyro_isingvit.ising.masks import MASK_POSTERIORS
 from pyro_isingvit.ising.model import IsingViT
-from pyro_isingvit.nets.vit import Watch
+from pyro_isingvit.nets.vit import Apart, Watch
 
 DRAWS = 4  # posterior draws of a training step where the settings leave it open
 
@@ -75,6 +75,7 @@ class FusedELBO(nn.Module):
         self.model, self.guide, self.draws, self.noise, self.group = model, guide, draws, noise, group
         network = partial(masked_network, model.vit, model.layout) if draws == "image" else model.vit.forward
         self._network: Callable[..., Tensor] = torch.compile(network) if compiled else network
+        self._in_place = not compiled  # whether the backward pass may write where it likes
         self.part = (0, 1)
         self._seen: tuple[tuple[int, int], ...] = ()
         self._constant, self._retention = (torch.zeros(()), torch.zeros(())), dict[str, Tensor]()
@@ -96,20 +97,25 @@ class FusedELBO(nn.Module):
         """
         model, guide, layout = self.model, self.guide, self.guide.layout
         mask_kl, kl = self.constant_kl()
+        matrices: Apart = {}  # of a large network, layer by layer
+        gradients = {kind: Gradient(loc) for kind, loc in guide.loc.items()} if guide.lean else {}
         for kind in guide.kinds:
             tau_1 = model.tau_1(kind)
             pi = layout.expand(kind, self._retention)
             if guide.log_scale[kind].requires_grad:
                 kl = kl + (pi * slab_kl(guide.moved(model, kind), guide.scale(kind), tau_1)).sum()
             elif guide.lean:
-                kl = kl + slab_pull(guide.loc[kind], model.centre(kind), pi, tau_1)
+                moving, matrices[kind] = apart(guide.loc[kind], model.centre(kind), pi, tau_1, gradients[kind])
+                kl = kl + moving
             else:  # pi (m - m0)^2 / (2 tau_1^2), whose gradient is the pull: half the product with it
                 loc = guide.moved(model, kind)
                 pull = (pi * loc.detach()).div_(tau_1**2)
                 product = torch.dot(pull.flatten(), loc.flatten())
                 kl = kl + product - 0.5 * product.detach()
-        path = self._by_activations if self.noise == "activations" else self._by_weights
-        seen = model.penalties.look(self._by_images if self.draws == "image" else path, x, y, rows)
+        path: Callable[..., Tensor] = self._by_activations if self.noise == "activations" else self._by_weights
+        if self.draws == "image":
+            path = partial(self._by_images, matrices, gradients if self._in_place else {})
+        seen = model.penalties.look(path, x, y, rows)
         size = len(x) if model.num_data is None else model.num_data
         return {
             "nll": size * model.likelihood.nll(seen.logits, y),
@@ -138,16 +144,20 @@ class FusedELBO(nn.Module):
                 watch[place] = [_flat(value) for value in values]
         return logits
 
-    def _by_images(self, x: Tensor, watch: Watch | None) -> Tensor:
-        """Logits (B, C), each image under masks of its own; the images share the Gaussian noise, which is small."""
+    def _by_images(self, matrices: Apart, gradients: dict[str, Gradient], x: Tensor, watch: Watch | None) -> Tensor:
+        """Logits (B, C), each image under masks of its own; the images share the Gaussian noise, which is small.
+
+        ``matrices`` are those of a large network, and ``gradients`` where theirs go; otherwise nothing.
+        """
         guide, weights, spikes = self.guide, dict[str, Tensor](), dict[str, Tensor]()
         (part, parts), count = self.part, len(x) // self.group
         masks = draw_all(self._retention, parts * count, slice(part * count, (part + 1) * count))
         if self.group > 1:
             masks = {name: mask.repeat_interleave(self.group, 0) for name, mask in masks.items()}
-        if guide.lean and not guide.config.tau_0:
-            pool = {kind: float(guide.scale(kind)) for kind in guide.kinds}, Noise.draw(dict(guide.loc.items()))
-            return self._network(dict(guide.loc.items()), {}, masks, x, watch, pool)
+        if matrices and not guide.config.tau_0:
+            drawn = Noise.draw(dict(guide.loc.items()))
+            layers = NoisyLayers({kind: float(guide.scale(kind)) for kind in guide.kinds}, drawn, gradients)
+            return self._network(matrices, {}, masks, x, watch, layers)
         for kind in guide.kinds:
             noise, tau_0 = torch.randn_like(guide.loc[kind]), guide.config.tau_0
             # xi (m + s e) + (1 - xi) tau_0 e: what a mask multiplies, and what is there without it

@@ -6,7 +6,7 @@ shared. Then
     curvature     the average is of sum_e h_e m_e^2 over each mask, not of h_e
     scale         one number for each kind of matrices
     noise         m + s e is made for one layer at a time, and again in the backward pass, with e from a small pool
-    weight KL     its gradient pi (m - m0) / tau_1^2 is made in the backward pass
+    weight KL     its gradient pi (m - m0) / tau_1^2 is added to that of the likelihood where the latter is stored
     centre        m0 in bfloat16: rounded by at most 0.4%
 
 and a curvature estimate looks at a quarter of a batch at most. It is the same objective, drawn with other random
@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pyro_isingvit.core.settings import IsingConfig
 
 LARGE = 5_000_000  # masked weights
+PIECE = 1 << 17  # weights
 QUARTER = 4  # a curvature estimate looks at this part of a batch at most: it costs as much as its part of a step
 
 
@@ -96,25 +98,67 @@ class Noise:
         return self.pool[start : start + like.numel()].view(like.shape), self.signs[kind, layer]
 
 
+class Gradient:
+    """Where the gradient of stacked matrices is made: each layer's is written into its place, not copied there.
+
+    Args:
+        like: the matrices, (layers, out, in).
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like.detach()
+        self._whole: Tensor | None = None
+        self._taken = set[int]()
+
+    def place(self, layer: int) -> Tensor | None:
+        """The place of a layer, (out, in), for what reads the layer first; None for all others."""
+        if layer in self._taken:
+            return None
+        self._taken.add(layer)
+        return self._all()[layer]
+
+    def finished(self) -> Tensor:
+        """The memory of all layers, which is not written to afterwards."""
+        whole, self._whole = self._all(), None
+        return whole
+
+    def _all(self) -> Tensor:
+        if self._whole is None:
+            self._whole = torch.empty_like(self._like)
+        return self._whole
+
+
 class _NoisyLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, window: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, window: Tensor, scale: float, gradient: Gradient | None, layer: int
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, window)
-        ctx.scale = scale
+        ctx.scale, ctx.gradient, ctx.layer = scale, gradient, layer
         return F.linear(x, torch.add(weight.detach(), window, alpha=scale).to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (x, weight, window) = grads, ctx.saved_tensors
         for_x = for_weight = None
         if ctx.needs_input_grad[0]:
             for_x = grad @ torch.add(weight, window, alpha=ctx.scale).to(grad.dtype)  # differentiable once more
         if ctx.needs_input_grad[1]:
-            for_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
-        return for_x, for_weight, None, None
+            rows, columns = grad.flatten(0, -2).T, x.flatten(0, -2).to(grad.dtype)
+            once = ctx.gradient is not None and not torch.is_grad_enabled()
+            place = ctx.gradient.place(ctx.layer) if once else None
+            if place is None:
+                for_weight = (rows @ columns).to(weight.dtype)
+            elif place.dtype == rows.dtype:
+                for_weight = torch.mm(rows, columns, out=place)
+            else:
+                for_weight = place.copy_(rows @ columns)
+        return for_x, for_weight, None, None, None, None
 
 
-def noisy_linear(x: Tensor, weight: Tensor, window: Tensor, scale: float) -> Tensor:
+def noisy_linear(
+    x: Tensor, weight: Tensor, window: Tensor, scale: float, gradient: Gradient | None = None, layer: int = 0
+) -> Tensor:
     """x (m + s e)^T; the sum is made again in the backward pass, not kept.
 
     Args:
@@ -122,39 +166,100 @@ def noisy_linear(x: Tensor, weight: Tensor, window: Tensor, scale: float) -> Ten
         weight: m, (out, in).
         window: e, (out, in), of a pool that all layers share.
         scale: s times the sign, to which no gradient flows.
+        gradient: where that of ``weight`` goes, as its ``layer``; None: into a tensor of its own.
+        layer: its number.
     """
-    return _NoisyLinear.apply(x, weight, window, scale)
+    return _NoisyLinear.apply(x, weight, window, scale, gradient, layer)
 
 
-class _SlabPull(torch.autograd.Function):
-    """Layer by layer, so that what is made on the way stays in the cache."""
+@dataclass(frozen=True)
+class NoisyLayers:
+    """The layers of a network under one draw of the Gaussian noise.
 
+    Attributes:
+        scales: s of every kind.
+        noise: e of every layer.
+        gradients: kind -> where the gradient of its matrices goes; kinds may lack.
+    """
+
+    scales: dict[str, float]
+    noise: Noise
+    gradients: dict[str, Gradient]
+
+    def linear(self, kind: str, layer: int, x: Tensor, weight: Tensor) -> Tensor:
+        """x (m + s e)^T."""
+        window, sign = self.noise.of(kind, layer, weight)
+        return noisy_linear(x, weight, window, sign * self.scales[kind], self.gradients.get(kind), layer)
+
+
+class _Apart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loc: Tensor, centre: Tensor | None, pi: Tensor, tau_1: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, loc: Tensor, centre: Tensor | None, pi: Tensor, tau_1: Tensor, gradient: Gradient
+    ) -> tuple[Tensor, *tuple[Tensor, ...]]:
+        ctx.gradient = gradient
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(loc, centre, pi, tau_1)
         total = torch.zeros((), device=loc.device)
         for layer in range(len(loc)):
-            moved = loc[layer] if centre is None else loc[layer] - centre[layer]
-            total += 0.5 * torch.dot((moved * pi[layer]).flatten(), moved.flatten()) / tau_1[layer, 0, 0] ** 2
-        return total
+            for rows in _pieces(loc):
+                moved = _moved(loc, centre, layer, rows)
+                weighed = moved * _rows(pi[layer], rows)
+                total += 0.5 * torch.dot(weighed.flatten(), moved.flatten()) / tau_1[layer, 0, 0] ** 2
+        return total, *loc.detach().unbind(0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, for_kl: Tensor | None, *for_layers: Tensor | None) -> tuple[Tensor | None, ...]:
         loc, centre, pi, tau_1 = ctx.saved_tensors
-        pull = torch.empty_like(loc)
-        for layer in range(len(loc)):
-            moved = loc[layer] if centre is None else loc[layer] - centre[layer]
-            torch.mul(moved, pi[layer] * (grads[0] / tau_1[layer] ** 2), out=pull[layer])
-        return pull, None, None, None
+        found = ctx.gradient.finished()
+        for layer, likelihood in enumerate(for_layers):
+            factor = pi[layer] * (0.0 if for_kl is None else for_kl / tau_1[layer] ** 2)
+            for rows in _pieces(loc):
+                moved, out = _moved(loc, centre, layer, rows), found[layer, rows]
+                if likelihood is None:
+                    torch.mul(moved, _rows(factor, rows), out=out)
+                else:  # mostly the same memory
+                    torch.addcmul(likelihood[rows], moved, _rows(factor, rows), out=out)
+        return found, None, None, None, None
 
 
-def slab_pull(loc: Tensor, centre: Tensor | None, pi: Tensor, tau_1: Tensor) -> Tensor:
-    """sum_e pi_e (m_e - m0_e)^2 / (2 tau_1^2), nats: the part of the weight KL that moves with the means.
+def _pieces(loc: Tensor) -> list[slice]:
+    """Rows of a layer that are worked on at a time: on a CPU so few that what is made on the way stays in the cache."""
+    _, rows, columns = loc.shape
+    step = rows if loc.is_cuda else max(1, PIECE // columns)
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def _rows(factor: Tensor, rows: slice) -> Tensor:
+    """The rows of a factor that may have one for all."""
+    return factor[rows] if len(factor) > 1 else factor
+
+
+def _moved(loc: Tensor, centre: Tensor | None, layer: int, rows: slice) -> Tensor:
+    here = loc[layer, rows]
+    return here if centre is None else here - centre[layer, rows]
+
+
+def apart(
+    loc: Tensor, centre: Tensor | None, pi: Tensor, tau_1: Tensor, gradient: Gradient
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The part of the weight KL that moves with the means, and the matrices, which a network reads one by one:
+
+        sum_e pi_e (m_e - m0_e)^2 / (2 tau_1^2)   nats
+
+    The gradient of the network's loss is written where pi (m - m0) / tau_1^2 is then added to it. Made separately,
+    stacked and summed, both would pass through memory three times.
 
     Args:
         loc: m, (layers, out, in).
         centre: m0, likewise; None: 0.
-        pi: retention, which broadcasts with ``loc``.
+        pi: retention, which broadcasts with ``loc``: (layers, out or 1, in or 1).
         tau_1: width of the slab, (layers, 1, 1).
-    """
-    return _SlabPull.apply(loc, centre, pi, tau_1)
+        gradient: where that of ``loc`` is made; ``noisy_linear`` writes there too.
+
+    Returns:
+        a scalar, and m of each layer, (out, in).
+    """  # noqa: D415
+    kl, *layers = _Apart.apply(loc, centre, pi, tau_1, gradient)
+    return kl, tuple(layers)

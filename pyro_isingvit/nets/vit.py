@@ -25,6 +25,7 @@ from pyro_isingvit.nets.stem import ConvStem
 log = logging.getLogger(__name__)
 
 Weights = dict[str, Tensor]  # kind -> (layers, out, in) or (S, layers, out, in)
+Apart = dict[str, tuple[Tensor, ...]]  # kind -> the layers one by one, (out, in) each
 Watch = dict[str, list[Any]]  # place -> what passes there, one entry a layer, in order
 
 
@@ -234,12 +235,12 @@ class ViT(nn.Module):
         return norm(x, last) if late else x
 
     def forward(
-        self, weights: Weights, images: Tensor, watch: Watch | None = None, layer_rule: Layer = plain
+        self, weights: Weights | Apart, images: Tensor, watch: Watch | None = None, layer_rule: Layer = plain
     ) -> Tensor:
         """Logits of a batch.
 
         Args:
-            weights: kind -> (layers, out, in), or (S, layers, out, in) for all kinds alike.
+            weights: kind -> (layers, out, in), or its layers one by one, or (S, layers, out, in) for all kinds alike.
             images: (B, channels, height, width), normalised; with S sampled weights also (S, B, ...), a batch for each.
             watch: receives what passes at the places that it has as keys, appended to their lists:
                 ``tokens``, what the first block reads, (..., B, T, D); ``attention``, queries and keys of each layer,
@@ -262,7 +263,7 @@ class ViT(nn.Module):
 
         watch = {} if watch is None else watch
         # Cut once: the gradient of a single index would be a tensor of all layers, zero but for one.
-        matrices = {kind: weight.unbind(-3) for kind, weight in weights.items()}
+        matrices = {k: weight if isinstance(weight, tuple) else weight.unbind(-3) for k, weight in weights.items()}
         biases = {kind: bias.unbind(0) for kind, bias in self.bias.items()}
         gains, offsets = self.norm_gain.unbind(0), self.norm_bias.unbind(0)
         eps, activate = self.config.norm_eps, ACTIVATIONS[self.config.activation]
@@ -289,8 +290,8 @@ class ViT(nn.Module):
                 watch["blocks"].append(x)
             return x
 
-        head = weights["head"]
-        drawn = head.shape[0] if head.dim() == 4 and images.dim() == 4 else None  # S, of the same images
+        head = matrices["head"][0]
+        drawn = len(head) if head.dim() == 3 and images.dim() == 4 else None  # S, of the same images
 
         again = self.checkpoint_activations and not watch and torch.is_grad_enabled()
         ready = self.shared if self.trunk_depth else None

@@ -1,5 +1,7 @@
 """Large networks keep less: the same objective, the same gradients from the same noise (ising/lean.py)."""
 
+import shutil
+
 import pytest
 import torch
 from helpers import INFO, TINY
@@ -62,6 +64,26 @@ def test_noise_is_made_again_in_the_backward_pass():
         assert_close(ours, theirs)
 
 
+def test_the_first_reader_of_a_layer_writes_its_gradient_in_place():
+    """A layer that is read twice, by a network that is computed twice, has the sum."""
+    torch.manual_seed(0)
+    loc, x = torch.randn(2, 3, 5, requires_grad=True), torch.randn(4, 2, 5)
+    window, pi, tau = torch.randn(3, 5), torch.rand(2, 3, 1), torch.ones(2, 1, 1)
+    gradient = lean.Gradient(loc)
+    places = [gradient.place(layer).data_ptr() for layer in (0, 1)]
+    gradient._taken.clear()
+    kl, layers = lean.apart(loc, None, pi, tau, gradient)
+    calls = ((0, 1.0), (1, 0.5), (0, 2.0))
+    ours = kl + sum(lean.noisy_linear(c * x, layers[n], window, 0.1, gradient, n).sin().sum() for n, c in calls)
+    theirs = (pi * loc**2 / 2).sum() + sum((c * x @ (loc[n] + 0.1 * window).T).sin().sum() for n, c in calls)
+    (wanted,) = torch.autograd.grad(theirs, loc)
+    (found,) = torch.autograd.grad(ours, loc, retain_graph=True)
+    assert [layer.data_ptr() for layer in found] == places
+    assert_close(found, wanted)
+    assert_close(torch.autograd.grad(ours, loc)[0], wanted)  # once more, into memory of its own
+    assert_close(found, wanted)
+
+
 def test_noise_of_two_layers_is_uncorrelated():
     """Each is N(0, 1), whatever windows they share."""
     weights = {"a": torch.zeros(2, 3, 4), "b": torch.zeros(1, 2, 2)}
@@ -77,16 +99,47 @@ def test_noise_of_two_layers_is_uncorrelated():
     assert torch.stack(found).mean(0).abs().max() < 0.07
 
 
-@pytest.mark.parametrize("centre", [None, "other"])
-def test_the_pull_of_the_slab(centre):
+@pytest.mark.parametrize("piece", [1, 1 << 17])
+@pytest.mark.parametrize("shape", [(2, 4, 1), (2, 1, 3), (2, 1, 1)])
+@pytest.mark.parametrize("centre", [None, "other", "rounded"])
+def test_the_pull_of_the_slab_beside_the_gradient_of_the_network(centre, shape, piece, monkeypatch):
+    """Value and gradient are those of autograd, row by row or all at once, with and without a layer that is read."""
+    monkeypatch.setattr(lean, "PIECE", piece)
     torch.manual_seed(0)
-    loc, pi, tau = torch.randn(2, 4, 3, requires_grad=True), torch.rand(2, 4, 1), torch.rand(2, 1, 1) + 0.1
+    loc, pi, tau = torch.randn(2, 4, 3, requires_grad=True), torch.rand(shape), torch.rand(2, 1, 1) + 0.1
     m0 = None if centre is None else torch.randn(2, 4, 3)
+    m0 = m0.bfloat16() if centre == "rounded" else m0
     moved = loc if m0 is None else loc - m0
     wanted = (pi * moved**2 / (2 * tau**2)).sum()
-    found = lean.slab_pull(loc, m0, pi, tau)
+    found, layers = lean.apart(loc, m0, pi, tau, lean.Gradient(loc))
     assert_close(found, wanted)
-    assert_close(*(torch.autograd.grad(3 * value, loc)[0] for value in (found, wanted)))
+    assert torch.equal(torch.stack(layers), loc)
+    x = torch.randn(5, 3)
+    for reads in ((), (1,), (0, 1)):
+        ours, theirs = 3 * found, 3 * wanted
+        for layer in reads:
+            ours, theirs = ours + (x @ layers[layer].T).sin().sum(), theirs + (x @ loc[layer].T).sin().sum()
+        assert_close(*(torch.autograd.grad(value, loc, retain_graph=True)[0] for value in (ours, theirs)))
+    unread = [(x @ layers[0].T).sin().sum(), (x @ loc[0].T).sin().sum()]
+    assert_close(*(torch.autograd.grad(value, loc, retain_graph=True)[0] for value in unread))
+
+
+def test_gradients_of_two_steps_do_not_share_their_memory(large):
+    """Kept gradients stay as they were; those that are added up are the sum."""
+    model, guide = pair()
+    elbo, (x, y) = FusedELBO(model, guide, "image"), batch()
+    kept = []
+    for images in (x, 2 * x, 3 * x):
+        torch.manual_seed(3)
+        found = torch.autograd.grad(elbo(images, y), [*guide.loc.values()])
+        kept.append((found, [grad.clone() for grad in found]))
+    for found, copies in kept:
+        assert all(torch.equal(*pair) for pair in zip(found, copies, strict=True))
+    for images in (x, 2 * x, 3 * x):
+        torch.manual_seed(3)
+        elbo(images, y).backward()
+    for loc, *parts in zip(guide.loc.values(), *(copies for _, copies in kept), strict=True):
+        assert_close(loc.grad, sum(parts))
 
 
 @pytest.mark.parametrize("granularity", ["unit", "head", "block"])
@@ -108,6 +161,18 @@ def test_without_noise_it_is_the_fused_elbo(granularity, centred, monkeypatch):
         assert_close(large[name], value, rtol=rtol, atol=1e-4)
     for ours, theirs in zip(large_grads, plain_grads, strict=True):
         assert_close(ours, theirs, rtol=1e-3 if centred else 1e-4, atol=1e-3 if centred else 1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+def test_compiled_it_is_the_same(large):
+    found = []
+    for compiled in (False, True):
+        model, guide = pair(True)
+        torch.manual_seed(3)
+        loss = FusedELBO(model, guide, "image", compiled=compiled)(*batch())
+        found.append((loss, *torch.autograd.grad(loss, [*guide.loc.values(), *model.vit.parameters()])))
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_noise_has_its_scale(large):
