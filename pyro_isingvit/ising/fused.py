@@ -114,7 +114,7 @@ class FusedELBO(nn.Module):
                 kl = kl + product - 0.5 * product.detach()
         path: Callable[..., Tensor] = self._by_activations if self.noise == "activations" else self._by_weights
         if self.draws == "image":
-            path = partial(self._by_images, matrices, gradients if self._in_place else {})
+            path = partial(self._by_images, *((matrices, gradients) if self._in_place else ({}, {})))
         seen = model.penalties.look(path, x, y, rows)
         size = len(x) if model.num_data is None else model.num_data
         return {
@@ -147,17 +147,17 @@ class FusedELBO(nn.Module):
     def _by_images(self, matrices: Apart, gradients: dict[str, Gradient], x: Tensor, watch: Watch | None) -> Tensor:
         """Logits (B, C), each image under masks of its own; the images share the Gaussian noise, which is small.
 
-        ``matrices`` are those of a large network, and ``gradients`` where theirs go; otherwise nothing.
+        ``matrices`` are those of a large network, and ``gradients`` where theirs go; {} to read the guide's own.
         """
         guide, weights, spikes = self.guide, dict[str, Tensor](), dict[str, Tensor]()
         (part, parts), count = self.part, len(x) // self.group
         masks = draw_all(self._retention, parts * count, slice(part * count, (part + 1) * count))
         if self.group > 1:
             masks = {name: mask.repeat_interleave(self.group, 0) for name, mask in masks.items()}
-        if matrices and not guide.config.tau_0:
-            drawn = Noise.draw(dict(guide.loc.items()))
-            layers = NoisyLayers({kind: float(guide.scale(kind)) for kind in guide.kinds}, drawn, gradients)
-            return self._network(matrices, {}, masks, x, watch, layers)
+        if guide.lean and not guide.config.tau_0:
+            whole = dict(guide.loc.items())
+            layers = NoisyLayers({kind: float(guide.scale(kind)) for kind in whole}, Noise.draw(whole), gradients)
+            return self._network(matrices or whole, {}, masks, x, watch, layers)
         for kind in guide.kinds:
             noise, tau_0 = torch.randn_like(guide.loc[kind]), guide.config.tau_0
             # xi (m + s e) + (1 - xi) tau_0 e: what a mask multiplies, and what is there without it
