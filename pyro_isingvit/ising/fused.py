@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from pyro_isingvit.ising.channel_masks import masked_network
 from pyro_isingvit.ising.distributions import bernoulli_kl, slab_kl
 from pyro_isingvit.ising.guide import IsingGuide
-from pyro_isingvit.ising.lean import Gradient, Noise, NoisyLayers, apart
+from pyro_isingvit.ising.lean import Layers, Noise, NoisyLayers, apart
 from pyro_isingvit.ising.masks import MASK_POSTERIORS
 from pyro_isingvit.ising.model import IsingViT
-from pyro_isingvit.nets.vit import Apart, Watch
+from pyro_isingvit.nets.vit import Watch
 
 DRAWS = 4  # posterior draws of a training step where the settings leave it open
 
@@ -97,15 +97,14 @@ class FusedELBO(nn.Module):
         """
         model, guide, layout = self.model, self.guide, self.guide.layout
         mask_kl, kl = self.constant_kl()
-        matrices: Apart = {}  # of a large network, layer by layer
-        gradients = {kind: Gradient(loc) for kind, loc in guide.loc.items()} if guide.lean else {}
+        layers = dict[str, Layers]()  # of a large network
         for kind in guide.kinds:
             tau_1 = model.tau_1(kind)
             pi = layout.expand(kind, self._retention)
             if guide.log_scale[kind].requires_grad:
                 kl = kl + (pi * slab_kl(guide.moved(model, kind), guide.scale(kind), tau_1)).sum()
             elif guide.lean:
-                moving, matrices[kind] = apart(guide.loc[kind], model.centre(kind), pi, tau_1, gradients[kind])
+                moving, layers[kind] = apart(guide.loc[kind], model.centre(kind), pi, tau_1)
                 kl = kl + moving
             else:  # pi (m - m0)^2 / (2 tau_1^2), whose gradient is the pull: half the product with it
                 loc = guide.moved(model, kind)
@@ -114,7 +113,7 @@ class FusedELBO(nn.Module):
                 kl = kl + product - 0.5 * product.detach()
         path: Callable[..., Tensor] = self._by_activations if self.noise == "activations" else self._by_weights
         if self.draws == "image":
-            path = partial(self._by_images, *((matrices, gradients) if self._in_place else ({}, {})))
+            path = partial(self._by_images, layers if self._in_place else {})
         seen = model.penalties.look(path, x, y, rows)
         size = len(x) if model.num_data is None else model.num_data
         return {
@@ -144,10 +143,10 @@ class FusedELBO(nn.Module):
                 watch[place] = [_flat(value) for value in values]
         return logits
 
-    def _by_images(self, matrices: Apart, gradients: dict[str, Gradient], x: Tensor, watch: Watch | None) -> Tensor:
+    def _by_images(self, layers: dict[str, Layers], x: Tensor, watch: Watch | None) -> Tensor:
         """Logits (B, C), each image under masks of its own; the images share the Gaussian noise, which is small.
 
-        ``matrices`` are those of a large network, and ``gradients`` where theirs go; {} to read the guide's own.
+        ``layers`` are those of a large network, already cut; {} to read the guide's.
         """
         guide, weights, spikes = self.guide, dict[str, Tensor](), dict[str, Tensor]()
         (part, parts), count = self.part, len(x) // self.group
@@ -156,8 +155,10 @@ class FusedELBO(nn.Module):
             masks = {name: mask.repeat_interleave(self.group, 0) for name, mask in masks.items()}
         if guide.lean and not guide.config.tau_0:
             whole = dict(guide.loc.items())
-            layers = NoisyLayers({kind: float(guide.scale(kind)) for kind in whole}, Noise.draw(whole), gradients)
-            return self._network(matrices or whole, {}, masks, x, watch, layers)
+            scales = {kind: float(guide.scale(kind)) for kind in whole}
+            gradients = {kind: cut.gradient for kind, cut in layers.items()}
+            matrices = {kind: cut.matrices for kind, cut in layers.items()} or whole
+            return self._network(matrices, {}, masks, x, watch, NoisyLayers(scales, Noise.draw(whole), gradients))
         for kind in guide.kinds:
             noise, tau_0 = torch.randn_like(guide.loc[kind]), guide.config.tau_0
             # xi (m + s e) + (1 - xi) tau_0 e: what a mask multiplies, and what is there without it

@@ -179,7 +179,7 @@ class NoisyLayers:
     Attributes:
         scales: s of every kind.
         noise: e of every layer.
-        gradients: kind -> where the gradient of its matrices goes; kinds may lack.
+        gradients: kind -> where the gradient of its matrices goes; {}: into tensors of their own.
     """
 
     scales: dict[str, float]
@@ -202,10 +202,11 @@ class _Apart(torch.autograd.Function):
         ctx.save_for_backward(loc, centre, pi, tau_1)
         total = torch.zeros((), device=loc.device)
         for layer in range(len(loc)):
+            pull = torch.zeros_like(total)
             for rows in _pieces(loc):
                 moved = _moved(loc, centre, layer, rows)
-                weighed = moved * _rows(pi[layer], rows)
-                total += 0.5 * torch.dot(weighed.flatten(), moved.flatten()) / tau_1[layer, 0, 0] ** 2
+                pull += torch.dot((moved * _rows(pi[layer], rows)).flatten(), moved.flatten())
+            total += 0.5 * pull / tau_1[layer, 0, 0] ** 2
         return total, *loc.detach().unbind(0)
 
     @staticmethod
@@ -241,10 +242,21 @@ def _moved(loc: Tensor, centre: Tensor | None, layer: int, rows: slice) -> Tenso
     return here if centre is None else here - centre[layer, rows]
 
 
-def apart(
-    loc: Tensor, centre: Tensor | None, pi: Tensor, tau_1: Tensor, gradient: Gradient
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The part of the weight KL that moves with the means, and the matrices, which a network reads one by one:
+@dataclass(frozen=True)
+class Layers:
+    """The matrices of a kind, one by one.
+
+    Attributes:
+        matrices: m of each layer, (out, in).
+        gradient: where ``noisy_linear`` may write theirs.
+    """
+
+    matrices: tuple[Tensor, ...]
+    gradient: Gradient
+
+
+def apart(loc: Tensor, centre: Tensor | None, pi: Tensor, tau_1: Tensor) -> tuple[Tensor, Layers]:
+    """The part of the weight KL that moves with the means, and the matrices for a network to read one by one:
 
         sum_e pi_e (m_e - m0_e)^2 / (2 tau_1^2)   nats
 
@@ -256,10 +268,10 @@ def apart(
         centre: m0, likewise; None: 0.
         pi: retention, which broadcasts with ``loc``: (layers, out or 1, in or 1).
         tau_1: width of the slab, (layers, 1, 1).
-        gradient: where that of ``loc`` is made; ``noisy_linear`` writes there too.
 
     Returns:
-        a scalar, and m of each layer, (out, in).
+        a scalar, and the layers.
     """  # noqa: D415
-    kl, *layers = _Apart.apply(loc, centre, pi, tau_1, gradient)
-    return kl, tuple(layers)
+    gradient = Gradient(loc)
+    kl, *matrices = _Apart.apply(loc, centre, pi, tau_1, gradient)
+    return kl, Layers(tuple(matrices), gradient)
