@@ -26,7 +26,7 @@ def backbones(arguments: BackbonesArguments) -> None:
     """List what --init takes, by name."""
     from tqdm.auto import tqdm
 
-    from pyro_isingvit.starts import convertible
+    from pyro_isingvit.nets.libraries import convertible
 
     library = arguments.library
     found = dict(tqdm(convertible(library), desc=library, unit="net", leave=False, dynamic_ncols=True))

@@ -5,7 +5,8 @@ python -m inference.pretrain --images photos/ --image-size 32 --preset cifar-lin
 python -m inference.pretrain --resume runs/pretrained
 python -m inference.train --init runs/pretrained/start.safetensors --dataset fashion-mnist --train-size 300 --out runs/a
 
---images takes a data set (its training files), an .npz file with `images` or `train_images`, or a folder of images.
+--images takes a data set (its training files), an .npz file with `images` or `train_images`, or a folder of images. A
+folder test in that folder is left out.
 """
 
 import argparse
@@ -49,6 +50,9 @@ class PretrainArguments:
     """Which pages of a TIFF file are read: the first, or all of them as channels."""
     cache: str | None = None
     """Folder where decoded images are kept and read from row by row, for data that do not fit into memory."""
+    intensity: str = "full"
+    """Which pixel values become 0 and 1: full, none, or "percentile LOW HIGH" of the training pixels. The training that
+    starts here takes it over."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,14 @@ def pretrain(arguments: PretrainArguments) -> None:
     out = arguments.out
     need(not out.exists() or out.is_dir(), f"{out} is a file; --out takes a folder.")
     need(not holds_run(out) or (out / SETTINGS).exists(), f"{out} holds a run of inference.train; name another --out.")
-    if (out / SETTINGS).exists() and not arguments.overwrite:
+    begun = any((out / name).exists() for name in (CHECKPOINT, START))  # not where the first epoch was interrupted
+    if begun and not arguments.overwrite:
         raise UserError(
             f"{out} already holds a pretraining; continue it with --resume {out} alone, or replace it with --overwrite."
         )
     settings = PretrainSettings(
         arguments.images, arguments.data_root, arguments.image_size, arguments.vit, arguments.train,
-        resize=arguments.resize, pages=arguments.pages, cache=arguments.cache,
+        resize=arguments.resize, pages=arguments.pages, cache=arguments.cache, intensity=arguments.intensity,
     )  # fmt: skip
     settings.check()
     training = _made(settings, out)
@@ -109,7 +114,8 @@ def _run(training) -> None:  # type: ignore[no-untyped-def]
     try:
         training.run()
     except KeyboardInterrupt as stop:
-        stop.args = (f"{stop}; go on with: python -m inference.pretrain --resume {training.folder}",)
+        again = f"go on with: python -m inference.pretrain --resume {training.folder}"
+        stop.args = (f"{stop}; {again if training.epoch else 'run the same command again'}",)
         raise
     last, folder = training.history[-1], training.folder
     print_table(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_isingvit.core.checkpoint import remove_leftovers
-from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.presets import preset
 from pyro_isingvit.core.processes import is_first, launched, on_first
 from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig, RunConfig, ViTConfig
@@ -62,17 +62,23 @@ def train_run(
         KeyboardInterrupt: Ctrl-C; its message says what is kept.
     """
     need_folder(folder)
-    if config.data.download and launched() != (1, 1):
-        raise UserError(
-            "several processes would download the data at once; download it first, in one process without torchrun."
+    source = config.data
+    if source.download and launched() != (1, 1):
+        need(
+            resume,
+            "several processes would download the same at once; download it first, in one process without torchrun, "
+            "and leave out `download` here.",
         )
+        source = replace(source, download=False)  # the training that is resumed has done it
     here = config.data.dataset in DATASETS or config.data.dataset.partition(":")[0] in PREFIXES
     need(here or not resume, f"{folder} was trained on images given in memory; it can be loaded, but not resumed.")
-    data, start = load_data(**dataclasses.asdict(config.data), seed=config.train.seed), None
+    data, start = load_data(**dataclasses.asdict(source), seed=config.train.seed), None
     if config.init is not None and resume:  # the checkpoint has the network, and how its images are normalised
-        data = replace(data, info=read_info(folder))
+        kept = read_info(folder)
+        own = replace(data.info, mean=kept.mean, std=kept.std, low=kept.low, high=kept.high)
+        data = replace(data, info=own)
     elif config.init is not None:
-        config, data, start = begun(config, data, load_start(config.init, download=config.data.download))
+        config, data, start = begun(config, data, load_start(config.init, download=source.download))
     need(
         IN_MEMORY not in config.teacher,
         f"{folder} has a teacher that was never saved: it can be loaded, but not resumed.",
@@ -116,7 +122,8 @@ def begun(config: RunConfig, data: ImageData, start: Start) -> tuple[RunConfig, 
         )  # fmt: skip
     start = start.fitted(data.info.image_shape)
     config = replace(config, vit=replace(start.vit, head=config.vit.head), init=config.init or start.source)
-    return config, replace(data, info=replace(data.info, mean=start.mean, std=start.std)), start
+    info = data.info.scaled_as(start.mean, start.std, start.kind, start.low, start.high)
+    return config, replace(data, info=info), start
 
 
 def fit(
@@ -189,6 +196,14 @@ def fit(
         fixed = given is not None and name == "ising" and own
         need(not fixed, f"{clash}; set {_named(own)} there.")
         parts[name] = replace(part, **own)
+    if given is not None:
+        asked, frozen = parts["train"].frozen_blocks, given.vit.frozen
+        need(
+            asked in (0, frozen),
+            f"`frozen_blocks` {asked}: `model` is an IsingViT whose first {frozen} blocks are frozen; give it to "
+            "`IsingViT.from_pretrained`.",
+        )
+        parts["train"] = replace(parts["train"], frozen_blocks=frozen)
     need(not settings, f"unknown setting {_named(settings)}; {_hint(settings, parts)}")
     config = RunConfig(
         data=_source(data, parts["train"]), vit=_shape(model), **parts, version=__version__, method=method,

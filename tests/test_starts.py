@@ -1,5 +1,8 @@
 """Where a training may start: libraries, files and folders, by name (pyro_isingvit/starts.py)."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, tensors
@@ -7,8 +10,25 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 from torchvision import models
 
-from pyro_isingvit import IsingViT, Start, UserError, ViTConfig, fit, load_data, load_run, load_start, start_of
-from pyro_isingvit.starts import convertible
+from pyro_isingvit import (
+    IsingConfig,
+    IsingGuide,
+    IsingViT,
+    Start,
+    TrainConfig,
+    UserError,
+    ViTConfig,
+    experiment,
+    fit,
+    load_data,
+    load_run,
+    load_start,
+    start_of,
+)
+from pyro_isingvit.core.settings import DataConfig, RunConfig
+from pyro_isingvit.experiment import train_run
+from pyro_isingvit.ising import lean
+from pyro_isingvit.nets.libraries import convertible
 
 VIT = ViTConfig(patch_size=4, width=16, heads=2, depth=2, mlp_ratio=2)
 
@@ -84,6 +104,58 @@ def test_a_model_around_a_start_trains_in_place(run, digits):
     assert torch.equal(model.vit.centre("qkv"), before["vit.centre_qkv"])
 
 
+def test_a_model_around_a_start_has_the_defaults_of_a_started_training(run, digits):
+    [(vit, weights)] = run.method.trained_networks()
+    start = Start.of(vit, dict(weights), run.info.mean, run.info.std, "made")
+    assert IsingViT.from_pretrained(start, digits).ising.empirical_tau_1
+    ising = IsingConfig(bayesian_blocks=1)
+    model = IsingViT.from_pretrained(start, digits, ising, frozen_blocks=1)
+    before = {name: value.detach().clone() for name, value in model.vit.trunk.items()}
+    again = fit(model, digits, epochs=1, device="cpu", progress=False)
+    assert again.config.train.frozen_blocks == 1
+    assert all(torch.equal(value, before[name]) for name, value in model.vit.trunk.items())
+    with pytest.raises(UserError, match=r"first 0 blocks are frozen; give it to `IsingViT\.from_pretrained`"):
+        fit(IsingViT.from_pretrained(start, digits, ising), digits, frozen_blocks=1, epochs=1, progress=False)
+    with pytest.raises(UserError, match="`frozen_blocks` 5 of 2 blocks cannot be"):
+        fit(start, digits, method="dropout", frozen_blocks=5, epochs=1, device="cpu", progress=False)
+
+
+def test_a_large_model_around_a_start_begins_at_its_very_weights(run, digits, monkeypatch):
+    """Its centre is kept in 16 bits."""
+    monkeypatch.setattr(lean, "LARGE", 100)
+    [(vit, weights)] = run.method.trained_networks()
+    model = IsingViT.from_pretrained(Start.of(vit, dict(weights), (0.1,), (0.9,), "made"), digits)
+    assert model.vit.centre("qkv").dtype == torch.bfloat16
+    assert torch.equal(IsingGuide(model, 100).loc["qkv"].detach(), weights["qkv"].detach())
+
+
+def test_other_images_are_noticed_when_a_started_run_is_resumed(run, tmp_path, monkeypatch):
+    start = run.save(tmp_path / "start")
+    rng = np.random.default_rng(0)
+
+    def write(classes):
+        x, y = rng.integers(0, 255, (60, 8, 8), dtype=np.uint8), np.arange(60) % classes
+        np.savez(tmp_path / "data.npz", train_images=x, train_labels=y, test_images=x, test_labels=y)
+
+    write(3)
+    train = TrainConfig(epochs=1, batch_size=20, samples=2, val_samples=2, device="cpu")
+    config = RunConfig(
+        data=DataConfig(dataset=f"npz:{tmp_path / 'data.npz'}"), vit=VIT, train=train, init=str(start), method="dropout"
+    )
+    train_run(config, tmp_path / "run", progress=False)
+    kept = RunConfig.from_json((tmp_path / "run" / "config.json").read_text())
+    train_run(kept, tmp_path / "run", resume=True, progress=False)
+    with monkeypatch.context() as patch:  # of several processes, none may download, nor needs to when resuming
+        patch.setattr(experiment, "launched", lambda: (2, 1))
+        asked = replace(kept, data=replace(kept.data, download=True))
+        with pytest.raises(UserError, match="download it first, in one process without torchrun, and leave out"):
+            train_run(asked, tmp_path / "other", progress=False)
+        train_run(asked, tmp_path / "run", resume=True, progress=False)
+    write(4)
+    with pytest.raises(UserError, match="other images"):
+        train_run(kept, tmp_path / "run", resume=True, progress=False)
+
+
 SMALL = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
 
 
@@ -102,9 +174,9 @@ def small_vit(monkeypatch):
     """vit_b_16 of torchvision at a size that a test can afford."""
     build = models.get_model
 
-    def get_model(name, weights=None, **_):
+    def get_model(name, weights=None, image_size=224):
         assert weights is None, "nothing is downloaded here"
-        return models.VisionTransformer(224, 16, **SMALL) if name == "vit_b_16" else build(name)
+        return models.VisionTransformer(image_size, 16, **SMALL) if name == "vit_b_16" else build(name)
 
     monkeypatch.setattr(models, "get_model", get_model)
     return models.VisionTransformer(224, 16, **SMALL)
@@ -118,6 +190,50 @@ def test_a_file_of_a_library(suffix, small_vit, tmp_path):
     start = load_start(f"torchvision:vit_b_16@{path}")
     assert start.image_shape == (3, 224, 224) and start.std == (0.229, 0.224, 0.225)
     assert torch.equal(start.weights["qkv"][0], state["encoder.layers.encoder_layer_0.self_attention.in_proj_weight"])
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+def test_a_file_of_an_older_library_another_size_and_another_head(prefix, small_vit, tmp_path):
+    """As the published files of torchvision are: their MLPs have the names of its version 0.11."""
+    net = models.VisionTransformer(48, 16, num_classes=7, **SMALL)
+    state = {
+        n.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): v for n, v in net.state_dict().items()
+    }
+    torch.save({"state_dict": {prefix + name: value.half() for name, value in state.items()}}, tmp_path / "old.pth")
+    start = load_start(f"torchvision:vit_b_16@{tmp_path / 'old.pth'}")
+    assert start.image_shape == (3, 48, 48)
+    assert_close(start.weights["fc2"][0], net.encoder.layers[0].mlp[3].weight.detach(), rtol=1e-3, atol=1e-4)
+    assert_close(start.others["position"], net.encoder.pos_embedding[0].detach(), rtol=1e-3, atol=1e-4)
+    half = {name: value for name, value in state.items() if "linear_2" not in name}
+    torch.save(half, tmp_path / "half.pth")
+    with pytest.raises(UserError, match=r"lacks 2 tensor\(s\): encoder.layers.encoder_layer_0.mlp.3.weight"):
+        load_start(f"torchvision:vit_b_16@{tmp_path / 'half.pth'}")
+
+
+def test_a_file_of_timm(tmp_path):
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=64)
+    torch.save({"model": {f"module.{name}": value for name, value in net.state_dict().items()}}, tmp_path / "t.pth")
+    start = load_start(f"timm:vit_tiny_patch16_224@{tmp_path / 't.pth'}")
+    assert torch.equal(start.weights["fc1"][3], net.blocks[3].mlp.fc1.weight.detach())
+    assert start.image_shape == (3, 224, 224)  # timm makes positions fit
+    with pytest.raises(UserError, match="holds no weights of timm:deit3_small"):
+        load_start(f"timm:deit3_small_patch16_224@{tmp_path / 't.pth'}")
+    with pytest.raises(UserError, match=r"timm has no weights 'vit_tiny_patch16_224\.wrong'"):
+        load_start(f"timm:vit_tiny_patch16_224.wrong@{tmp_path / 't.pth'}")
+
+
+def test_what_a_library_has_fetched_before_needs_no_download(monkeypatch, tmp_path):
+    """So that several processes can start from it, which may not download."""
+    net = models.VisionTransformer(224, 16, **SMALL)
+    monkeypatch.setattr(models, "get_model", lambda name, weights=None: net if weights is not None else None)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(UserError, match="set `download`"):
+        load_start("torchvision:vit_b_16")
+    (tmp_path / "checkpoints").mkdir()
+    url = models.get_model_weights("vit_b_16")["DEFAULT"].url
+    (tmp_path / "checkpoints" / url.rpartition("/")[2]).touch()
+    assert load_start("torchvision:vit_b_16").vit.width == 16
 
 
 def test_files_that_do_not_fit(small_vit, tmp_path):

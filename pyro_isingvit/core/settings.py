@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -173,6 +173,13 @@ class IsingConfig:
     centre: Literal["start", "zero"] = "start"
     """Where the slab is centred if training starts from a trained network: at its weights, or at 0. A fresh network
     has its slab at 0."""
+
+    def around_a_start(self) -> "IsingConfig":
+        """For a training that starts from a trained network: tau_1, how far weights may move, is learned.
+
+        Not where masks are on single weights, as in the paper.
+        """
+        return replace(self, empirical_tau_1=self.empirical_tau_1 or self.granularity != "weight")
 
 
 @dataclass(frozen=True)

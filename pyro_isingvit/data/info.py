@@ -3,7 +3,8 @@
 Shapes: N images, C channels, H height, W width.
 """
 
-from dataclasses import asdict, dataclass
+import logging
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.data.images import Images, Kind, as_images
 from pyro_isingvit.data.intensity import Scale, fit_scale
+
+log = logging.getLogger(__name__)
+FAR = 4.0  # standard deviations between two data sets, beyond which their pixels hardly mean the same
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,38 @@ class DataInfo:
         """
         scale, (_, channels, height, width) = fit_scale(images, intensity), images.shape
         return cls(dataset, classes, channels, height, width, scale.mean, scale.std, scale.kind, scale.low, scale.high)
+
+    def scaled_as(
+        self,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        kind: str | None,
+        low: tuple[float, ...],
+        high: tuple[float, ...],
+    ) -> "DataInfo":
+        """The same images, normalised as those that a network was trained on before.
+
+        The same pixel becomes the same number for the network where both are of one type; where they are not, 0 and 1
+        stay what they are here, and mean and standard deviation are the network's.
+
+        Args:
+            mean: (C,) of the network's images, scaled.
+            std: (C,), likewise.
+            kind: of the network's pixels; None: not known.
+            low: (C,) or empty: pixels that became 0.
+            high: (C,) or empty: pixels that became 1.
+        """
+        if kind == self.kind:
+            if (low, high) != (self.low, self.high):
+                log.warning("the pixels that become 0 and 1 are those of the start: %s and %s", low, high)
+            return replace(self, mean=mean, std=std, low=low, high=high)
+        far = max(abs(own - m) / s for own, m, s in zip(self.mean, mean, std, strict=True))
+        if far > FAR:
+            log.warning(
+                "on average the pixels are %.0f standard deviations from those that the start was trained on: look at "
+                "`intensity`", far,
+            )  # fmt: skip
+        return replace(self, mean=mean, std=std)
 
     @property
     def shares(self) -> tuple[float, ...] | None:

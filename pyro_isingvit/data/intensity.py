@@ -69,12 +69,15 @@ class Scale:
         """
         if self.kind == "uint8" and not self.low and images.shape[1] in (1, 3):
             return images
-        x = self.scaled(images)
+        return self.on_screen(self.scaled(images))
+
+    def on_screen(self, x: Tensor) -> Tensor:
+        """``shown`` of images that are scaled already, (B, C, H, W) to (B, 1 or 3, H, W) uint8."""
         if self.kind == "float32" and not self.low:
             low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
             x = (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
         x = x[:, [0, 1, 0]] if x.shape[1] == 2 else x[:, :3]
-        return (255 * x).round().to(torch.uint8)
+        return (255 * x.clamp(0, 1)).round().to(torch.uint8)
 
     def fits(self) -> bool:
         """Whether the numbers can be: as many of each as channels, finite, high above low."""

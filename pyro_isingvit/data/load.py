@@ -28,7 +28,7 @@ from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.intensity import percentiles
 from pyro_isingvit.data.named import reading_of
 from pyro_isingvit.data.npz import Stored
-from pyro_isingvit.data.sources import DATASETS, PREFIXES, known
+from pyro_isingvit.data.sources import DATASETS, FOLDERS, PREFIXES, known
 from pyro_isingvit.data.split import UNLABELLED, ImageData, Split, check_division, divide, hold_out_test
 from pyro_isingvit.data.table import table_inputs
 
@@ -273,7 +273,7 @@ def load_unlabelled(
 
     Args:
         spec: a data set as for ``load_data`` (its training files), an ``.npz`` file with ``images`` or
-            ``train_images``, or a folder of images, nested or not.
+            ``train_images``, or a folder of images, nested or not: all of them, but for a folder ``test`` in it.
         data_root: folder of the torchvision data sets.
         image_size: resize the images to this many pixels square.
         source: how files are read: shape, pages, columns and cache.
@@ -287,7 +287,14 @@ def load_unlabelled(
         train, *_ = load_parts(replace(source, dataset=spec, data_root=str(data_root)))
         return train.images
     if path.is_dir():
-        return read_files(list_images(path), reading_of(source), cache=source.cache)[0]
+        test, found = path / FOLDERS["test"][0], list_images(path)
+        kept = [file for file in found if test not in file.parents]
+        if len(kept) < len(found):
+            log.warning(
+                "%d images in %s are left out; name that folder to learn from them", len(found) - len(kept), test
+            )
+        need(kept, f"{path} has no images but those of {test}; name that folder to learn from them.")
+        return read_files(kept, reading_of(source), cache=source.cache)[0]
     need(path.suffix == ".npz", f"{spec!r} is no folder, no .npz file and no known data set ({known()}).")
     stored = Stored(path, source.cache)
     key = "images" if "images" in stored.names else "train_images"

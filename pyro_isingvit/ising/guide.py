@@ -71,7 +71,7 @@ class IsingGuide(nn.Module):
         self.config, self.num_data, self.layout = model.ising, num_data, model.layout
         kappa_mask = tempering(self.config.kappa_mask, model.num_masked_weights, num_data)
         self.kappa_weights = tempering(self.config.kappa_weights, model.num_masked_weights, num_data)
-        weights = initial or model.vit.initial_weights()
+        weights = initial or model.initial_weights()
         self.kinds = tuple(model.vit.matrix_shapes)
         self.loc = nn.ParameterDict({kind: nn.Parameter(weight.clone()) for kind, weight in weights.items()})
         start, learned = math.log(self.config.init_scale), self.config.posterior_scale == "learned"

@@ -18,7 +18,8 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
         curvature            4 P        mask_logits      4 G        prior_logits  4 G        other_parameters  4 R
         gradients            4 (P + l P + R)                        adamw  8 (P + l P + R)
         average              4 a (P + l P + R - M)               centre           4 P where training starts from a
-                                                                  trained network, otherwise 0
+                                                                  trained network, and 4 for each weight of a trunk
+                                                                  that is not frozen; otherwise 0
         draws                4 [s (P + G) + P + G + 4 l P]          kept for the backward pass: draws, masks, KL, pi
         draw_gradients       4 s P                                  alive towards the end of the backward pass
 
@@ -61,16 +62,17 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
     masks = g * (settings.batch_size if draws == "image" else s)
     trained = p + learned * p + r
     lean = guide.lean and draws == "image"
+    centre = sum(value.numel() for name, value in model.vit.named_buffers() if name.startswith("centre_"))
     largest = max(loc.numel() for loc in guide.loc.values())
     numbers = {
         "weight_means": p, "posterior_scale": p + followed * p, "curvature": p, "mask_logits": g, "prior_logits": g,
         "other_parameters": r, "gradients": trained, "adamw": 2 * trained,
         "average": (trained - learned_logits) * (settings.average > 0),
-        "draws": s * p + masks + p + g + 4 * learned * p, "draw_gradients": s * p, "centre": p * model.vit.centred,
+        "draws": s * p + masks + p + g + 4 * learned * p, "draw_gradients": s * p, "centre": centre,
     }  # fmt: skip
     if lean:
         numbers |= {"posterior_scale": len(guide.kinds), "curvature": g, "draws": masks + g, "draw_gradients": largest,
-                    "centre": p * model.vit.centred // 2}  # fmt: skip
+                    "centre": centre // 2}  # fmt: skip
     taken = {name: 4 * number for name, number in numbers.items()}
     total = sum(taken.values())
     return taken | {"total": total, "per_masked_weight": round(total / p)}

@@ -12,8 +12,6 @@ factor prod_c softmax(f_W(x_n))_c^y_nc. With logit adjustment (nets/likelihood.p
 One mask site and one weight site per kind of matrix, stacked over depth; both lie outside the data plate.
 """
 
-from dataclasses import replace
-
 import pyro
 import pyro.distributions as dist
 import torch
@@ -62,6 +60,7 @@ class IsingViT(nn.Module):
         kappa_weights: the KL is weighted by 1/kappa_weights in the objective; set by ``fit``.
         penalties: further loss terms (nets/penalties.py); none unless training asks for some.
         likelihood: of labels that are given (nets/likelihood.py); the softmax unless training asks for another.
+        start: the trained network that ``from_pretrained`` was given, for these images.
 
     Raises:
         UserError: a shape that does not fit the images, or an unknown granularity.
@@ -100,9 +99,11 @@ class IsingViT(nn.Module):
         )
         self.vit = ViT(vit, info.channels, info.height, info.width, info.num_classes, centred, trunk, frozen)
         self.layout = MaskLayout(self.vit, self.ising.granularity)
+        self.start: Start | None = None
         if centred and is_large(self.ising, self.num_masked_weights):
-            for kind in self.vit.matrix_shapes:
-                self.vit.register_buffer(f"centre_{kind}", self.vit.centre(kind).bfloat16())
+            for name, value in [*self.vit.named_buffers()]:
+                if name.startswith("centre_"):
+                    self.vit.register_buffer(name, value.bfloat16())
         self.num_data: int | None = None
         self.kappa_weights = 1.0
         self.penalties, self.likelihood = Penalties(), Likelihood()
@@ -128,7 +129,9 @@ class IsingViT(nn.Module):
         return cls(preset(vit) if isinstance(vit, str) else vit, data.info, ising)
 
     @classmethod
-    def from_pretrained(cls, start: Start, data: ImageData, ising: IsingConfig | None = None) -> "IsingViT":
+    def from_pretrained(
+        cls, start: Start, data: ImageData, ising: IsingConfig | None = None, frozen_blocks: int = 0
+    ) -> "IsingViT":
         """A model around a trained network; its head is fresh, and ``IsingGuide`` starts from the network's weights.
 
         Its ``info`` normalises images as the network had them. ``fit`` trains such a model in place.
@@ -136,10 +139,11 @@ class IsingViT(nn.Module):
         Args:
             start: what ``load_start`` gives, or ``start_of`` for a network of timm or torchvision.
             data: the images to train on.
-            ising: prior settings.
+            ising: prior settings; None: the defaults, with slabs whose width is learned.
+            frozen_blocks: how many of the first blocks stay as they start; ``ising.bayesian_blocks`` leaves them out.
 
         Raises:
-            UserError: channels that do not fit.
+            UserError: channels that do not fit, or blocks that are frozen and Bayesian.
 
         Examples:
             >>> from torchvision.models import VisionTransformer
@@ -154,8 +158,10 @@ class IsingViT(nn.Module):
             torch.Size([2, 10])
         """
         start = start.fitted(data.info.image_shape)
-        model = cls(start.vit, replace(data.info, mean=start.mean, std=start.std), ising, centred=True)
+        info = data.info.scaled_as(start.mean, start.std, start.kind, start.low, start.high)
+        model = cls(start.vit, info, ising or IsingConfig().around_a_start(), centred=True, frozen=frozen_blocks)
         start.copy_to(model.vit)
+        model.start = start
         return model
 
     @property
@@ -179,6 +185,14 @@ class IsingViT(nn.Module):
     def centre(self, kind: str) -> Tensor | None:
         """m0, the means of the slabs of a kind, (layers, out, in); None: 0."""
         return self.vit.centre(kind) if self.centred else None
+
+    def initial_weights(self) -> Weights:
+        """Where slab means start, kind -> (layers, out, in); of a large network, the centre is rounded."""
+        weights = self.vit.initial_weights()
+        for kind, value in self.start.weights.items() if self.start else ():
+            if kind in weights:
+                weights[kind] = value[-len(weights[kind]) :]
+        return weights
 
     def sample_weights(self) -> Weights:
         """Samples every mask and weight site; returns kind -> ([S,] layers, out, in)."""

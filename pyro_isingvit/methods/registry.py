@@ -154,18 +154,13 @@ STARTED: dict[str, Any] = {"lr": 2e-3, "layer_decay": 0.75}
 def started(chosen: Row, init: str | None) -> Row:
     """A method's row for a training that starts from a trained network; as it is where ``init`` is None.
 
-    The width of the slab, how far weights may move from the start, is then learned; not where masks are on single
-    weights, as in the paper.
-
     Args:
         chosen: the row.
         init: where training starts.
     """
     if init is None:
         return chosen
-    learned = chosen.ising.empirical_tau_1 or chosen.ising.granularity != "weight"
-    ising = replace(chosen.ising, empirical_tau_1=learned)
-    return replace(chosen, train=replace(chosen.train, **STARTED), ising=ising)
+    return replace(chosen, train=replace(chosen.train, **STARTED), ising=chosen.ising.around_a_start())
 
 
 METHODS["ensemble"] = replace(ensemble_of("deterministic"), train=BARE)

@@ -10,7 +10,6 @@ from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.sparse import Magnitude
 from pyro_isingvit.nets.reparametrise import trained
 from pyro_isingvit.nets.vit import Weights
-from pyro_isingvit.nets.weight_terms import frozen_layers
 
 
 def hypersparse(weights: Weights, share: float) -> Tensor:
@@ -96,6 +95,6 @@ class Lobster(Magnitude):
         super().settle(rows)
         for kind, weight in trained(self.loc).items() if self.shrinks else ():
             if weight.grad is not None:
-                layers = slice(frozen_layers(self.vit, kind), None)
+                layers = slice(self.vit.frozen_layers(kind), None)
                 insensitive = (1 - weight.grad[layers].abs()).clamp(min=0.0)
                 weight[layers] -= self.settings.lobster_weight * weight[layers] * insensitive

@@ -7,6 +7,7 @@ LayerScale is folded: diag(gamma) W x + gamma b is a linear layer.
 Shapes: B batch, T tokens, D width, R registers; our matrices are stacked by kind, (layers, out, in).
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +38,7 @@ REASONS = {
     "conv_proj": "a convolutional stem comes before its patches",
     "pre_logits": "its head has a hidden layer with tanh",
 }
+HEADS = ("head", "heads", "heads.head")  # what either library calls its last layer
 TOLERANCE = 1e-3  # of logits, relative to their size: beyond it, something else is computed
 
 
@@ -69,7 +71,8 @@ def from_torchvision(net: nn.Module) -> tuple[ViT, Weights]:
     """A ``VisionTransformer`` of torchvision (``vit_b_16`` and its like) in our form.
 
     Args:
-        net: as ``torchvision.models.vit_b_16()`` makes it.
+        net: as ``torchvision.models.vit_b_16()`` makes it. Where ``heads`` is the identity, the head here is too, and
+            there are D classes.
 
     Returns:
         network and matrices, with vit(weights, x) equal to net.eval()(x) up to rounding.
@@ -134,7 +137,7 @@ def start_of(net: Any, mean: tuple[float, ...] | None = None, std: tuple[float, 
         len(mean) == len(std) == channels,
         f"the network reads {channels} channels; give `mean` and `std` with as many numbers.",
     )
-    return Start.of(vit, weights, mean, std, type(net).__name__)
+    return Start.of(vit, weights, mean, std, type(net).__name__, "uint8")
 
 
 # Shapes: (settings, channels, height, width, classes) --------------------------------------------------------------
@@ -187,7 +190,20 @@ def _torchvision_shape(net: Any) -> Shape:
         mlp_ratio=_ratio(first.mlp[0], net.hidden_dim), pool="cls", activation=_activation(first.mlp[1]),
         norm_eps=_eps(net),
     )  # fmt: skip
-    return config, net.conv_proj.in_channels, net.image_size, net.image_size, net.heads.head.out_features
+    head = _torchvision_head(net)
+    classes = net.hidden_dim if head is None else head.out_features
+    return config, net.conv_proj.in_channels, net.image_size, net.image_size, classes
+
+
+def _torchvision_head(net: Any) -> nn.Linear | None:
+    """The last layer, which some replace by one of their own, or by none."""
+    if isinstance(net.heads, nn.Linear):
+        return net.heads
+    need(
+        isinstance(net.heads, nn.Identity) or isinstance(getattr(net.heads, "head", None), nn.Linear),
+        f"it cannot be converted: its head is a {type(net.heads).__name__} without a linear layer `head`.",
+    )
+    return getattr(net.heads, "head", None)
 
 
 def _names(kinds: set[type]) -> str:
@@ -279,7 +295,7 @@ def timm_pairs(net: Any, vit: ViT, weights: Weights) -> Pairs:
 
 def _torchvision_named(net: Any) -> Iterator[str]:
     yield from ("class_token", "conv_proj.weight", "conv_proj.bias", "encoder.pos_embedding")
-    for part in ("encoder.ln", "heads.head"):
+    for part in ("encoder.ln", "heads" if isinstance(net.heads, nn.Linear) else "heads.head"):
         yield from (f"{part}.weight", f"{part}.bias")
     for layer in range(len(net.encoder.layers)):
         here = f"encoder.layers.encoder_layer_{layer}"
@@ -307,8 +323,9 @@ def torchvision_pairs(net: Any, vit: ViT, weights: Weights) -> Pairs:
             yield linear.bias, bias[kind][layer]
     yield net.encoder.ln.weight, vit.norm_gain[last]
     yield net.encoder.ln.bias, vit.norm_bias[last]
-    yield net.heads.head.weight, weights["head"][0]
-    yield net.heads.head.bias, bias["head"][0]
+    if (head := _torchvision_head(net)) is not None:
+        yield head.weight, weights["head"][0]
+        yield head.bias, bias["head"][0]
 
 
 # Reading and writing -----------------------------------------------------------------------------------------------
@@ -324,7 +341,7 @@ def _converted(net: nn.Module, shape: Shape, pairs: Any) -> tuple[ViT, Weights]:
     for theirs, place in pairs(net, vit, weights):
         if theirs is not None:
             place.copy_(theirs.reshape(place.shape))
-    if not isinstance(getattr(net, "head", nn.Linear(1, 1)), nn.Linear):
+    if not any(isinstance(part, nn.Linear) for name, part in net.named_modules() if name in HEADS):
         weights["head"][0].copy_(torch.eye(shape[0].width))
     for layer, block in enumerate(getattr(net, "blocks", ())):
         for kind, scale in (("attn_out", block.ls1), ("fc2", block.ls2)):
@@ -340,7 +357,8 @@ def _check_equal(net: nn.Module, vit: ViT, weights: Weights) -> None:
     """One image through both networks: what no rule above foresaw is refused too."""
     x = torch.randn(1, *vit.image_shape, generator=torch.Generator().manual_seed(0)).to(vit.position)
     training = net.training
-    theirs, ours = net.eval()(x), vit(weights, x)
+    single = net if next(net.parameters()).dtype == x.dtype else copy.deepcopy(net).float()
+    theirs, ours = single.eval()(x), vit(weights, x)
     net.train(training)
     gap, size = float((theirs - ours).abs().max()), float(theirs.abs().max())
     need(gap <= TOLERANCE * max(size, 1.0), f"it cannot be converted: its logits differ by {gap:.2g} from ours.")

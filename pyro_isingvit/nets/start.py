@@ -8,9 +8,11 @@ Shapes: T tokens, D width, C channels.
 
 import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from pyro_isingvit.nets.vit import ViT, Weights
 log = logging.getLogger(__name__)
 FORMAT = "pyro-isingvit start 1"
 HEAD = ("head", "head_hidden")  # kinds that belong to the classes
+STEM = "stem.stages.0"  # the convolution that reads the pixels, where there is a stem
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Start:
         weights: matrices, kind -> (layers, out, in).
         others: the other parameters by their names in ``ViT``: biases, LayerNorms, positions, tokens.
         source: where it comes from, for messages and records.
+        kind: type of the pixels that it was trained on; None: not known.
+        low: by channel, pixels that became 0; empty: 0, or no change for floats.
+        high: by channel, pixels that became 1; empty: the largest whole number.
     """
 
     vit: ViTConfig
@@ -48,9 +54,22 @@ class Start:
     weights: Weights
     others: Mapping[str, Tensor]
     source: str
+    kind: str | None = None
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, vit: ViT, weights: Weights, mean: tuple[float, ...], std: tuple[float, ...], source: str) -> "Start":
+    def of(
+        cls,
+        vit: ViT,
+        weights: Weights,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        source: str,
+        kind: str | None = None,
+        low: tuple[float, ...] = (),
+        high: tuple[float, ...] = (),
+    ) -> "Start":
         """What a network and its matrices are as a start; tensors are copied.
 
         Args:
@@ -59,6 +78,9 @@ class Start:
             mean: by channel, of pixels in [0, 1].
             std: likewise.
             source: where it comes from.
+            kind: type of the pixels; None: not known.
+            low: by channel, pixels that became 0.
+            high: by channel, pixels that became 1.
         """
         vit, weights = vit.whole(weights)
         others = {
@@ -66,7 +88,8 @@ class Start:
             if name.removeprefix("bias.") not in HEAD
         }  # fmt: skip
         kept = {kind: _kept(value) for kind, value in weights.items() if kind not in HEAD}
-        return cls(vit.config, vit.image_shape, tuple(mean), tuple(std), kept, others, source)
+        shape = vit.image_shape
+        return cls(vit.config, shape, tuple(mean), tuple(std), kept, others, source, kind, tuple(low), tuple(high))
 
     def fitted(self, image_shape: tuple[int, int, int]) -> "Start":
         """The same network for other images.
@@ -95,17 +118,23 @@ class Start:
 
         With x = (g - m) / s for a grey pixel g, channel c would hold (g - m_c) / s_c = (s x + m - m_c) / s_c.
         """
-        channels, size = self.image_shape[0], self.vit.patch_size
+        channels = self.image_shape[0]
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         m, s = mean.mean(), std.mean()
-        patch = self.weights["patch"].unflatten(-1, (channels, size * size))  # (1, D, C, p p)
-        weight = (patch * (s / std)[:, None]).sum(-2)
-        shift = (patch * ((m - mean) / std)[:, None]).sum((-1, -2))
         log.warning("%s reads %d channels: grey images are read as if they stood in all of them", self.source, channels)
-        others = {**self.others, "bias.patch": self.others["bias.patch"] + shift}
+        others, weights = {**self.others}, {**self.weights}
+        name = "bias.patch" if self.vit.stem == "none" else f"{STEM}.bias"
+        if self.vit.stem == "none":
+            first = weights["patch"].unflatten(-1, (channels, -1))  # (1, D, C, p p)
+            weights["patch"] = (first * (s / std)[:, None]).sum(-2)
+        else:
+            first = others[f"{STEM}.weight"].flatten(2)  # (out, C, 9); exact but for the padding around the image
+            grey = (first * (s / std)[:, None]).sum(-2, keepdim=True)
+            others[f"{STEM}.weight"] = grey.unflatten(-1, (3, 3))
+        others[name] = others[name] + (first * ((m - mean) / std)[:, None]).sum((-1, -2))
         return replace(
-            self, image_shape=(1, *self.image_shape[1:]), mean=(float(m),), std=(float(s),),
-            weights={**self.weights, "patch": weight}, others=others,
+            self, image_shape=(1, *self.image_shape[1:]), mean=(float(m),), std=(float(s),), weights=weights,
+            others=others, low=_one(self.low), high=_one(self.high),
         )  # fmt: skip
 
     def _resized(self, height: int, width: int) -> "Start":
@@ -142,6 +171,8 @@ class Start:
             below = len(vit.trunk[kind]) if kind in vit.trunk else 0
             if below:
                 vit.trunk[kind].copy_(value[:below])
+                if vit.centred:
+                    vit.trunk_centre(kind).copy_(value[vit.frozen_layers(kind) : below])
             if kind in vit.matrix_shapes and weights is not None:
                 weights[kind].copy_(value[below:])
             if kind in vit.matrix_shapes and vit.centred:
@@ -164,7 +195,8 @@ class Start:
         tensors |= {f"vit.{name}": value for name, value in self.others.items()}
         about = {
             "format": FORMAT, "vit": json.dumps(asdict(self.vit)), "image_shape": json.dumps(self.image_shape),
-            "mean": json.dumps(self.mean), "std": json.dumps(self.std),
+            "mean": json.dumps(self.mean), "std": json.dumps(self.std), "kind": json.dumps(self.kind),
+            "low": json.dumps(self.low), "high": json.dumps(self.high),
         }  # fmt: skip
         ready = {name: value.contiguous() for name, value in tensors.items()}
         write_atomically(Path(path), lambda place: save_file(ready, place, about))
@@ -189,6 +221,9 @@ class Start:
                 vit = ViTConfig(**json.loads(about["vit"]))
                 check_fields(vit)
                 shape, mean, std = (tuple(json.loads(about[name])) for name in ("image_shape", "mean", "std"))
+                kind = json.loads(about.get("kind", "null"))  # not known before version 0.12
+                low, high = (tuple(json.loads(about.get(name, "[]"))) for name in ("low", "high"))
+                _check_pixels(shape[0], mean, std, kind, low, high)
                 with torch.device("meta"):
                     wanted = Start.of(*_with_matrices(ViT(vit, shape[0], shape[1], shape[2], 2)), mean, std, str(path))
                 names = {f"weights.{kind}": value for kind, value in wanted.weights.items()}
@@ -205,7 +240,12 @@ class Start:
             part: {n.partition(".")[2]: v for n, v in found.items() if n.startswith(f"{part}.")}
             for part in ("weights", "vit")
         }
-        return replace(wanted, weights=parts["weights"], others=parts["vit"])
+        return replace(wanted, weights=parts["weights"], others=parts["vit"], kind=kind, low=low, high=high)
+
+
+def _one(ends: tuple[float, ...]) -> tuple[float, ...]:
+    """The mean over channels, of one channel; nothing of nothing."""
+    return (sum(ends) / len(ends),) if ends else ()
 
 
 def _kept(value: Tensor) -> Tensor:
@@ -217,11 +257,30 @@ def _with_matrices(vit: ViT) -> tuple[ViT, Weights]:
     return vit, {kind: torch.zeros(shape) for kind, shape in vit.matrix_shapes.items()}
 
 
+def _check_pixels(channels: int, mean: Any, std: Any, kind: Any, low: Any, high: Any) -> None:
+    """Raises ValueError where what a file says of its pixels cannot be."""
+    numbers = [*mean, *std, *low, *high]
+    known = kind is None or isinstance(kind, str)
+    sizes = len(mean) == len(std) == channels and len(low) == len(high) in (0, channels)
+    fits = known and sizes and all(isinstance(each, int | float) and math.isfinite(each) for each in numbers)
+    if not (fits and min(std) > 0 and all(a < b for a, b in zip(low, high, strict=True))):
+        raise ValueError("mean, std, kind, low or high of the pixels cannot be")
+
+
 def compare_names(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str | Path) -> None:
     """Raises UserError with the names of tensors that are missing, extra, or of another shape, or not finite."""
-    missing, extra = [n for n in wanted if n not in found], [n for n in found if n not in wanted]
+    named([n for n in wanted if n not in found], [n for n in found if n not in wanted], path)
+    check_tensors(wanted, found, path)
+
+
+def named(missing: Sequence[str], extra: Sequence[str], path: str | Path) -> None:
+    """Raises UserError with the names of tensors that a file lacks, or has beyond those of the network."""
     for what, names in (("lacks", missing), ("has, beyond those of the network,", extra)):
         need(not names, f"{path} {what} {len(names)} tensor(s): {', '.join(names[:5])}{', ...' if names[5:] else ''}.")
+
+
+def check_tensors(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raises UserError with the name of a tensor of ``wanted`` that is of another shape in the file, or not finite."""
     for name, value in wanted.items():
         shapes = tuple(found[name].shape), tuple(value.shape)
         need(shapes[0] == shapes[1], f"{path}: {name} is of shape {shapes[0]}, the network needs {shapes[1]}.")

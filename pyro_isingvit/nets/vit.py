@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import ViTConfig
 from pyro_isingvit.nets.readers import vit_readers
 from pyro_isingvit.nets.shape import ACTIVATIONS, check_shape, patch_grid
@@ -71,7 +71,8 @@ class ViT(nn.Module):
         height: of the images, in pixels.
         width: of the images, in pixels.
         classes: number of classes C.
-        centred: keep the matrices that training started from; they are 0 until they are filled.
+        centred: keep the matrices that training started from, but for those of frozen blocks; they are 0 until they are
+            filled.
         trunk: how many of the first blocks, and with any the patch embedding, have ordinary weights of their own, which
             are not among the matrices that are given. What is drawn many times then computes them once.
         frozen: how many of the first blocks, and with any everything before them, compute without gradients.
@@ -109,6 +110,7 @@ class ViT(nn.Module):
     ) -> None:
         super().__init__()
         check_shape(config, height, width, classes)
+        need(0 <= frozen <= config.depth, f"`frozen_blocks` {frozen} of {config.depth} blocks cannot be.")
         self.trunk_depth, self.frozen = trunk, frozen
         self.config, self.image_shape, self.classes = config, (channels, height, width), classes
         self.checkpoint_activations, self.centred = False, centred
@@ -154,10 +156,31 @@ class ViT(nn.Module):
             if below := layers - self.matrix_shapes.get(kind, (0,))[0]:
                 shapes[kind] = (below, out, inputs)
         self.trunk = nn.ParameterDict({kind: nn.Parameter(w) for kind, w in self._xavier(shapes).items()})
+        for kind, (below, out, inputs) in shapes.items() if centred else ():
+            moving = max(0, below - self.frozen_layers(kind))
+            self.register_buffer(f"centre_trunk_{kind}", torch.zeros(moving, out, inputs))
 
     def centre(self, kind: str) -> Tensor:
         """The matrices of a kind that training started from, (layers, out, in); 0 for a fresh head."""
         return self.get_buffer(f"centre_{kind}")
+
+    def trunk_centre(self, kind: str) -> Tensor:
+        """The same of the trunk, for its layers that are not frozen."""
+        return self.get_buffer(f"centre_trunk_{kind}")
+
+    def frozen_layers(self, kind: str) -> int:
+        """How many of the first layers of a kind are frozen."""
+        every = self.all_readers
+        if any(kind in (*branch.written, *branch.read) for branch in every.branches):
+            return self.frozen
+        return int(self.frozen > 0 and not every.writers(every.matrix(kind).reads))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """Before version 0.12 a trunk decayed towards 0."""
+        for kind in self.trunk if self.centred else ():
+            name = f"centre_trunk_{kind}"
+            state_dict.setdefault(prefix + name, torch.zeros_like(self.get_buffer(name)))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def patchify(self, images: Tensor) -> Tensor:
         """Cuts (B, channels, height, width) into patches (B, T, P), or into the vectors of the stem."""

@@ -32,14 +32,6 @@ class Matrices:
     readers: Readers
 
 
-def frozen_layers(vit: ViT, kind: str) -> int:
-    """How many of the first layers of a kind stay as they start, of the whole network."""
-    every = vit.all_readers
-    if any(kind in (*branch.written, *branch.read) for branch in every.branches):
-        return vit.frozen
-    return int(vit.frozen > 0 and not every.writers(every.matrix(kind).reads))
-
-
 def trained_matrices(vit: ViT, weights: Weights) -> Matrices:
     """The matrices that are given and those of the trunk, without frozen layers.
 
@@ -50,7 +42,7 @@ def trained_matrices(vit: ViT, weights: Weights) -> Matrices:
     found = {}
     for kind, (layers, _, _) in vit.all_readers.shapes.items():
         parts = [part[kind] for part in (vit.trunk, weights) if kind in part]
-        whole, frozen = parts[0] if len(parts) == 1 else torch.cat(parts), frozen_layers(vit, kind)
+        whole, frozen = parts[0] if len(parts) == 1 else torch.cat(parts), vit.frozen_layers(kind)
         if frozen < layers:
             found[kind] = whole[frozen:] if frozen else whole
     return Matrices(found, vit.all_readers)

@@ -1,6 +1,7 @@
 """A compact network back in the form that trains: a ``ViT`` with zeros where units were cut.
 
-What was cut stays cut while it trains: a hidden unit whose rows and columns are all zero has no gradient.
+What was cut stays cut while ordinary weights train: a hidden unit whose rows and columns are all zero has no gradient.
+The noise of an Ising posterior gives it one, and a unit may come back.
 
 Shapes: D width, H heads, d channels of a head, F hidden units.
 """

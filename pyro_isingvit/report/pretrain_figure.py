@@ -20,7 +20,10 @@ def draw_guesses(training: Pretraining, path: Path) -> Path:
         training: whose patches do not overlap.
         path: of the PNG file.
     """
-    rows = dict(zip(("image", "seen", "guessed"), training.guesses(COUNT), strict=True))
+    shown = training.info.scale.on_screen
+    rows = {
+        name: shown(images) for name, images in zip(("image", "seen", "guessed"), training.guesses(COUNT), strict=True)
+    }
     figure = Figure(figsize=(COUNT * 0.9, len(rows) * 0.95), layout="constrained")
     axes = figure.subplots(len(rows), COUNT, squeeze=False)
     for line, (label, pictures) in zip(axes, rows.items(), strict=True):
@@ -33,9 +36,8 @@ def draw_guesses(training: Pretraining, path: Path) -> Path:
 
 def _show(axis: Axes, picture: Tensor) -> None:
     grey = picture.shape[0] == 1
-    axis.imshow(
-        (picture[0] if grey else picture.permute(1, 2, 0)).numpy(), cmap="gray" if grey else None, vmin=0, vmax=1
-    )
+    pixels = (picture[0] if grey else picture.permute(1, 2, 0)).numpy()
+    axis.imshow(pixels, cmap="gray" if grey else None, vmin=0, vmax=255)
     axis.set_xticks([])
     axis.set_yticks([])
     axis.grid(False)

@@ -46,6 +46,18 @@ def levels(vit: ViT, weights: nn.ParameterDict) -> dict[nn.Parameter, list[int]]
     return found | {p: [depth + 1] for p in vit.parameters() if p not in found}
 
 
+def _centres(networks: Networks) -> dict[nn.Parameter, list[Tensor | None]]:
+    """Where each row of the matrices started, None for frozen ones; of one row alone, as it is stacked."""
+    found: dict[nn.Parameter, list[Tensor | None]] = {}
+    for vit, weights in networks:
+        for matrices, centre in ((weights, vit.centre), (vit.trunk, vit.trunk_centre)) if vit.centred else ():
+            for kind, whole in matrices.items():
+                moving = centre(kind)
+                rows: list[Tensor | None] = [None] * (len(whole) - len(moving))
+                found[whole] = [*rows, *([moving] if len(whole) == len(moving) == 1 else moving)]
+    return found
+
+
 class LayerwiseAdamW(torch.optim.AdamW):
     """AdamW over rows of stacked parameters.
 
@@ -62,21 +74,20 @@ class LayerwiseAdamW(torch.optim.AdamW):
         frozen = {
             p: vit.config.depth - vit.frozen for vit, weights in networks if vit.frozen for p in levels(vit, weights)
         }
-        centres = {
-            weights[kind]: vit.centre(kind) for vit, weights in networks if vit.centred for kind in weights
-        }  # fmt: skip
+        centres = _centres(networks)
         self._views: list[tuple[nn.Parameter, int, nn.Parameter]] = []  # whole, row, view
         self._centres: dict[nn.Parameter, Tensor] = {}
         made: list[dict[str, Any]] = []
         for group in groups:
             by_level: dict[int, list[nn.Parameter]] = {}
             for whole in group["params"]:
-                rows, centre = known.get(whole, [0]), centres.get(whole)
+                rows = known.get(whole, [0])
+                starts = centres.get(whole, [None] * len(rows))
                 if len(rows) == 1:
-                    views = [(rows[0], whole, centre)]
+                    views = [(rows[0], whole, starts[0])]
                 else:
-                    views = [(level, self._view(whole, row), None if centre is None else centre[row])
-                             for row, level in enumerate(rows)]  # fmt: skip
+                    views = [(level, self._view(whole, row), start)
+                             for row, (level, start) in enumerate(zip(rows, starts, strict=True))]  # fmt: skip
                 for level, view, start in views:
                     if level > frozen.get(whole, level):
                         continue

@@ -56,6 +56,7 @@ class PretrainSettings:
     resize: Resize = "fit"
     pages: Pages = "first"
     cache: str | None = None
+    intensity: str = "full"
 
     def check(self) -> None:
         """Raises UserError where a setting is of another kind or out of its range."""
@@ -121,7 +122,7 @@ class Pretraining:
             accelerator=train.device, devices=1, precision="bf16-mixed" if train.precision == "bf16" else "32-true"
         )
         self.split, self.held = part.take(order[held:]), part.take(order[:held])
-        self.info = DataInfo.of(settings.source, ("no", "labels"), self.split.images)
+        self.info = DataInfo.of(settings.source, ("no", "labels"), self.split.images, settings.intensity)
         views = TrainConfig(augment=train.augment, margin=train.margin)
         self.views = Augmentation(views, self.info)
         torch.manual_seed(train.seed)
@@ -222,7 +223,7 @@ class Pretraining:
         return total
 
     def guesses(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Held-out images, what the network saw of them, and its guess, each (count, C, H, W) in [0, 1].
+        """Held-out images, what the network saw of them, and its guess, each (count, C, H, W), scaled (``DataInfo``).
 
         Needs patches that do not overlap. The guess has the mean and deviation of the true patches, which the loss
         leaves out.
@@ -244,13 +245,16 @@ class Pretraining:
         image = patches.unflatten(1, (rows, columns)).unflatten(-1, (info.channels, size, size))
         image = image.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)[..., : info.height, : info.width]
         mean, std = (torch.tensor(v, device=image.device).view(-1, 1, 1) for v in (info.mean, info.std))
-        return (image * std + mean).clamp(0, 1).cpu()
+        return (image * std + mean).cpu()
 
     def start(self) -> Start:
         """The encoder, from which a training may start."""
         network = self.network
         source = f"pretrained on {self.settings.source}"
-        return Start.of(network.vit, dict(network.weights.items()), self.info.mean, self.info.std, source)
+        scale = self.info.scale
+        return Start.of(
+            network.vit, dict(network.weights.items()), scale.mean, scale.std, source, scale.kind, scale.low, scale.high
+        )
 
     # Disk ----------------------------------------------------------------------------------------------------------
 

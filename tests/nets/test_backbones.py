@@ -9,7 +9,8 @@ from torch.testing import assert_close
 from torchvision.models import VisionTransformer
 
 from pyro_isingvit import UserError
-from pyro_isingvit.nets.backbones import from_timm, from_torchvision, into_timm, into_torchvision
+from pyro_isingvit.nets.backbones import from_timm, from_torchvision, into_timm, into_torchvision, start_of
+from pyro_isingvit.nets.libraries import convertible
 
 timm = pytest.importorskip("timm")
 from timm.models import vision_transformer as vt  # noqa: E402
@@ -19,6 +20,7 @@ SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "dept
 OPTIONS = {
     "vit": {},
     "patch 16, three times the hidden units": {"patch_size": 16, "mlp_ratio": 3},
+    "patch 14": {"patch_size": 14, "img_size": 42},
     "grey": {"in_chans": 1},
     "no bias of q, k and v": {"qkv_bias": False},
     "deit3: LayerScale, no position of CLS": {"init_values": 1e-6, "no_embed_class": True},
@@ -68,6 +70,9 @@ def test_timm_by_name(name):
     vit, weights = from_timm(net)
     x = images(vit, 2)
     assert_close(vit(weights, x), net(x), rtol=1e-5, atol=1e-5)
+    other = shaken(timm.create_model(name, num_classes=7), seed=2)
+    into_timm(vit, weights, other)
+    assert_close(other(x), net(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("heads, hidden", [(2, 64), (4, 16)])
@@ -80,6 +85,37 @@ def test_torchvision_both_ways(heads, hidden):
     other = shaken(build(num_classes=6), seed=3)
     into_torchvision(vit, weights, other)
     assert_close(other(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["none", "another"])
+def test_torchvision_with_its_head_replaced(head):
+    net = VisionTransformer(32, 8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32)
+    net.heads = nn.Identity() if head == "none" else nn.Linear(16, 4)
+    net = shaken(net)
+    vit, weights = from_torchvision(net)
+    x = images(vit)
+    assert_close(vit(weights, x), net(x), rtol=1e-5, atol=1e-5)
+    net.heads = nn.Sequential(nn.Dropout(), nn.Linear(16, 4))
+    with pytest.raises(UserError, match=r"place for heads\.1\.weight"):
+        from_torchvision(net)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_of_16_bits(dtype):
+    net = VisionTransformer(32, 8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32).to(dtype)
+    vit, weights = from_torchvision(net)
+    assert vit.position.dtype == weights["qkv"].dtype == torch.float32
+    assert net.conv_proj.weight.dtype == dtype
+    start_of(net)
+
+
+def test_what_works_of_timm_is_listed():
+    """Two thousand architectures take minutes; a few stand for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "list_models", lambda families: [*NAMED, "deit_tiny_distilled_patch16_224", "nothing"])
+        found = dict(convertible("timm"))
+    assert [name for name, reason in found.items() if not reason] == NAMED
+    assert "distillation token" in found["deit_tiny_distilled_patch16_224"] and "cannot be built" in found["nothing"]
 
 
 REFUSED = {

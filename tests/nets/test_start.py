@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -50,6 +51,51 @@ def test_grey_images_are_read_as_if_in_every_channel():
         ours.bias["head"].copy_(vit.bias["head"])
     x = about(1, mean=one.mean, std=one.std).normalise(grey)
     assert_close(ours(dict(matrices), x), vit(weights, about().normalise(grey.expand(-1, 3, -1, -1))))
+
+
+def test_grey_images_before_a_convolutional_stem():
+    """Exact but for the border, where the padding of the first convolution stands for another grey in each channel."""
+    vit, weights = network(shape=ViTConfig(patch_size=4, width=16, heads=2, depth=1, stem="conv"))
+    one = Start.of(vit, weights, MEAN, STD, "made").fitted((1, 16, 16))
+    assert one.vit.stem == "conv"
+    ours = ViT(one.vit, 1, 16, 16, classes=5)
+    one.copy_to(ours)
+    grey = torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8)
+    theirs = vit.stem.stages[0](about().normalise(grey.expand(-1, 3, -1, -1)))
+    found = ours.stem.stages[0](about(1, mean=one.mean, std=one.std).normalise(grey))
+    assert_close(found[..., 1:-1, 1:-1], theirs[..., 1:-1, 1:-1], rtol=1e-4, atol=1e-5)
+    assert ours(ours.initial_weights(), about(1, mean=one.mean, std=one.std).normalise(grey)).shape == (3, 5)
+
+
+def test_the_same_pixel_becomes_the_same_number(tmp_path):
+    """A start of 16 bits, scaled by its own percentiles, and images whose own are others."""
+    vit, weights = network(channels=1)
+    before = replace(about(1, mean=(0.4,), std=(0.2,)), kind="uint16", low=(100.0,), high=(900.0,))
+    Start.of(vit, weights, (0.4,), (0.2,), "made", "uint16", (100.0,), (900.0,)).save(tmp_path / "a.safetensors")
+    start = Start.load(tmp_path / "a.safetensors")
+    assert (start.kind, start.low, start.high) == ("uint16", (100.0,), (900.0,))
+    own = replace(about(1, mean=(0.5,), std=(0.3,)), kind="uint16", low=(0.0,), high=(60000.0,))
+    info = own.scaled_as(start.mean, start.std, start.kind, start.low, start.high)
+    x = torch.randint(0, 1000, (2, 1, 16, 16)).float()
+    assert torch.equal(info.normalise(x), before.normalise(x)) and info.classes == own.classes
+
+
+def test_pixels_of_another_type_keep_their_range_and_are_said_where_they_are_far(caplog):
+    own = replace(about(1, mean=(0.01,), std=(0.3,)), kind="uint16", low=(0.0,), high=(60000.0,))
+    info = own.scaled_as((0.5,), (0.1,), "uint8", (), ())
+    assert (info.low, info.high, info.mean) == ((0.0,), (60000.0,), (0.5,))
+    assert "5 standard deviations" in caplog.text
+
+
+@pytest.mark.parametrize("name, value", [("mean", "[1]"), ("std", "[0, 1, 1]"), ("kind", "3"), ("low", "[1, 2, 3]")])
+def test_a_file_whose_pixels_cannot_be_is_refused(tmp_path, name, value):
+    path = tmp_path / "a.safetensors"
+    start().save(path)
+    with safe_open(path, "pt") as file:
+        said = file.metadata()
+    save_file(load_file(path), path, {**said, name: value})
+    with pytest.raises(UserError, match="damaged"):
+        Start.load(path)
 
 
 def test_positions_are_interpolated_as_timm_does():

@@ -111,6 +111,40 @@ def test_decay_pulls_to_the_start(name):
         assert left < 1
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_decay_pulls_a_trunk_to_the_start_too(frozen):
+    """Two of three blocks have ordinary weights, and the embedding; without a gradient they stay as they started."""
+    config = with_defaults("ising", RunConfig(vit=SHAPE, init="made"))
+    settings = replace(config.train, weight_decay=30.0, frozen_blocks=frozen)
+    config = replace(config, train=settings, ising=replace(config.ising, bayesian_blocks=1))
+    method = method_class("ising")(config, INFO, 50)
+    method.start_from(start_of_same_shape())
+    optimizer = make_optimizer(method.parameter_groups(settings), settings, method.trained_networks())
+    [(vit, _)] = method.trained_networks()
+    with torch.no_grad():
+        vit.trunk["fc1"].add_(0.1)
+    before = {kind: weight.detach().clone() for kind, weight in vit.trunk.items()}
+    for parameter in method.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(3):
+        optimizer.step()
+    for kind, weight in vit.trunk.items():
+        if kind != "fc1":
+            assert_close(weight.detach(), before[kind], rtol=1e-5, atol=1e-7)
+    gap = (vit.trunk["fc1"][frozen:] - vit.trunk_centre("fc1")).detach()
+    assert float(gap.min()) > 0.05 and float(gap.max()) < 0.0999
+    assert torch.equal(vit.trunk["fc1"][:frozen], before["fc1"][:frozen])
+
+
+def test_a_trunk_of_an_older_version_decays_to_0_as_it_did():
+    config = with_defaults("ising", RunConfig(vit=SHAPE, init="made"))
+    method = method_class("ising")(replace(config, ising=replace(config.ising, bayesian_blocks=1)), INFO, 50)
+    method.start_from(start_of_same_shape())
+    older = {name: value for name, value in method.state_dict().items() if "centre_trunk" not in name}
+    method.load_state_dict(older)
+    assert not method.model.vit.trunk_centre("fc2").any() and method.model.vit.centre("fc2").any()
+
+
 def test_training_resumes_bit_for_bit(data, tmp_path):
     config = with_defaults("ising", RunConfig(vit=SHAPE, init="made"))
     train = replace(config.train, epochs=4, batch_size=20, layer_decay=0.7, device="cpu", samples=2, val_samples=2)

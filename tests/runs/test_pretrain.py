@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, make_split
+from PIL import Image
 from torch.testing import assert_close
 
+from inference.pretrain import main
 from pyro_isingvit import UserError, fit
 from pyro_isingvit.core.pretraining import PretrainConfig
 from pyro_isingvit.data.images import InMemory
+from pyro_isingvit.data.load import load_unlabelled
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.report.pretrain_figure import draw_guesses
 from pyro_isingvit.runs.pretrain import SETTINGS as FILE
@@ -130,6 +133,54 @@ def test_guesses_are_pictures(tmp_path):
     shown = seen == real
     assert shown.float().mean() >= 0.5 and guessed.shape == real.shape
     assert draw_guesses(training, tmp_path / "a.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_guesses_of_other_channels_are_pictures_too(channels, tmp_path):
+    stacked = InMemory(torch.randint(0, 256, (40, channels, 4, 4), dtype=torch.uint8))
+    training = Pretraining(SETTINGS, stacked, None, progress=False)
+    assert draw_guesses(training, tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_its_scale_goes_with_the_start(tmp_path):
+    deep = InMemory((torch.rand(40, 1, 4, 4) * 60000).to(torch.uint16))
+    training = Pretraining(replace(SETTINGS, intensity="percentile 5 95"), deep, tmp_path, progress=False)
+    training.run()
+    start = Start.load(tmp_path / "start.safetensors")
+    assert start.kind == "uint16" and start.low == training.info.low != ()
+    assert PretrainSettings.read(tmp_path).intensity == "percentile 5 95"
+
+
+def test_a_first_epoch_that_is_interrupted_is_begun_again(tmp_path, monkeypatch, capfd):
+    command = ["--images", "digits", "--preset", "digits", "--out", str(tmp_path / "p"), "--epochs", "1"]
+
+    def interrupted(self, bar):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pretraining, "_epoch", interrupted)
+        with pytest.raises(SystemExit):
+            main(command)
+    assert "nothing is kept; run the same command again" in capfd.readouterr().err
+    main(command)
+    assert (tmp_path / "p" / "start.safetensors").is_file()
+    with pytest.raises(SystemExit):
+        main(command)  # now there is something to lose
+
+
+def test_a_folder_test_is_left_out(tmp_path, caplog):
+    for folder, count in (("a", 3), ("b/c", 2), ("test/a", 4)):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(count):
+            Image.new("L", (8, 8), 20 * number).save(tmp_path / folder / f"{number}.png")
+    assert len(load_unlabelled(str(tmp_path))) == 5 and "4 images in" in caplog.text
+    assert len(load_unlabelled(str(tmp_path / "test"))) == 4
+    for number in range(3):
+        (tmp_path / "a" / f"{number}.png").unlink()
+    for number in range(2):
+        (tmp_path / "b" / "c" / f"{number}.png").unlink()
+    with pytest.raises(UserError, match="no images but those of"):
+        load_unlabelled(str(tmp_path))
 
 
 def test_deep_images_and_settings_of_older_versions(tmp_path):
