@@ -38,7 +38,7 @@ class DataConfig:
     intensity: str = "full"
     """Which pixel values become 0 and 1. full: the ends of 8 or 16 bits, or the lowest and highest of the training
     images' floats; 'percentile LOW HIGH', such as 'percentile 1 99': of the training pixels, per channel; none: floats
-    as they are."""
+    as they are. A training that starts from a network for pixels of the same type (init) takes the network's."""
     pages: Literal["first", "channels"] = "first"
     """Which pages of a TIFF file are read: the first, or all of them as channels."""
     groups: str | None = None
