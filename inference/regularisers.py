@@ -114,15 +114,15 @@ def make_cells(plain: Iterable[tuple[str, str, RunConfig]], names: Sequence[str]
             **({"init": config.init} if config.init else {}), **({"data": data} if data else {}),
         }  # fmt: skip
         for name in chosen(names):
-            train = config.train if name == NONE else regularised(config.train, [name])
-            sets = {"regulariser": name, "sets": differing(train, config.train)}
-            cell = Cell(trial | sets, replace(config, train=train))
             try:
+                train = config.train if name == NONE else regularised(config.train, [name])
                 check_training(train)
             except UserError as error:
-                log.warning("left out: %s: %s", cell.name, in_flags(str(error), None))
+                left_out = Cell(trial | {"regulariser": name}, config).name
+                log.warning("left out: %s: %s", left_out, in_flags(str(error), None))
                 continue
-            cells.append(cell)
+            sets = {"regulariser": name, "sets": differing(train, config.train)}
+            cells.append(Cell(trial | sets, replace(config, train=train)))
     return cells
 
 

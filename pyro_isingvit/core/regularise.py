@@ -76,7 +76,8 @@ def regularised(train: TrainConfig, names: Sequence[str]) -> TrainConfig:
         names: each NAME or NAME:STRENGTH.
 
     Raises:
-        UserError: an unknown name, a strength that is no number or out of its range, or two that set the same thing.
+        UserError: an unknown name, a strength that is no number or out of its range, or what contradicts another name
+            or the settings.
 
     Examples:
         >>> from pyro_isingvit.core.train_settings import TrainConfig
@@ -85,6 +86,7 @@ def regularised(train: TrainConfig, names: Sequence[str]) -> TrainConfig:
         >>> train.logit_penalty, train.token_masking
         (0.1, 0.5)
     """
+    usual = TrainConfig()
     changes: dict[str, Any] = {}
     by: dict[str, str] = {}
     for text in names:
@@ -92,6 +94,12 @@ def regularised(train: TrainConfig, names: Sequence[str]) -> TrainConfig:
         need(name in REGULARISERS, f"unknown regulariser {name!r:.40}; known: {', '.join(REGULARISERS)}.")
         row = REGULARISERS[name]
         strength = _number(name, number, row) if number else row.strength
+        for key, value in row.sets.items():
+            own = getattr(train, key)
+            need(
+                own in (value, getattr(usual, key)),
+                f"{name} of `regularise` sets `{key}` to {value}, and it is {own}: leave out one of them.",
+            )
         for key, value in {row.setting: strength, **row.sets}.items():
             need(key not in by, f"{by.get(key)} and {name} of `regularise` contradict each other: give one of them.")
             changes[key], by[key] = value, name

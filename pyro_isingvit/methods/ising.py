@@ -58,11 +58,15 @@ class IsingMethod(Method):
         self.guide = guide or IsingGuide(self.model, num_data)
         self.model.num_data, self.model.kappa_weights = num_data, self.guide.kappa_weights
         self.model.penalties, self.model.likelihood = self.penalties, self.likelihood
+        self.penalties.phase = self._phase
         self.image_noise = settings.noise == "activations"
         self.fused = settings.engine != "pyro" and fusible(self.model)
         self._elbo: list[FusedELBO] = []  # a list, not a submodule: its parameters are this module's already
         # Otherwise nobody reads the curvature.
         self.watches = dict(self.phases(settings))["ising"] > 0 or self.guide.config.posterior_scale == "curvature"
+
+    def _phase(self) -> str:
+        return self.guide.phase
 
     @property
     def elbo(self) -> FusedELBO:

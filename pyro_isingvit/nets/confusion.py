@@ -80,6 +80,7 @@ def confusion(
         a scalar, or (S,); at least 0.
     """
     drawn = torch.tensor(shares if not equal else [1 / len(shares)] * len(shares), device=logits.device)
+    drawn = drawn.clamp(min=torch.finfo(drawn.dtype).tiny)  # a class without images has no column
     now = soft_confusion(logits, labels, drawn)
     memory["parts"] += now.detach().reshape(-1, *now.shape[-2:]).mean(0)
     memory["count"] += 1

@@ -16,7 +16,7 @@ from torch import Tensor
 
 def draw_kept(share: float, images: int, depth: int, device: torch.device) -> Tensor:
     """Share of the units that each image keeps in each block, (images, L): 1, or uniform on [0, 1) for ``share``."""
-    chosen, kept = torch.rand(2, images, depth, device=device)
+    chosen, kept = torch.rand(images, 1, device=device), torch.rand(images, depth, device=device)
     return torch.where(chosen < share, kept, 1.0)
 
 

@@ -60,6 +60,7 @@ class Seen:
         part: which of how many equal parts of the step's batch this is.
         probe: zeros that were added to the features, for penalties that ask for gradients by them; (B, F) or (S B, F).
         told: (B, C) probabilities of a teacher; None: there is none.
+        phase: of a posterior with masks; "" without one.
     """
 
     logits: Tensor
@@ -75,6 +76,7 @@ class Seen:
     part: tuple[int, int] = (0, 1)
     probe: Tensor | None = None
     told: Tensor | None = None
+    phase: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,9 @@ def remembered_answers(seen: Seen) -> Tensor:
     need(seen.rows is not None, "`self_distillation` needs the row numbers of the images in the training part.")
     assert seen.rows is not None
     epochs = seen.settings.epochs + seen.settings.finetune_epochs
-    return self_distillation(seen.logits, seen.labels, seen.memory, seen.rows, epochs)
+    if seen.phase == "pilot":
+        return seen.logits.new_zeros(seen.logits.shape[:-2])
+    return self_distillation(seen.logits, seen.labels, seen.memory, seen.rows, epochs, mean=bool(seen.phase))
 
 
 def jacobian(seen: Seen) -> Tensor:
@@ -260,9 +264,11 @@ class Penalties(nn.Module):
         part: which of how many equal parts of a step's batch comes next.
         matrices: gives the weights without noise, to penalties of weights; the method sets it.
         told: a teacher's probabilities (B, C) for the batch that comes next; None: there is none.
+        phase: gives the phase of a posterior with masks; None: there is none.
     """
 
     told: Tensor | None = None
+    phase: Callable[[], str] | None = None
 
     def __init__(
         self,
@@ -334,7 +340,10 @@ class Penalties(nn.Module):
         """scale * weight * penalty of each, a scalar or (S,); nats per image at scale 1, over all images at scale N."""
         terms = {}
         for name, weight in self.weights.items():
-            told = replace(seen, settings=self.settings, shares=self.shares, memory=self.memory(name), told=self.told)
+            told = replace(
+                seen, settings=self.settings, shares=self.shares, memory=self.memory(name), told=self.told,
+                phase=self.phase() if self.phase else "",
+            )  # fmt: skip
             if PENALTIES[name].weighs and self.matrices is not None:
                 told = replace(told, matrices=self.matrices())
             terms[name] = scale * weight * PENALTIES[name].term(told)

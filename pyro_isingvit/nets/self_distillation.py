@@ -8,7 +8,8 @@ against CE(y, p) is a term of its own:
     R = mean_i a_i (CE(p'_i, p_i) - CE(y_i, p_i))
 
 An image that was not seen yet has a = 0. The source takes the epoch before for p', and a by the epoch; here both are by
-the image, which is the same where every epoch shows every image once.
+the image, which is the same where every epoch shows every image once. Under a posterior with masks one prediction is
+that of one draw: p' is then the mean of all since the pilot phase, and n counts from there.
 
 Shapes: N training images, S samples, B batch, C classes.
 """
@@ -23,7 +24,9 @@ def first_predictions(num_data: int, num_classes: int) -> dict[str, Tensor]:
     return {"said": torch.zeros(num_data, num_classes), "seen": torch.zeros(num_data)}
 
 
-def self_distillation(logits: Tensor, labels: Tensor, memory: dict[str, Tensor], rows: Tensor, epochs: int) -> Tensor:
+def self_distillation(
+    logits: Tensor, labels: Tensor, memory: dict[str, Tensor], rows: Tensor, epochs: int, mean: bool = False
+) -> Tensor:
     """R of a batch with a_T = 1; its predictions are remembered, and its images counted, after that.
 
     Args:
@@ -32,6 +35,7 @@ def self_distillation(logits: Tensor, labels: Tensor, memory: dict[str, Tensor],
         memory: of ``first_predictions``; the batch's rows are overwritten.
         rows: (B,) numbers of the images, each once.
         epochs: E.
+        mean: p' is the mean of all earlier predictions, not the last one.
 
     Returns:
         a scalar, or (S,); nats per image.
@@ -43,6 +47,7 @@ def self_distillation(logits: Tensor, labels: Tensor, memory: dict[str, Tensor],
     log_p = logits.log_softmax(-1)
     value = -(share * ((weight * said - target) * log_p).sum(-1)).mean(-1)
     with torch.no_grad():
-        memory["said"][rows] = log_p.exp().reshape(-1, *log_p.shape[-2:]).mean(0).to(said)
+        now = log_p.exp().reshape(-1, *log_p.shape[-2:]).mean(0).to(said)
+        memory["said"][rows] = said + (now - said) / (seen[:, None] + 1) if mean else now
         memory["seen"][rows] += 1
     return value

@@ -316,7 +316,8 @@ class ViT(nn.Module):
         head = matrices["head"][0]
         drawn = len(head) if head.dim() == 3 and images.dim() == 4 else None  # S, of the same images
 
-        again = self.checkpoint_activations and not watch and torch.is_grad_enabled()
+        inside = watch.keys() & {"attention", "blocks"}  # what a block that is computed again would record twice
+        again = self.checkpoint_activations and not inside and torch.is_grad_enabled()
         ready = self.shared if self.trunk_depth else None
         if ready:
             x = ready[0]

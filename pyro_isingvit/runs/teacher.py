@@ -53,7 +53,7 @@ def check_teachers(
 
 @torch.no_grad()
 def mean_prediction(run: Run, x: Tensor, info: DataInfo, draws: int, step: int) -> Tensor:
-    """Mean probabilities (B, C) of networks drawn from a teacher; a method with a limited number gives them in turn.
+    """Mean probabilities (B, C) of networks drawn from a teacher; a method with a limited number gives all in turn.
 
     Args:
         run: the teacher.
@@ -66,12 +66,8 @@ def mean_prediction(run: Run, x: Tensor, info: DataInfo, draws: int, step: int) 
     if (scale.mean, scale.std) != (own.mean, own.std):
         mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (scale.mean, scale.std))
         x = own.standardised(x * std + mean)
-    first = step * draws
-    if (most := run.max_draws) is not None:
-        draws = min(draws, most)
-        first = step * draws % most
-        draws = min(draws, most - first)
-    logits = run.draw_networks(draws, first)(x.to(run.device)) / run.temperature
+    draws = draws if run.max_draws is None else min(draws, run.max_draws)
+    logits = run.draw_networks(draws, step * draws)(x.to(run.device)) / run.temperature  # those of a method in a cycle
     return logits.softmax(-1).mean(0).to(x.device)
 
 

@@ -180,6 +180,19 @@ def test_they_end_with_the_share_that_was_asked_for(data: ImageData, method: str
 
 
 @pytest.mark.parametrize("method", BOTH)
+def test_micro_batches_and_half_precision(method: str, data: ImageData) -> None:
+    strong = {"hypersparse_weight": 0.01, "lobster_weight": 0.01}
+    made = config(method, **strong)
+    histories = [
+        Trainer(replace(made, train=replace(made.train, **more)), data, None, False).fit().history
+        for more in ({}, {"accumulate": 2}, {"precision": "bf16"})
+    ]
+    for whole, parts, half in zip(*histories, strict=True):
+        assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+        assert half["loss"] == pytest.approx(whole["loss"], rel=0.1)
+
+
+@pytest.mark.parametrize("method", BOTH)
 @pytest.mark.parametrize("at", [2, 4, 7])
 def test_resumes_bit_for_bit(method: str, at: int, data: ImageData, tmp_path: Path) -> None:
     strong = {"hypersparse_weight": 0.01, "lobster_weight": 0.01}

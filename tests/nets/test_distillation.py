@@ -4,11 +4,12 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from forks import ranks, script
-from helpers import CONFIG, refuses, resumed_like_whole, trainer
+from helpers import CONFIG, INFO, refuses, resumed_like_whole, trainer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -123,6 +124,22 @@ def test_the_target_is_the_mean_over_teachers_on_the_views_of_the_student(data, 
     assert not all(bool((x[:, None] == known[None]).flatten(2).all(2).any(1).all()) for x, _ in seen)
 
 
+@pytest.mark.parametrize(("members", "draws"), [(5, 2), (3, 2), (2, 5), (1, 2)])
+def test_every_member_of_a_teacher_is_asked_equally_often(members: int, draws: int) -> None:
+    asked = []
+
+    def draw_networks(count: int, first: int):
+        asked.extend((first + i) % members for i in range(count))
+        return lambda x: torch.zeros(count, len(x), 2)
+
+    run = SimpleNamespace(
+        info=INFO, max_draws=members, draw_networks=draw_networks, temperature=torch.ones(()), device="cpu"
+    )
+    for step in range(members):
+        mean_prediction(run, torch.zeros(4, 1, 4, 4), INFO, draws, step)
+    assert len({asked.count(member) for member in range(members)}) == 1
+
+
 def test_a_weight_that_is_next_to_nothing_changes_no_bit(data, teacher: Run) -> None:
     """The teacher takes no random number away: with beta -> 0 it is the cross entropy."""
     with_one = taught([teacher])(data, distillation=1e-30).fit().history
@@ -206,18 +223,29 @@ def test_both_engines_agree(data, teacher: Run) -> None:
             assert fused[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-6)
 
 
+TTM = {"distillation": 45.0, "distillation_power": 0.1, "distillation_weighted": False}
+
+
+@pytest.mark.parametrize("more", [{}, TTM])
+def test_half_precision_is_finite(data, teacher: Run, more: dict) -> None:
+    history = taught([teacher])(data, precision="bf16", **more).fit().history
+    assert all(math.isfinite(record["loss"]) and math.isfinite(record["distillation"]) for record in history)
+
+
+@pytest.mark.parametrize("more", [{}, TTM])
 @pytest.mark.parametrize("draws", [1, 2, "image"])
-def test_micro_batches_leave_the_loss_as_it_is(data, teacher: Run, draws) -> None:
+def test_micro_batches_leave_the_loss_as_it_is(data, teacher: Run, draws, more: dict) -> None:
     config = replace(CONFIG, ising=replace(CONFIG.ising, granularity="unit"))
-    settings = {"draws": draws, "rate_rule": "uniform", "augment": "crop"}
+    settings = {"draws": draws, "rate_rule": "uniform", "augment": "crop", **more}
     whole, parts = (taught([teacher], config)(data, accumulate=n, **settings).fit().history for n in (1, 2))
     for record, expected in zip(parts, whole, strict=True):
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert record["distillation"] == pytest.approx(expected["distillation"], rel=1e-3)
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(data, teacher: Run, tmp_path) -> None:
-    resumed_like_whole(data, tmp_path, taught([teacher]), augment="crop", mix="mixup")
+@pytest.mark.parametrize("more", [{}, TTM])
+def test_resumed_equals_uninterrupted_bit_for_bit(data, teacher: Run, tmp_path, more: dict) -> None:
+    resumed_like_whole(data, tmp_path, taught([teacher]), augment="crop", mix="mixup", **more)
 
 
 def test_a_teacher_that_has_changed_since_is_refused(data, teacher: Run, tmp_path) -> None:

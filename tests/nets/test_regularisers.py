@@ -16,6 +16,7 @@ from pyro_isingvit.core.regularise import REGULARISERS, regularised
 from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.registry import METHODS
+from pyro_isingvit.nets import vit
 from pyro_isingvit.nets.attention_terms import negative_entropy, negative_log, spread
 from pyro_isingvit.nets.feature_terms import negative_von_neumann_entropy
 from pyro_isingvit.nets.penalties import PENALTIES, Penalties, Seen
@@ -127,6 +128,20 @@ def test_two_images_by_hand() -> None:
     torch.testing.assert_close(gradient, (second.softmax(-1) - target).detach() / 2)
 
 
+def test_under_masks_what_was_said_is_a_mean_since_the_pilot_phase(data: ImageData) -> None:
+    memory, rows, labels = first_predictions(2, 2), torch.arange(2), torch.tensor([0, 1])
+    passes = torch.randn(3, 2, 2)
+    for logits in passes:
+        self_distillation(logits, labels, memory, rows, 4, mean=True)
+    torch.testing.assert_close(memory["said"], passes.softmax(-1).mean(0))
+    seen = []
+    run = trainer(data, epochs=4, pilot_fraction=0.5, self_distillation=0.8)
+    run.on_epoch = lambda at: seen.append(float(at.method.penalties.memory("self_distillation")["seen"].max()))
+    history = run.fit().history
+    assert seen == [0, 0, 1, 2]
+    assert [record["self_distillation"] != 0 for record in history] == [False, False, False, True]
+
+
 def test_samples_apart_and_weighted_images() -> None:
     memory = {"said": torch.rand(4, 3).softmax(-1), "seen": torch.full((4,), 2.0)}
     logits, rows = torch.randn(5, 4, 3), torch.arange(4)
@@ -213,11 +228,33 @@ def test_names_that_cannot_be(names: list[str], words: tuple[str, ...]) -> None:
     assert all(word in str(caught.value) for word in words)
 
 
+def test_names_that_contradict_the_settings() -> None:
+    with pytest.raises(UserError, match="regmixup of `regularise` sets `mix` to regmixup, and it is cutmix"):
+        regularised(TrainConfig(mix="cutmix"), ["regmixup"])
+    with pytest.raises(UserError, match=r"ttm of `regularise` sets `distillation_power` to 0\.1, and it is 0\.5"):
+        regularised(TrainConfig(distillation_power=0.5), ["ttm"])
+    assert regularised(TrainConfig(mix="mixup", mix_alpha=1.0), ["mixup:0.5"]).mix_alpha == 0.5
+
+
+@pytest.mark.parametrize("name", ["feature_entropy", "rationale"])
+def test_blocks_are_computed_again_beside_terms_of_the_features(name: str, data: ImageData, monkeypatch) -> None:
+    again, used = vit.checkpoint, []
+    monkeypatch.setattr(vit, "checkpoint", lambda *args, **kwargs: used.append(0) or again(*args, **kwargs))
+    one, two = (
+        trainer(data, epochs=1, checkpoint_activations=flag, **{name: 0.1}).fit().history for flag in (False, True)
+    )
+    assert used and one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
         ({"self_distillation": 0.5, "mix": "mixup"}, "mix"), ({"self_distillation": 1.5}, "at most 1"),
         ({"self_distillation": 0.5, "balance": "logit"}, "balance"), ({"logit_penalty": -1.0}, "negative"),
+        ({"self_distillation": 0.5, "balance": "sampler"}, "sampler shows some more often"),
+        ({"early_learning": 3.0, "balance": "sampler"}, "sampler shows some more often"),
+        ({"attention_entropy": 0.1, "checkpoint_activations": True}, "`attention_entropy` looks at attention"),
+        ({"log_barrier": 0.1, "checkpoint_activations": True}, "`checkpoint_activations` does not keep"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be(changes: dict[str, object], word: str) -> None:

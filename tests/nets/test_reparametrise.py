@@ -158,8 +158,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(data, tmp_path, method: str, n
     assert any("parametrizations.qkv" in key for key in state["model"])
 
 
-def test_bfloat16(data) -> None:
-    run = trainer(data, None, PLAIN, precision="bf16", sigma_reparam=1.0).fit()
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16(data, name: str) -> None:
+    run = trainer(data, None, PLAIN, precision="bf16", **{name: 1.0}).fit()
     assert math.isfinite(run.history[-1]["loss"])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ def test_micro_batches_give_the_same_run(name: str, method: str, data: ImageData
             run_of(name, data, method=method, accumulate=2)
         return
     whole, parts = (run_of(name, data, method=method, accumulate=n, draws=1).fit().history for n in (1, 2))
+    assert_alike(parts, whole)
+
+
+UNITS = ["token-masking", "nested-dropout", "regmixup", "ps-kd", "early-learning", "car", "ridg", "attention-entropy"]
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_micro_batches_where_every_image_has_masks_of_its_own(name: str, data: ImageData) -> None:
+    """The masks are drawn for the whole batch and shared out: the default of the posterior."""
+    config = config_of(name)
+    config = replace(config, ising=replace(config.ising, granularity="unit"))
+    whole, parts = (trainer(data, config=config, accumulate=n, draws="image").fit().history for n in (1, 2))
     assert_alike(parts, whole)
 
 
