@@ -60,6 +60,8 @@ def comparison(arguments: Arguments) -> None:
         text += f"\n## {arguments.ours} against the best other single network\n\n" + to_markdown(best)
     if len(ensemble):
         text += f"\n## {arguments.ours} against the ensemble\n\n" + to_markdown(ensemble)
+    if frame.attrs["unequal"]:
+        text += "\n## Settings that differ\n\n" + "".join(f"- {line}\n" for line in frame.attrs["unequal"])
     write_text(folder / "table.md", text)
     summary = summarise(frame)
     summary.columns = pd.Index([f"{metric}_{what}" for metric, what in summary.columns])

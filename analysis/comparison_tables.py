@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from analysis.grid_settings import unequal
 from pyro_isingvit.core.checkpoint import write_text
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.untrusted import plain
@@ -33,7 +34,7 @@ MARKERS = ("<!-- comparison: made by analysis.comparison -->", "<!-- end of comp
 
 
 def load_results(path: Path) -> pd.DataFrame:
-    """The finished cells, one row each, with their metrics as columns.
+    """The finished cells, one row each, with their metrics as columns; ``attrs["unequal"]``: settings that differ.
 
     Raises:
         UserError: the file is missing or damaged, or has no finished cell.
@@ -54,6 +55,7 @@ def load_results(path: Path) -> pd.DataFrame:
             if not all(row[name] is None or type(row[name]) in (int, float) for name in SHOWN):
                 raise TypeError("metrics are numbers")
             row |= names
+        differ = unequal(cells)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({error}); run inference.compare again: finished cells are kept."
@@ -62,6 +64,7 @@ def load_results(path: Path) -> pd.DataFrame:
         raise UserError(f"{path} has no finished cell yet.")
     frame = pd.DataFrame(rows)
     frame[list(SHOWN)] = frame[list(SHOWN)].astype(float)  # a metric that older cells lack is NaN
+    frame.attrs["unequal"] = differ
     return frame
 
 
@@ -165,14 +168,19 @@ def short_table(frame: pd.DataFrame, ours: str = OURS) -> str:
     rows = [["", *heads, "ECE, mean", "pruned"]]
     for method in names:
         row = [
-            _mean(part.loc[names][key], method, 3, SHOWN[key][2])
+            _mean(part.reindex(names)[key], method, 3, SHOWN[key][2])
             for key in ("accuracy", "nll")
             for part in cells.values()
         ]
         ece, pruned = (
-            np.mean([part.loc[method, (key, "mean")] for part in cells.values()]) for key in ("ece", "pruned_fraction")
+            np.mean([part.reindex(names).loc[method, (key, "mean")] for part in cells.values()])
+            for key in ("ece", "pruned_fraction")
         )
-        rows.append([f"`{method}`", *row, f"{ece:.3f}", f"{100 * pruned:.0f}%"])
+        means = [
+            MISSING if np.isnan(value) else text
+            for value, text in ((ece, f"{ece:.3f}"), (pruned, f"{100 * pruned:.0f}%"))
+        ]
+        rows.append([f"`{method}`", *row, *means])
     return to_table(rows)
 
 
@@ -183,6 +191,8 @@ def page_tables(frame: pd.DataFrame, ours: str = OURS) -> str:
     best, ensemble = against_best(frame, ours), against_ensemble(frame, ours)
     if len(best):
         parts += [f"`{ours}` against the best other single network:", _verdicts(best, ensemble)]
+    if frame.attrs.get("unequal"):
+        parts += ["Settings that differ:", "\n".join(f"- {line}" for line in frame.attrs["unequal"])]
     return "\n\n".join(parts)
 
 
@@ -214,6 +224,8 @@ def _cost(name: str, value: Any) -> str:
 def _mean(cell: pd.DataFrame, method: str, decimals: int, sign: int) -> str:
     """Mean and deviation of a method, in bold if no other mean is better."""
     mean, deviation = cell.loc[method, "mean"], cell.loc[method, "std"]
+    if pd.isna(mean):
+        return MISSING
     text = f"{mean:.{decimals}f}" + ("" if pd.isna(deviation) else f" ± {deviation:.{decimals}f}")
     return f"**{text}**" if sign and sign * mean == (sign * cell["mean"]).max() else text
 

@@ -93,13 +93,14 @@ def _cell(values: list[float], score: str) -> str:
 
 def show(arguments: Arguments) -> None:
     """Print a table of the trials of a search."""
-    from inference.search_trials import read_records
+    from inference.search_trials import key_of, read_records
 
     if not arguments.records.is_file():
         raise UserError(f"{arguments.records} is not there; --records takes a file that inference.search wrote.")
+    last = {key_of(record["trial"]): record for record in read_records(arguments.records)}  # of trials done again
     records = [
         record
-        for record in read_records(arguments.records)
+        for record in last.values()
         if (not arguments.methods or record["trial"].get("method", "ising").partition(":")[0] in arguments.methods)
         and (not arguments.seeds or record["trial"].get("seed", 0) in arguments.seeds)
     ]

@@ -31,6 +31,8 @@ from pyro_isingvit.methods.registry import OURS, row, with_defaults
 from pyro_isingvit.version import __version__
 
 RESULTS = "results.json"
+DONE, ASIDE = "done", "set aside"  # of a cell: ASIDE has other settings than the cells it would be averaged with
+Results = dict[tuple[Any, ...], dict[str, Any]]
 log = logging.getLogger("pyro_isingvit.compare")
 
 
@@ -120,7 +122,7 @@ def make_cells(arguments: CompareArguments) -> list[Cell]:
         UserError: an invalid size, seed, method or preset.
     """
     from pyro_isingvit.methods.plain import check_baseline
-    from pyro_isingvit.runs.checks import check_training
+    from pyro_isingvit.runs.checks import check_asked, check_training
 
     for name in ("methods", "train_sizes", "seeds"):
         values = getattr(arguments, name)
@@ -146,6 +148,7 @@ def make_cells(arguments: CompareArguments) -> list[Cell]:
                 )  # fmt: skip
                 config = method_config(spec, count, replace(base, train=train))
                 check_training(config.train)
+                check_asked(config.train)
                 check_baseline(config.baseline)
                 check_fields(config)
                 cells.append(Cell(label, size, spec, seed, config, _folder(arguments.out, label, size, spec, seed)))
@@ -179,10 +182,10 @@ def finished(cell: Cell) -> dict[str, Any] | None:
     return metrics if same and isinstance(metrics, dict) else None
 
 
-def recorded(cell: Cell, results: dict[tuple[Any, ...], dict[str, Any]]) -> bool:
+def recorded(cell: Cell, results: Results) -> bool:
     """Whether results.json has the cell, finished with the same settings; its run may be on another machine."""
     found = results.get(cell.key, {})
-    if found.get("status") != "done" or "config" not in found:
+    if found.get("status") not in (DONE, ASIDE) or "config" not in found:
         return False
     try:
         config = RunConfig.from_json(found["config"], RESULTS)
@@ -195,6 +198,30 @@ def anywhere(cell: Cell) -> RunConfig:
     """The settings of a cell without what belongs to a machine: where the data are, and the device."""
     data = replace(cell.config.data, dataset=cell.dataset, data_root=DataConfig.data_root, download=False)
     return replace(cell.config, data=data, train=replace(cell.config.train, device="auto"))
+
+
+def _version(cell: Cell) -> str:
+    """The version that trained a finished cell."""
+    from pyro_isingvit.runs.folder import read_config
+
+    return read_config(cell.folder).version
+
+
+def _set_aside(results: Results, cells: list[Cell]) -> None:
+    """Takes seeds of earlier calls out of the tables where they were trained otherwise than those of this call.
+
+    They stay in results.json, and count again once a call asks for them.
+    """
+    asked = {(cell.dataset, cell.train_size, cell.method): cell for cell in cells}
+    keys = {cell.key for cell in cells}
+    for key, earlier in results.items():
+        cell = asked.get(key[:3])
+        if cell is None or key in keys or earlier["status"] != DONE or "config" not in earlier:
+            continue
+        wanted = replace(cell, seed=key[3], config=replace(cell.config, train=replace(cell.config.train, seed=key[3])))
+        if not recorded(wanted, results):
+            earlier["status"] = ASIDE
+            log.warning("set aside: %s n=%s %s seed %s was trained with other settings", *key)
 
 
 def run_cell(cell: Cell, threads: int) -> dict[str, Any]:
@@ -252,9 +279,12 @@ def compare(arguments: CompareArguments) -> None:
     for cell in cells:
         metrics = finished(cell)
         if metrics is not None:
-            _record(results, cell, metrics)
-        elif not recorded(cell, results):
+            _record(results, cell, metrics, _version(cell))
+        elif recorded(cell, results):
+            results[cell.key]["status"] = DONE
+        else:
             todo.append(cell)
+    _set_aside(results, cells)
     log.info("%d cells, %d of them done already", len(cells), len(cells) - len(todo))
     if todo:
         load_parts(todo[0].config.data)  # what cannot be read is said here, not by every cell
@@ -265,16 +295,14 @@ def compare(arguments: CompareArguments) -> None:
         stop.args = ("interrupted; finished cells and epochs are kept; re-run the same command to resume",)
         raise
     # Figures and tables belong to analysis/, which scripts of this folder do not import.
-    if any(row["status"] == "done" for row in results.values()):
+    if any(row["status"] == DONE for row in results.values()):
         subprocess.run([sys.executable, "-m", "analysis.comparison", "--results", str(arguments.out)], check=True)
     print(f"grid: {arguments.out}, {len(cells) - failed} cells done, {failed} failed")
     if failed:
         raise UserError(f"{failed} cells failed (their status is in {arguments.out / RESULTS}); run again to retry.")
 
 
-def _run_and_record(
-    todo: list[Cell], arguments: CompareArguments, results: dict[tuple[Any, ...], dict[str, Any]]
-) -> int:
+def _run_and_record(todo: list[Cell], arguments: CompareArguments, results: Results) -> int:
     """Runs the cells and writes results.json after each; returns how many failed."""
     from tqdm.auto import tqdm
 
@@ -293,7 +321,7 @@ def _run_and_record(
     return failed
 
 
-def read_results(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+def read_results(path: Path) -> Results:
     """Cells of an earlier call, by dataset, size, method and seed; empty where there is none.
 
     Raises:
@@ -308,11 +336,11 @@ def read_results(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
         raise UserError(f"{path} is damaged ({error}); move it away and run again: finished cells are kept.") from error
 
 
-def _record(results: dict[tuple[Any, ...], dict[str, Any]], cell: Cell, outcome: dict[str, Any] | Exception) -> None:
+def _record(results: Results, cell: Cell, outcome: dict[str, Any] | Exception, version: str = __version__) -> None:
     row: dict[str, Any] = {
         "dataset": cell.dataset, "train_size": cell.train_size, "method": cell.method, "seed": cell.seed,
         "run": cell.folder.name, "epochs": cell.config.train.epochs + cell.config.train.finetune_epochs,
-        "vit": asdict(cell.config.vit), "config": json.dumps(asdict(anywhere(cell))),
+        "vit": asdict(cell.config.vit), "config": json.dumps(asdict(replace(anywhere(cell), version=version))),
     }  # fmt: skip
     if isinstance(outcome, Exception):
         text = in_flags(str(outcome), None) or repr(outcome)  # a cell's settings are not flags of the grid
@@ -321,11 +349,11 @@ def _record(results: dict[tuple[Any, ...], dict[str, Any]], cell: Cell, outcome:
         plain = {
             name: value for name, value in outcome.items() if not isinstance(value, dict | list)
         }  # the run has all
-        row |= {"status": "done", "metrics": plain}
+        row |= {"status": DONE, "metrics": plain}
     results[cell.key] = row
 
 
-def _write(out: Path, results: dict[tuple[Any, ...], dict[str, Any]]) -> None:
+def _write(out: Path, results: Results) -> None:
     from pyro_isingvit.core.checkpoint import write_json
 
     write_json(out / RESULTS, [results[key] for key in sorted(results)])

@@ -19,7 +19,7 @@ from inference.cli import earlier_records, run_script
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
-from pyro_isingvit.methods.registry import row
+from pyro_isingvit.methods.registry import with_defaults
 from pyro_isingvit.version import __version__
 
 RESULTS = "rates.json"
@@ -70,11 +70,12 @@ def make_cells(arguments: RatesArguments) -> Iterator[RunConfig]:
     for rule, method, (width, depth) in product(arguments.rules, arguments.methods, shapes):
         vit = ViTConfig(arguments.patch_size, width, width // HEAD, depth, mlp_ratio=2)
         for rate in arguments.rates:
+            base = RunConfig("custom", method, arguments.data, vit, version=__version__)
+            config = with_defaults(method, base, arguments.epochs)
             train = replace(
-                row(method).train, epochs=arguments.epochs, lr=rate, rate_rule=rule, seed=arguments.seed,
-                device=arguments.device, calibrate=False,
-            )  # fmt: skip
-            config = RunConfig("custom", method, arguments.data, vit, row(method).ising, train, __version__)
+                config.train, lr=rate, rate_rule=rule, seed=arguments.seed, device=arguments.device, calibrate=False
+            )
+            config = replace(config, train=train)
             check_fields(config)
             yield config
 

@@ -60,8 +60,10 @@ def search(arguments: SearchArguments) -> None:
 
     trials = read_trials(arguments.trials, arguments.data_root, arguments.device)
     records = {key_of(record["trial"]): record for record in read_records(arguments.records)}
-    todo = [trial for trial in trials if trial.key not in records]
+    todo = [trial for trial in trials if not trial.is_that_of(records.get(trial.key))]
     log.info("%d trials, %d of them done already", len(trials), len(trials) - len(todo))
+    if again := sum(trial.key in records for trial in todo):
+        log.warning("%d of them were done with defaults that have changed since; they are done again", again)
     try:
         arguments.records.parent.mkdir(parents=True, exist_ok=True)
         arguments.records.open("ab").close()  # refuses a place that cannot be written to before anything is trained
@@ -72,7 +74,7 @@ def search(arguments: SearchArguments) -> None:
     except KeyboardInterrupt as stop:
         stop.args = ("interrupted; finished trials are kept; re-run the same command to resume",)
         raise
-    print_tables([(trial, records[trial.key]) for trial in trials if trial.key in records])
+    print_tables([(trial, records[trial.key]) for trial in trials if trial.is_that_of(records.get(trial.key))])
     print(f"records: {arguments.records}, {len(trials) - failed} trials done, {failed} failed")
     if failed:
         raise UserError(f"{failed} trials failed, which are not recorded; run again to retry.")
@@ -93,7 +95,10 @@ def _run_and_record(todo: "list[Trial]", arguments: SearchArguments, records: di
                 failed += 1
                 bar.write(f"failed: {name}: {in_flags(str(outcome), None) or repr(outcome)}", file=sys.stderr)
                 continue
-            record = {"trial": trial.given, "settings": trial.changes(), "version": __version__, **outcome}
+            record = {
+                "trial": trial.given, "settings": trial.changes(), "version": __version__, **outcome,
+                "resolved": trial.resolved(),
+            }  # fmt: skip
             append_record(arguments.records, record)
             records[trial.key] = record
             said = outcome["error"] if "error" in outcome else f"NLL {outcome['nll_calibrated']:.4f} after temperature"

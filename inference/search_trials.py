@@ -16,7 +16,7 @@ from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
 from pyro_isingvit.data.load import DEV_SIZE
 from pyro_isingvit.methods.plain import check_baseline
 from pyro_isingvit.methods.registry import OURS, row, with_defaults
-from pyro_isingvit.runs.checks import check_training
+from pyro_isingvit.runs.checks import check_asked, check_training
 from pyro_isingvit.version import __version__
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -63,6 +63,22 @@ class Trial:
             if value != getattr(usual[part], name) and name != "device"
         }
         return {"method": self.config.method, "vit": asdict(self.config.vit), **changed}
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting, those that are defaults today too, as JSON has them."""
+        values = {name: value for part in SETTINGS for name, value in asdict(getattr(self.config, part)).items()}
+        found: dict[str, Any] = json.loads(json.dumps({name: values[name] for name in values if name != "device"}))
+        return found
+
+    def is_that_of(self, record: dict[str, Any] | None) -> bool:
+        """Whether a record is of this trial, and its settings are today's; before version 0.12 they were not recorded.
+
+        Settings that were added since leave a trial as it was.
+        """
+        if record is None or key_of(record["trial"]) != self.key:
+            return False
+        now, then = self.resolved(), record.get("resolved", {})
+        return all(now[name] == value for name, value in then.items() if name in now)
 
 
 def key_of(given: dict[str, Any]) -> str:
@@ -122,6 +138,7 @@ def make_trial(given: Any, data_root: str, device: Device) -> Trial:
     config = _with_settings(config, given.get("settings", {}), given.get("epochs"))
     check_fields(config)
     check_training(config.train)
+    check_asked(config.train)
     check_baseline(config.baseline)
     dev_size = given.get("dev_size", DEV_SIZE)
     need(dev_size >= 1, f"`dev_size` must be at least 1, not {dev_size}.")

@@ -21,6 +21,7 @@ from pyro_isingvit.evaluation import write_evaluation
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.registry import row, started
 from pyro_isingvit.nets.start import Start
+from pyro_isingvit.runs.checks import check_asked
 from pyro_isingvit.runs.folder import FILES, clear_run, need_folder
 from pyro_isingvit.runs.load import open_run, read_info
 from pyro_isingvit.runs.run import Run
@@ -62,6 +63,8 @@ def train_run(
         KeyboardInterrupt: Ctrl-C; its message says what is kept.
     """
     need_folder(folder)
+    if not resume:
+        check_asked(config.train)
     source = config.data
     if source.download and launched() != (1, 1):
         need(
@@ -204,6 +207,7 @@ def fit(
             "`IsingViT.from_pretrained`.",
         )
         parts["train"] = replace(parts["train"], frozen_blocks=frozen)
+    check_asked(parts["train"])
     need(not settings, f"unknown setting {_named(settings)}; {_hint(settings, parts)}")
     config = RunConfig(
         data=_source(data, parts["train"]), vit=_shape(model), **parts, version=__version__, method=method,

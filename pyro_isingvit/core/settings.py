@@ -152,7 +152,8 @@ class IsingConfig:
     a larger one gives narrower posteriors."""
     max_keep: float | Literal["auto"] = "auto"
     """Upper limit of the retention, so that every weight is dropped now and then. auto: 0.98, unless the
-    validation part is certainly predicted better after a short training at 0.9 or 0.995, within this training."""
+    validation part is predicted better by more than a standard error after a short training at 0.9 or 0.995, within
+    this training."""
     temperature: float = 0.5
     """Temperature of the relaxed-Bernoulli straight-through masks when the Ising phase starts."""
     final_temperature: float = 0.2

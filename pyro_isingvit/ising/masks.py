@@ -160,8 +160,10 @@ class MaskPosterior(nn.Module):
         if self.phase == "ising" and changed:
             for name in self.layout.sites:
                 field = self.field(name)
-                top = field.new_tensor(self.highest)
-                field.copy_(torch.where(field >= before - CLIPPED, top, field.minimum(top)))
+                own = self.mask_logit.get(name, 0.0)  # learned, beside the field
+                whole, top = field + own, field.new_tensor(self.highest)
+                at_top = torch.where(whole >= before - CLIPPED, top, whole.minimum(top))
+                field.copy_(torch.where(at_top == whole, field, at_top - own))
 
     @torch.no_grad()
     def step(self, model: IsingViT, gain: Masks, cost: Masks, sweep: Sweep, progress: float = 1.0) -> None:

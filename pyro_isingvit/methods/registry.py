@@ -70,7 +70,7 @@ BARE = replace(PLAIN, shrinkage=3.0)  # nothing but the decay holds these back
 CUT = replace(PLAIN, epochs=48, finetune_epochs=32, finetune_lr=0.5)  # trained on after one cut
 RARELY = BaselineConfig(drop_rate=0.05)
 HERE = "pyro_isingvit.methods"
-# Rates, shrinkage and the number after the colon: the best of 6 to 11 trials of 40 epochs on development images, of
+# Rates, shrinkage and the number after the colon: the best of 4 to 16 settings at 40 epochs on development images, of
 # which those of the plain networks and dropout were tried again at 80 (docs/tuning.md).
 METHODS: dict[str, Row] = {
     "ising": Row(f"{HERE}.ising:IsingMethod", knob=("ising", "target_retention")),

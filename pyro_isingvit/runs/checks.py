@@ -13,6 +13,13 @@ REPARAMETRISED = ("sigma_reparam", "weight_compander")
 LARGEST = 1e15  # of rates and norms: torch computes with them in single precision
 
 
+def check_asked(config: TrainConfig) -> None:
+    """Raises UserError where a setting of a new training would do nothing; runs that have such settings still load."""
+    for name, needs in (("margin", "augment"), ("mix_alpha", "mix")):
+        value, off = getattr(config, name), getattr(config, needs) == "none"
+        need(value is None or not off, f"`{name}` {value} does nothing where `{needs}` is none; set `{needs}` too.")
+
+
 def check_training(config: TrainConfig) -> None:
     """Raises UserError where a setting is out of its range."""
     check_fields(config)

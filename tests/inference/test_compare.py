@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,9 +28,11 @@ from analysis.comparison_tables import (
     short_table,
     write_between,
 )
+from analysis.grid_settings import unequal
 from inference.compare import (
     CompareArguments,
     _record,
+    _set_aside,
     finished,
     make_cells,
     method_config,
@@ -185,6 +188,39 @@ def test_a_cell_of_the_results_counts_with_the_same_settings_wherever_its_run_is
     assert not recorded(cell, {cell.key: kept[0]})
 
 
+def test_seeds_of_an_earlier_call_with_other_settings_are_set_aside(tmp_path: Path) -> None:
+    """They would be averaged with those of this call."""
+    first, results = small_cells(tmp_path, "ising", "dropout", seeds=(0, 1, 2)), {}
+    for cell in first:
+        _record(results, cell, {"accuracy": 0.5}, "0.9.0")
+    assert json.loads(results["digits", 60, "ising", 0]["config"])["version"] == "0.9.0"
+    _set_aside(results, small_cells(tmp_path, "ising", seeds=(0, 1)))
+    assert {row["status"] for row in results.values()} == {"done"}  # the same settings
+    other = small_cells(tmp_path, "ising", seeds=(0, 1), augment="crop", margin=1)
+    _set_aside(results, other)
+    told = {(key[2], key[3]): row["status"] for key, row in results.items()}
+    assert told.pop(("ising", 2)) == "set aside" and set(told.values()) == {"done"}
+    assert recorded(first[2], results) and not recorded(other[0], results)  # it counts again for whoever asks for it
+
+
+def test_settings_that_differ_within_a_column_are_told(tmp_path: Path) -> None:
+    results: dict = {}
+    metrics = dict.fromkeys(SHOWN, 0.5)
+    for cell in small_cells(tmp_path, "ising", "dropout", "deterministic", seeds=(0, 1)):
+        _record(results, cell, metrics)
+    assert unequal([*results.values()]) == []
+    (odd,) = small_cells(tmp_path, "dropout", seeds=(1,), augment="crop", batch_size=20)
+    odd = replace(odd, config=replace(odd.config, train=replace(odd.config.train, lr=0.5)))
+    _record(results, odd, metrics, "0.9.0")
+    (tmp_path / "results.json").write_text(json.dumps([*results.values()]))
+    frame = load_results(tmp_path / "results.json")
+    text = page_tables(frame)
+    assert "digits, 60 images: `batch_size` is 64, but 20 for `dropout`." in text
+    assert "digits, 60 images: `augment` is none, but crop for `dropout`." in text
+    assert re.search(r"`version` is \S+, but 0\.9 for `dropout`", text)
+    assert re.search(r"digits, 60 images, dropout: `lr` is [\d.]+, but 0\.5 for `seed 1`", text)
+
+
 def test_a_derived_method_takes_the_weights_of_a_renamed_sibling(tmp_path: Path) -> None:
     plain, derived = small_cells(tmp_path, "deterministic", "temperature")
     ours = run_cell(plain, 1)
@@ -286,7 +322,8 @@ def test_bad_methods_are_named(spec: str) -> None:
 @pytest.mark.parametrize(
     "bad",
     [{"epochs": (1, 2, 3)}, {"seeds": ()}, {"methods": ("ising", "ising")}, {"train_sizes": (0,)}, {"jobs": 0},
-     {"methods": ("dropout:2",)}, {"methods": ("label-smoothing:1",)}, {"methods": ("cutmix:0",)}, {"preset": "huge"}],
+     {"methods": ("dropout:2",)}, {"methods": ("label-smoothing:1",)}, {"methods": ("cutmix:0",)}, {"preset": "huge"},
+     {"margin": 1}],
 )  # fmt: skip
 def test_bad_grids_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(UserError):
@@ -308,6 +345,13 @@ def test_tables_of_methods_without_a_number() -> None:
             assert f"| {method} |" in text
     assert set(against_best(frame)["best other"]) == {"dropout:0.1"}
     assert "label-smoothing" not in short_table(frame)
+
+
+def test_the_short_table_of_a_grid_that_is_not_finished() -> None:
+    frame = table()
+    more = frame[frame.method != "ensemble:5"].assign(dataset="e")
+    lines = short_table(pd.concat([frame, more])).splitlines()
+    assert next(line for line in lines if "`ensemble:5`" in line).count("-") >= 4  # two metrics of e, and both means
 
 
 def test_bad_arguments_of_the_scripts(tmp_path: Path) -> None:

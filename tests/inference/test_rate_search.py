@@ -33,6 +33,14 @@ def test_widths_at_the_first_depth_and_depths_at_the_first_width() -> None:
     assert all(c.vit.width == 16 * c.vit.heads and c.ising == METHODS["ising"].ising for c in cells)
 
 
+def test_methods_have_their_own_defaults() -> None:
+    for method in ("dropout", "l0", "ising-sparse"):
+        one = RatesArguments(Path("x"), (1e-3,), methods=(method,), epochs=10, widths=(64,), depths=(2,))
+        (cell,) = make_cells(one)
+        assert cell.baseline == METHODS[method].baseline and cell.ising == METHODS[method].ising
+        assert cell.train.epochs + cell.train.finetune_epochs == 10
+
+
 def test_every_network_has_a_record_for_each_rate(out: Path) -> None:
     told = [(r["settings"]["width"], r["settings"]["depth"], r["settings"]["rate"]) for r in records(out)]
     assert sorted(told) == [(w, d, lr) for w, d in ((16, 1), (16, 2), (32, 1)) for lr in (1e-3, 4e-3)]

@@ -114,6 +114,16 @@ def test_a_second_call_trains_nothing_and_a_cut_line_is_written_again(searched: 
     assert new == old  # the same numbers too
 
 
+def test_defaults_that_have_changed_since_are_tried_again(tmp_path: Path) -> None:
+    one = make_trial(trial(images(tmp_path)), "data", "cpu")
+    record = {"trial": one.given, "resolved": json.loads(json.dumps(one.resolved()))}
+    assert one.is_that_of(record) and not one.is_that_of(None) and "device" not in record["resolved"]
+    assert one.is_that_of({"trial": one.given})  # of an earlier version, which did not say
+    older = {name: value for name, value in record["resolved"].items() if name != "shrinkage"}
+    assert one.is_that_of({"trial": one.given, "resolved": older})  # a setting that was added since
+    assert not one.is_that_of({"trial": one.given, "resolved": record["resolved"] | {"shrinkage": 77.0}})
+
+
 def test_a_whole_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text('{"trial": {"dataset": "a"}}\n{"trial": {"dataset": "b"}}')

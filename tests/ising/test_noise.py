@@ -27,6 +27,23 @@ def test_a_level_must_be_better_by_more_than_a_standard_error() -> None:
     assert chosen_keep(losses(gain=0.009, spread=0.2), usual=0.995) == 0.995
 
 
+@pytest.mark.parametrize("count", [60, 200, 2000])
+def test_how_often_it_leaves_the_usual_level(count: int) -> None:
+    """However many images: by chance in three of ten trainings, for a gain of three standard errors always."""
+    generator = torch.Generator().manual_seed(count)
+
+    def share_left(gain: float) -> float:
+        left = 0
+        for _ in range(400):
+            usual = torch.rand(count, generator=generator, dtype=torch.double)
+            noise = 0.3 * torch.randn(2, count, generator=generator, dtype=torch.double)
+            left += chosen_keep({0.98: usual, 0.9: usual - noise[0], 0.995: usual - gain - noise[1]}) != 0.98
+        return left / 400
+
+    assert 0.2 < share_left(0.0) < 0.38  # 1 - .84^2 = .29
+    assert share_left(3 * 0.3 / count**0.5) > 0.95
+
+
 def test_of_several_certain_levels_the_one_of_the_largest_certain_gain() -> None:
     found = losses(0.05, 0.1)
     found[0.9] = found[0.98] - 0.048  # less on average, but on every image
@@ -55,6 +72,19 @@ def test_masks_at_the_clip_follow_it_and_others_stay_unless_above(level: float) 
     torch.testing.assert_close(field[0, 0, :3], torch.tensor([min(2.5, top), -1.0, 1.0]))
     torch.testing.assert_close(field[0, 0, 3], torch.tensor(top))
     assert float(guide.retention("qkv").min()) == pytest.approx(level)
+
+
+@pytest.mark.parametrize("posterior", ["learned", "hybrid"])
+def test_learned_masks_follow_by_their_whole_logit(posterior: str) -> None:
+    for level, wanted in ((0.9, [0.7, 0.9, 0.9]), (0.995, [0.7, 0.947, 0.995])):
+        _, guide = make_pair(max_keep=0.98, mask_posterior=posterior)
+        guide.masks.start()
+        with torch.no_grad():
+            top = guide.field("fc1")[0, 0, 0]
+            for place, pi in enumerate((0.7, 0.947)):
+                guide.masks.mask_logit["fc1"][0, 0, place] = math.log(pi / (1 - pi)) - top
+        guide.set_noise(level)
+        torch.testing.assert_close(guide.retention("fc1")[0, 0, :3].detach(), torch.tensor(wanted), rtol=1e-4, atol=0)
 
 
 def test_before_and_after_the_ising_phase_no_mask_moves() -> None:

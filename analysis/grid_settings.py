@@ -1,0 +1,64 @@
+"""Settings that the cells of a grid should share, and do not: what a table must say of itself."""
+
+import json
+from collections import Counter, defaultdict
+from typing import Any
+
+from pyro_isingvit.core.untrusted import plain
+
+Cells = list[dict[str, Any]]
+SHARED = {  # part of a run's settings -> the fields that all methods of a column have alike; None: all of them
+    "data": None, "vit": None, "train": ("batch_size", "augment", "margin", "samples"), "": ("init",),
+}  # fmt: skip
+OWN = ("train", "ising", "baseline")  # parts that the seeds of one method have alike
+APART = ("seed", "device", "download", "data_root", "cache", "teacher")
+
+
+def unequal(cells: Cells) -> list[str]:
+    """A sentence for every setting in which finished cells of a data set and size differ, though they are compared.
+
+    Args:
+        cells: rows of results.json; those without settings, of version 0.2 and before, are not looked at.
+    """
+    columns: dict[tuple[str, int], Cells] = defaultdict(list)
+    for cell in cells:
+        if cell["status"] == "done" and "config" in cell:
+            columns[cell["dataset"], cell["train_size"]].append({**cell, "config": json.loads(cell["config"])})
+    found: list[str] = []
+    for (dataset, size), column in sorted(columns.items()):
+        where = f"{plain(dataset)}, {size:,} images"
+        found += _told(where, [(cell["method"], _shared(cell)) for cell in column])
+        for method in sorted({cell["method"] for cell in column}):
+            own = [(f"seed {cell['seed']}", _own(cell)) for cell in column if cell["method"] == method]
+            found += _told(f"{where}, {plain(method)}", own)
+    return found
+
+
+def _shared(cell: dict[str, Any]) -> dict[str, Any]:
+    config, found = cell["config"], {"epochs": cell["epochs"], "version": _minor(cell["config"].get("version", ""))}
+    for part, names in SHARED.items():
+        values = config.get(part, {}) if part else config
+        found |= {name: values.get(name) for name in (values if names is None else names)}
+    return {name: value for name, value in found.items() if name not in APART}
+
+
+def _own(cell: dict[str, Any]) -> dict[str, Any]:
+    values = {name: value for part in OWN for name, value in cell["config"].get(part, {}).items()}
+    known = _shared(cell)
+    return {name: value for name, value in values.items() if name not in (*APART, *known)}
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _told(where: str, cells: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """What most have, and who has something else; a field that older cells lack is not compared with them."""
+    found = []
+    for name in dict.fromkeys(name for _, settings in cells for name in settings):
+        values = [(who, f"{settings[name]}") for who, settings in cells if name in settings]
+        (usual, _), *others = Counter(value for _, value in values).most_common()
+        for value, _ in others:
+            names = ", ".join(dict.fromkeys(f"`{plain(who)}`" for who, own in values if own == value))
+            found.append(f"{where}: `{plain(name)}` is {plain(usual)}, but {plain(value)} for {names}.")
+    return found
