@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from inference.workers import outcomes
+from inference.workers import outcomes, threads_of
 from pyro_isingvit.core.checkpoint import write_atomically
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.settings import RunConfig
@@ -119,7 +118,7 @@ def cross_fit(
     said = json.dumps([asdict(portable(config)), samples, data.info.to_dict()], sort_keys=True).encode()
     parts = [said, *prints, *digests(data.val.images), labels.tobytes(), val_labels.tobytes(), numbers.tobytes()]
     key = hashlib.sha256(b"".join(parts)).hexdigest()
-    threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+    threads = None if jobs == 1 else threads_of(jobs)
     task = Task(config, source, numbers, samples, key, folder, progress and jobs == 1, threads)
     found = {number: kept for number in range(folds) if (kept := read_fold(task.file(number), key)) is not None}
     if found:

@@ -7,7 +7,6 @@ cross-fitting; ``train`` cells train on them and predict the clean test part. Re
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -211,10 +210,10 @@ def _measure_all(todo: list[Cell], arguments: Arguments, records: list[dict[str,
     """Measures the cells and writes results.json after each; returns how many failed."""
     from tqdm.auto import tqdm
 
-    from inference.workers import outcomes
+    from inference.workers import outcomes, threads_of
     from pyro_isingvit.core.checkpoint import write_json
 
-    threads, failed = None if arguments.jobs == 1 else max(1, (os.cpu_count() or 1) // arguments.jobs), 0
+    threads, failed = None if arguments.jobs == 1 else threads_of(arguments.jobs), 0
     work = partial(measure, data_root=arguments.data_root, device=arguments.device, threads=threads)
     with tqdm(total=len(todo), desc="cells", unit="cell", dynamic_ncols=True) as bar:
         for cell, outcome in outcomes(work, todo, arguments.jobs) if arguments.jobs > 1 else here(work, todo):

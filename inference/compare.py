@@ -12,7 +12,6 @@ With --regularisers the grid is another: every regulariser against none, on deve
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from inference.cli import in_flags, run_script
-from inference.workers import outcomes
+from inference.workers import outcomes, threads_of
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.presets import default_preset, preset
@@ -258,7 +257,7 @@ def sibling(cell: Cell) -> Path | None:
 
 def run_grid(cells: list[Cell], jobs: int) -> Iterator[tuple[Cell, dict[str, Any] | Exception]]:
     """Runs the cells in ``jobs`` processes; yields each with its metrics or its error (``workers.outcomes``)."""
-    work = partial(run_cell, threads=max(1, (os.cpu_count() or 1) // jobs))
+    work = partial(run_cell, threads=threads_of(jobs))
     for derived in (False, True):
         yield from outcomes(work, [cell for cell in cells if (cell.derived_from is not None) == derived], jobs)
 

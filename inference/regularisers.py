@@ -14,7 +14,6 @@ refused, error                 alone: the method does not go with the regularise
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inference.cli import in_flags
-from inference.workers import outcomes
+from inference.workers import outcomes, threads_of
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.regularise import REGULARISERS, regularised
 from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
@@ -181,7 +180,7 @@ def _run_and_record(todo: Sequence[Cell], path: Path, records: dict[str, dict[st
     from inference.search_trials import append_record
 
     failed = 0
-    work = partial(measure, threads=max(1, (os.cpu_count() or 1) // jobs))
+    work = partial(measure, threads=threads_of(jobs))
     with tqdm(total=len(todo), desc="cells", unit="cell", dynamic_ncols=True) as bar:
         for cell, outcome in outcomes(work, todo, jobs):
             bar.update()

@@ -28,6 +28,17 @@ def workers(count: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
+def threads_of(jobs: int) -> int:
+    """Threads for each of ``jobs`` processes: an even share of the cores, and no more than OMP_NUM_THREADS asks for.
+
+    More threads than cores wait for one another: a training takes several times as long.
+    """
+    allowed = getattr(os, "sched_getaffinity", None)  # of this process; not on every system
+    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores // jobs, int(asked) if asked.isdecimal() and int(asked) else cores))
+
+
 def outcomes[T, R](work: Callable[[T], R], items: Sequence[T], jobs: int) -> Iterator[tuple[T, R | Exception]]:
     """Does ``work`` on every item in ``jobs`` processes; yields each item with its result or its error.
 
