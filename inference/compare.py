@@ -282,6 +282,9 @@ def compare(arguments: CompareArguments) -> None:
         elif recorded(cell, results):
             results[cell.key]["status"] = DONE
         else:
+            earlier = results.get(cell.key, {})
+            if earlier.get("status") == DONE and "config" in earlier:
+                earlier["status"] = ASIDE  # with other settings, until this call has trained it
             todo.append(cell)
     _set_aside(results, cells)
     log.info("%d cells, %d of them done already", len(cells), len(cells) - len(todo))

@@ -72,7 +72,12 @@ def pretrain(arguments: PretrainArguments) -> None:
     out = arguments.out
     need(not out.exists() or out.is_dir(), f"{out} is a file; --out takes a folder.")
     need(not holds_run(out) or (out / SETTINGS).exists(), f"{out} holds a run of inference.train; name another --out.")
-    begun = any((out / name).exists() for name in (CHECKPOINT, START))  # not where the first epoch was interrupted
+    kept = (
+        CHECKPOINT,
+        previous_of(Path(CHECKPOINT)).name,
+        START,
+    )  # nothing of it where the first epoch was interrupted
+    begun = any((out / name).exists() for name in kept)
     if begun and not arguments.overwrite:
         raise UserError(
             f"{out} already holds a pretraining; continue it with --resume {out} alone, or replace it with --overwrite."
@@ -103,7 +108,9 @@ def _made(settings, out):  # type: ignore[no-untyped-def]
     from pyro_isingvit.runs.pretrain import Pretraining
 
     how = DataConfig(resize=settings.resize, pages=settings.pages, cache=settings.cache)
-    images = load_unlabelled(settings.source, data_root=settings.data_root, image_size=settings.image_size, source=how)
+    images = load_unlabelled(
+        settings.source, data_root=settings.data_root, image_size=settings.image_size, source=how, test=settings.test
+    )
     return Pretraining(settings, images, out)
 
 

@@ -201,8 +201,7 @@ def data_of(run: "Run", data_root: str | None) -> "ImageData":
     source = dataclasses.asdict(run.config.data) | ({} if data_root is None else {"data_root": data_root})
     data = load_data(**source, seed=run.config.train.seed)
     if run.config.init is not None:  # images are normalised as those were from which training started
-        info = dataclasses.replace(data.info, mean=run.info.mean, std=run.info.std)
-        data = dataclasses.replace(data, info=info)
+        data = dataclasses.replace(data, info=data.info.with_scale_of(run.info))
     same = data.info == run.info and len(data.train) == run.method.num_data
     need(same, f"{source['dataset']} is no longer the data that the run was trained on; prune with the same data.")
     need(len(data.test), f"{data.info.dataset} has no test part to evaluate on.")

@@ -100,7 +100,7 @@ def make_cells(plain: Iterable[tuple[str, str, RunConfig]], names: Sequence[str]
         flipped: share of wrong labels in the training and validation part.
     """
     from inference.search_trials import Trial
-    from pyro_isingvit.runs.checks import check_training
+    from pyro_isingvit.runs.checks import check_asked, check_training
 
     cells = []
     for dataset, method, config in sorted(plain, key=lambda one: (one[2].train.seed, one[2].data.train_size or 0)):
@@ -116,6 +116,7 @@ def make_cells(plain: Iterable[tuple[str, str, RunConfig]], names: Sequence[str]
             try:
                 train = config.train if name == NONE else regularised(config.train, [name])
                 check_training(train)
+                check_asked(train)
             except UserError as error:
                 left_out = Cell(trial | {"regulariser": name}, config).name
                 log.warning("left out: %s: %s", left_out, in_flags(str(error), None))

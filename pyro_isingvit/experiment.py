@@ -77,9 +77,7 @@ def train_run(
     need(here or not resume, f"{folder} was trained on images given in memory; it can be loaded, but not resumed.")
     data, start = load_data(**dataclasses.asdict(source), seed=config.train.seed), None
     if config.init is not None and resume:  # the checkpoint has the network, and how its images are normalised
-        kept = read_info(folder)
-        own = replace(data.info, mean=kept.mean, std=kept.std, low=kept.low, high=kept.high)
-        data = replace(data, info=own)
+        data = replace(data, info=data.info.with_scale_of(read_info(folder)))
     elif config.init is not None:
         config, data, start = begun(config, data, load_start(config.init, download=source.download))
     need(

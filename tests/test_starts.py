@@ -213,14 +213,51 @@ def test_a_file_of_an_older_library_another_size_and_another_head(prefix, small_
 def test_a_file_of_timm(tmp_path):
     timm = pytest.importorskip("timm")
     net = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=64)
-    torch.save({"model": {f"module.{name}": value for name, value in net.state_dict().items()}}, tmp_path / "t.pth")
+    wrapped = {f"model._orig_mod.{name}": value for name, value in net.state_dict().items()}  # Lightning, compiled
+    torch.save({"state_dict": wrapped}, tmp_path / "t.pth")
     start = load_start(f"timm:vit_tiny_patch16_224@{tmp_path / 't.pth'}")
     assert torch.equal(start.weights["fc1"][3], net.blocks[3].mlp.fc1.weight.detach())
-    assert start.image_shape == (3, 224, 224)  # timm makes positions fit
-    with pytest.raises(UserError, match="holds no weights of timm:deit3_small"):
-        load_start(f"timm:deit3_small_patch16_224@{tmp_path / 't.pth'}")
+    assert start.image_shape == (3, 64, 64)
+    assert torch.equal(start.others["position"], net.pos_embed[0].detach())  # not interpolated
+    for name in ("vit_small_patch16_224", "deit3_small_patch16_224"):
+        with pytest.raises(UserError, match=f"t.pth holds no weights of timm:{name}"):
+            load_start(f"timm:{name}@{tmp_path / 't.pth'}")
+    with pytest.raises(UserError, match="has patches of 16 pixels, timm:vit_small_patch32_224 reads patches of 32"):
+        load_start(f"timm:vit_small_patch32_224@{tmp_path / 't.pth'}")
     with pytest.raises(UserError, match=r"timm has no weights 'vit_tiny_patch16_224\.wrong'"):
         load_start(f"timm:vit_tiny_patch16_224.wrong@{tmp_path / 't.pth'}")
+    torch.save({name: value for name, value in net.state_dict().items() if "norm1" not in name}, tmp_path / "less.pth")
+    with pytest.raises(UserError, match=r"Missing key.*blocks\.0\.norm1\.weight"):
+        load_start(f"timm:vit_tiny_patch16_224@{tmp_path / 'less.pth'}")
+    broken = net.state_dict()
+    broken["blocks.0.norm1.weight"][0] = float("nan")
+    torch.save(broken, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match=r"blocks\.0\.norm1\.weight is not finite"):
+        load_start(f"timm:vit_tiny_patch16_224@{tmp_path / 'nan.pth'}")
+
+
+def test_a_file_of_deit_as_its_authors_wrote_it(tmp_path):
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("deit3_small_patch16_224", img_size=32)
+    state = {
+        name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for name, v in net.state_dict().items()
+    }
+    torch.save({"model": state}, tmp_path / "deit.pth")
+    start = load_start(f"timm:deit3_small_patch16_224@{tmp_path / 'deit.pth'}")
+    assert_close(start.weights["fc1"][0], net.blocks[0].mlp.fc1.weight.detach())
+
+
+def test_timm_takes_what_it_has_fetched_by_its_path(monkeypatch, tmp_path):
+    """By its name, it would ask the Hub for a newer one."""
+    timm, hub = pytest.importorskip("timm"), pytest.importorskip("huggingface_hub")
+    save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "model.safetensors")
+
+    def from_cache(repo, name):
+        return str(tmp_path / name) if (tmp_path / name).is_file() else None
+
+    monkeypatch.setattr(hub, "try_to_load_from_cache", from_cache)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: pytest.fail("the Hub was asked"))
+    assert load_start("timm:vit_tiny_patch16_224").vit.width == 192
 
 
 def test_what_a_library_has_fetched_before_needs_no_download(monkeypatch, tmp_path):

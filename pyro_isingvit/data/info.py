@@ -82,6 +82,10 @@ class DataInfo:
             )  # fmt: skip
         return replace(self, mean=mean, std=std)
 
+    def with_scale_of(self, other: "DataInfo") -> "DataInfo":
+        """The same images, scaled and normalised as others: those of a run that took this over from its start."""
+        return replace(self, mean=other.mean, std=other.std, low=other.low, high=other.high)
+
     @property
     def shares(self) -> tuple[float, ...] | None:
         """Share of each class in the training part; None where ``counts`` is not known."""

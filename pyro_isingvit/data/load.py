@@ -267,7 +267,12 @@ def _numbered(part: Split) -> Split:
 
 
 def load_unlabelled(
-    spec: str, *, data_root: str | Path = "data", image_size: int | None = None, source: DataConfig | None = None
+    spec: str,
+    *,
+    data_root: str | Path = "data",
+    image_size: int | None = None,
+    source: DataConfig | None = None,
+    test: bool = False,
 ) -> Images:
     """Images to learn from without labels; those of an official or held-out test part are left out.
 
@@ -277,6 +282,7 @@ def load_unlabelled(
         data_root: folder of the torchvision data sets.
         image_size: resize the images to this many pixels square.
         source: how files are read: shape, pages, columns and cache.
+        test: read the folder ``test`` of a folder too.
 
     Raises:
         UserError: nothing readable there.
@@ -287,13 +293,13 @@ def load_unlabelled(
         train, *_ = load_parts(replace(source, dataset=spec, data_root=str(data_root)))
         return train.images
     if path.is_dir():
-        test, found = path / FOLDERS["test"][0], list_images(path)
-        kept = [file for file in found if test not in file.parents]
+        apart, found = path / FOLDERS["test"][0], list_images(path)
+        kept = [file for file in found if test or apart not in file.parents]
         if len(kept) < len(found):
             log.warning(
-                "%d images in %s are left out; name that folder to learn from them", len(found) - len(kept), test
+                "%d images in %s are left out; name that folder to learn from them", len(found) - len(kept), apart
             )
-        need(kept, f"{path} has no images but those of {test}; name that folder to learn from them.")
+        need(kept, f"{path} has no images but those of {apart}; name that folder to learn from them.")
         return read_files(kept, reading_of(source), cache=source.cache)[0]
     need(path.suffix == ".npz", f"{spec!r} is no folder, no .npz file and no known data set ({known()}).")
     stored = Stored(path, source.cache)

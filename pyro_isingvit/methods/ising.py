@@ -66,7 +66,8 @@ class IsingMethod(Method):
         self.watches = dict(self.phases(settings))["ising"] > 0 or self.guide.config.posterior_scale == "curvature"
 
     def _phase(self) -> str:
-        return self.guide.phase
+        """For penalties; where the pilot phase is the whole training, it is no pilot to them."""
+        return self.guide.phase if dict(self.phases(self.config.train))["ising"] else "ising"
 
     @property
     def elbo(self) -> FusedELBO:

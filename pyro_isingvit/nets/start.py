@@ -116,22 +116,28 @@ class Start:
     def _grey(self) -> "Start":
         """A network of one channel that computes what this one does where all channels are alike.
 
-        With x = (g - m) / s for a grey pixel g, channel c would hold (g - m_c) / s_c = (s x + m - m_c) / s_c.
+        A grey pixel g stands for a_c g + b_c in channel c: g itself, unless the channels have ranges of their own. With
+        x = (g - m) / s, channel c would hold (a_c g + b_c - m_c) / s_c = (a_c s x + a_c m + b_c - m_c) / s_c.
         """
         channels = self.image_shape[0]
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         m, s = mean.mean(), std.mean()
+        a, b = torch.ones(channels), torch.zeros(channels)
+        if self.low:
+            low, high = torch.tensor(self.low), torch.tensor(self.high)
+            a, b = (high.mean() - low.mean()) / (high - low), (low.mean() - low) / (high - low)
+        factor, shift = (a * s / std)[:, None], ((a * m + b - mean) / std)[:, None]
         log.warning("%s reads %d channels: grey images are read as if they stood in all of them", self.source, channels)
         others, weights = {**self.others}, {**self.weights}
         name = "bias.patch" if self.vit.stem == "none" else f"{STEM}.bias"
         if self.vit.stem == "none":
             first = weights["patch"].unflatten(-1, (channels, -1))  # (1, D, C, p p)
-            weights["patch"] = (first * (s / std)[:, None]).sum(-2)
+            weights["patch"] = (first * factor).sum(-2)
         else:
             first = others[f"{STEM}.weight"].flatten(2)  # (out, C, 9); exact but for the padding around the image
-            grey = (first * (s / std)[:, None]).sum(-2, keepdim=True)
+            grey = (first * factor).sum(-2, keepdim=True)
             others[f"{STEM}.weight"] = grey.unflatten(-1, (3, 3))
-        others[name] = others[name] + (first * ((m - mean) / std)[:, None]).sum((-1, -2))
+        others[name] = others[name] + (first * shift).sum((-1, -2))
         return replace(
             self, image_shape=(1, *self.image_shape[1:]), mean=(float(m),), std=(float(s),), weights=weights,
             others=others, low=_one(self.low), high=_one(self.high),

@@ -14,10 +14,24 @@ LARGEST = 1e15  # of rates and norms: torch computes with them in single precisi
 
 
 def check_asked(config: TrainConfig) -> None:
-    """Raises UserError where a setting of a new training would do nothing; runs that have such settings still load."""
+    """Raises UserError where a setting of a new training would do nothing, or not what it says.
+
+    Earlier versions trained with them, and such a training can still be resumed.
+    """
     for name, needs in (("margin", "augment"), ("mix_alpha", "mix")):
         value, off = getattr(config, name), getattr(config, needs) == "none"
         need(value is None or not off, f"`{name}` {value} does nothing where `{needs}` is none; set `{needs}` too.")
+    for name, kind in PENALTIES.items():
+        need(
+            not (getattr(config, name, 0) and config.checkpoint_activations and "attention" in kind.watches),
+            f"`{name}` looks at attention, which `checkpoint_activations` does not keep; leave out one of them.",
+        )
+    for name in ("early_learning", "self_distillation"):
+        need(
+            not getattr(config, name) or config.balance != "sampler",
+            f"`{name}` remembers what is said of each image once a step, and `balance` sampler shows some more often; "
+            "set `balance` to loss.",
+        )
 
 
 def check_training(config: TrainConfig) -> None:
@@ -49,11 +63,6 @@ def check_training(config: TrainConfig) -> None:
     both = all(getattr(config, name) for name in REPARAMETRISED)
     need(not both, f"`{REPARAMETRISED[0]}` and `{REPARAMETRISED[1]}` both make the matrices; leave one out.")
     _check_mixes(config)
-    for name, kind in PENALTIES.items():
-        need(
-            not (getattr(config, name, 0) and config.checkpoint_activations and "attention" in kind.watches),
-            f"`{name}` looks at attention, which `checkpoint_activations` does not keep; leave out one of them.",
-        )
     check_smoothness(config)
     check_flatness(config)
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -76,11 +85,6 @@ def _check_mixes(config: TrainConfig) -> None:
             not getattr(config, name) or config.mix == "none",
             f"`{name}` remembers what is said of each image, which `mix` {config.mix} does not show by itself; set "
             "`mix` to none.",
-        )
-        need(
-            not getattr(config, name) or config.balance != "sampler",
-            f"`{name}` remembers what is said of each image once a step, and `balance` sampler shows some more often; "
-            "set `balance` to loss.",
         )
     share = config.self_distillation
     need(share <= 1, f"`self_distillation` is the share of a prediction in the target, at most 1, not {share}.")

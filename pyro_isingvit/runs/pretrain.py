@@ -57,6 +57,8 @@ class PretrainSettings:
     pages: Pages = "first"
     cache: str | None = None
     intensity: str = "full"
+    test: bool = False
+    """Whether a folder's own folder ``test`` is among the images."""
 
     def check(self) -> None:
         """Raises UserError where a setting is of another kind or out of its range."""
@@ -80,7 +82,7 @@ class PretrainSettings:
             raw = json.loads(path.read_text(errors="replace"))
             need(raw["format"] == FORMAT, f"{path} is of format {raw['format']}, this version reads {FORMAT}.")
             raw["vit"], raw["train"] = ViTConfig(**raw["vit"]), PretrainConfig(**raw["train"])
-            raw = {"resize": "stretch"} | raw  # before version 0.7
+            raw = {"resize": "stretch", "test": True} | raw  # before versions 0.7 and 0.12
             settings = cls(**raw)
             settings.check()
             return settings

@@ -34,6 +34,7 @@ from inference.compare import (
     _record,
     _set_aside,
     finished,
+    main,
     make_cells,
     method_config,
     recorded,
@@ -201,6 +202,33 @@ def test_seeds_of_an_earlier_call_with_other_settings_are_set_aside(tmp_path: Pa
     told = {(key[2], key[3]): row["status"] for key, row in results.items()}
     assert told.pop(("ising", 2)) == "set aside" and set(told.values()) == {"done"}
     assert recorded(first[2], results) and not recorded(other[0], results)  # it counts again for whoever asks for it
+
+
+def test_what_is_to_be_trained_again_is_set_aside_at_once(tmp_path: Path, monkeypatch) -> None:
+    results: dict = {}
+    for cell in small_cells(tmp_path, "ising", seeds=(0, 1)):
+        _record(results, cell, dict.fromkeys(SHOWN, 0.5))
+    (tmp_path / "results.json").write_text(json.dumps([*results.values()]))
+
+    def interrupted(*rest: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("inference.compare._run_and_record", interrupted)
+    words = [
+        "--dataset",
+        "digits",
+        "--methods",
+        "ising",
+        "--train-sizes",
+        "60",
+        "--epochs",
+        "3",
+        "--out",
+        str(tmp_path),
+    ]
+    with pytest.raises(SystemExit):
+        main([*words, "--seeds", "0", "1", "--out", str(tmp_path)])
+    assert {row["status"] for row in json.loads((tmp_path / "results.json").read_text())} == {"set aside"}
 
 
 def test_settings_that_differ_within_a_column_are_told(tmp_path: Path) -> None:

@@ -6,22 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONFIG, refuses, trainer
+from helpers import CONFIG, TINY, refuses, trainer
 from kills import same
 from torch.nn import functional as F
 
+from pyro_isingvit import fit
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.regularise import REGULARISERS, regularised
 from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.split import ImageData
-from pyro_isingvit.methods.registry import METHODS
+from pyro_isingvit.methods.registry import METHODS, with_defaults
 from pyro_isingvit.nets import vit
 from pyro_isingvit.nets.attention_terms import negative_entropy, negative_log, spread
 from pyro_isingvit.nets.feature_terms import negative_von_neumann_entropy
 from pyro_isingvit.nets.penalties import PENALTIES, Penalties, Seen
 from pyro_isingvit.nets.self_distillation import first_predictions, self_distillation
-from pyro_isingvit.runs.checks import check_training
+from pyro_isingvit.runs.checks import check_asked, check_training
 
 NEW = [
     "logit_penalty",
@@ -228,6 +229,31 @@ def test_names_that_cannot_be(names: list[str], words: tuple[str, ...]) -> None:
     assert all(word in str(caught.value) for word in words)
 
 
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"self_distillation": 0.5, "balance": "sampler"}, "sampler shows some more often"),
+        ({"early_learning": 3.0, "balance": "sampler"}, "sampler shows some more often"),
+        ({"attention_entropy": 0.1, "checkpoint_activations": True}, "`attention_entropy` looks at attention"),
+        ({"log_barrier": 0.1, "checkpoint_activations": True}, "`checkpoint_activations` does not keep"),
+        ({"margin": 1}, "`margin` 1 does nothing where `augment` is none"), ({"mix_alpha": 0.2}, "`mix` is none"),
+    ],
+)  # fmt: skip
+def test_settings_that_a_new_training_cannot_have(changes: dict[str, object], word: str, data: ImageData) -> None:
+    """Trainings of earlier versions with them can still be resumed."""
+    with pytest.raises(UserError, match=word):
+        check_asked(TrainConfig(**changes))
+    with pytest.raises(UserError, match=word):
+        fit(TINY, data, epochs=1, progress=False, method="deterministic", **changes)
+    check_training(TrainConfig(**changes))
+
+
+def test_under_mean_field_every_pass_counts(data: ImageData) -> None:
+    config = with_defaults("mean-field", CONFIG)
+    run = trainer(data, config=replace(config, train=replace(CONFIG.train, pilot_fraction=1.0)), self_distillation=0.8)
+    assert run.fit().history[-1]["self_distillation"] != 0
+
+
 def test_names_that_contradict_the_settings() -> None:
     with pytest.raises(UserError, match="regmixup of `regularise` sets `mix` to regmixup, and it is cutmix"):
         regularised(TrainConfig(mix="cutmix"), ["regmixup"])
@@ -251,10 +277,6 @@ def test_blocks_are_computed_again_beside_terms_of_the_features(name: str, data:
     [
         ({"self_distillation": 0.5, "mix": "mixup"}, "mix"), ({"self_distillation": 1.5}, "at most 1"),
         ({"self_distillation": 0.5, "balance": "logit"}, "balance"), ({"logit_penalty": -1.0}, "negative"),
-        ({"self_distillation": 0.5, "balance": "sampler"}, "sampler shows some more often"),
-        ({"early_learning": 3.0, "balance": "sampler"}, "sampler shows some more often"),
-        ({"attention_entropy": 0.1, "checkpoint_activations": True}, "`attention_entropy` looks at attention"),
-        ({"log_barrier": 0.1, "checkpoint_activations": True}, "`checkpoint_activations` does not keep"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be(changes: dict[str, object], word: str) -> None:

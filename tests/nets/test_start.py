@@ -53,6 +53,24 @@ def test_grey_images_are_read_as_if_in_every_channel():
     assert_close(ours(dict(matrices), x), vit(weights, about().normalise(grey.expand(-1, 3, -1, -1))))
 
 
+def test_grey_images_where_every_channel_has_a_range_of_its_own():
+    """The same grey pixel in all channels of 16 bits, within all ranges."""
+    low, high = (0.0, 100.0, 200.0), (5000.0, 4000.0, 4500.0)
+    vit, weights = network()
+    colour = replace(about(), kind="uint16", low=low, high=high)
+    one = Start.of(vit, weights, MEAN, STD, "made", "uint16", low, high).fitted((1, 16, 16))
+    grey = replace(about(1, mean=one.mean, std=one.std), kind="uint16", low=one.low, high=one.high)
+    pixels = torch.randint(200, 4000, (3, 1, 16, 16)).float()
+    ours = ViT(one.vit, 1, 16, 16, classes=5)
+    matrices = torch.nn.ParameterDict({k: torch.nn.Parameter(w) for k, w in ours.initial_weights().items()})
+    one.copy_to(ours, matrices)
+    with torch.no_grad():
+        matrices["head"].copy_(weights["head"])
+        ours.bias["head"].copy_(vit.bias["head"])
+    found = ours(dict(matrices), grey.normalise(pixels))
+    assert_close(found, vit(weights, colour.normalise(pixels.expand(-1, 3, -1, -1))), rtol=1e-4, atol=1e-4)
+
+
 def test_grey_images_before_a_convolutional_stem():
     """Exact but for the border, where the padding of the first convolution stands for another grey in each channel."""
     vit, weights = network(shape=ViTConfig(patch_size=4, width=16, heads=2, depth=1, stem="conv"))

@@ -20,7 +20,6 @@ from pyro_isingvit.nets.readers import vit_readers
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.nets.weight_terms import (
     Matrices,
-    frozen_layers,
     group_lasso,
     group_orthogonality,
     hyperspherical_energy,
@@ -152,7 +151,7 @@ def test_the_trunk_is_seen_and_frozen_layers_are_not(trunk: int, frozen: int) ->
         parts = [part[kind].grad for part in (vit.trunk, weights) if kind in part]
         moved = [bool(layer.any()) for part in parts for layer in (() if part is None else part)]
         assert sum(moved) == 2 - frozen and moved[-1]
-        assert frozen_layers(vit, kind) == frozen
+        assert vit.frozen_layers(kind) == frozen
 
 
 def test_dropped_weights_are_not_seen() -> None:

@@ -175,6 +175,7 @@ def test_a_folder_test_is_left_out(tmp_path, caplog):
             Image.new("L", (8, 8), 20 * number).save(tmp_path / folder / f"{number}.png")
     assert len(load_unlabelled(str(tmp_path))) == 5 and "4 images in" in caplog.text
     assert len(load_unlabelled(str(tmp_path / "test"))) == 4
+    assert len(load_unlabelled(str(tmp_path), test=True)) == 9
     for number in range(3):
         (tmp_path / "a" / f"{number}.png").unlink()
     for number in range(2):
@@ -192,7 +193,9 @@ def test_deep_images_and_settings_of_older_versions(tmp_path):
     kept = json.loads(replace(SETTINGS, resize="crop", pages="channels").to_json())
     (tmp_path / FILE).write_text(json.dumps(kept))
     assert PretrainSettings.read(tmp_path).pages == "channels"
-    for name in ("resize", "pages", "cache"):
+    assert not PretrainSettings.read(tmp_path).test
+    for name in ("resize", "pages", "cache", "test"):
         del kept[name]
     (tmp_path / FILE).write_text(json.dumps(kept))
-    assert PretrainSettings.read(tmp_path).resize == "stretch"
+    older = PretrainSettings.read(tmp_path)
+    assert older.resize == "stretch" and older.test
