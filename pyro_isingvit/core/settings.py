@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,7 +141,8 @@ class IsingConfig:
     tau_1: float = 1.0
     """Standard deviation of the slab."""
     empirical_tau_1: bool = False
-    """Set tau_1 per layer by empirical Bayes at each mask update."""
+    """Set tau_1 per layer by empirical Bayes at each mask update. Around a start it falls to how far weights have moved
+    so far, which keeps them there (docs/tuning.md, Starting from a trained network)."""
     posterior_scale: Literal["learned", "shared", "curvature"] = "shared"
     """shared: one frozen posterior scale s for all weights (as in the paper); learned: one per weight; curvature: one
     per weight, set at each update by s^-2 = curvature_factor kappa_weights N h + tau_1^-2."""
@@ -174,13 +175,6 @@ class IsingConfig:
     centre: Literal["start", "zero"] = "start"
     """Where the slab is centred if training starts from a trained network: at its weights, or at 0. A fresh network
     has its slab at 0."""
-
-    def around_a_start(self) -> "IsingConfig":
-        """For a training that starts from a trained network: tau_1, how far weights may move, is learned.
-
-        Not where masks are on single weights, as in the paper.
-        """
-        return replace(self, empirical_tau_1=self.empirical_tau_1 or self.granularity != "weight")
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ class IsingViT(nn.Module):
         Args:
             start: what ``load_start`` gives, or ``start_of`` for a network of timm or torchvision.
             data: the images to train on.
-            ising: prior settings; None: the defaults, with slabs whose width is learned.
+            ising: prior settings.
             frozen_blocks: how many of the first blocks stay as they start; ``ising.bayesian_blocks`` leaves them out.
 
         Raises:
@@ -159,7 +159,7 @@ class IsingViT(nn.Module):
         """
         start = start.fitted(data.info.image_shape)
         info = data.info.scaled_as(start.mean, start.std, start.kind, start.low, start.high)
-        model = cls(start.vit, info, ising or IsingConfig().around_a_start(), centred=True, frozen=frozen_blocks)
+        model = cls(start.vit, info, ising, centred=True, frozen=frozen_blocks)
         start.copy_to(model.vit)
         model.start = start
         return model

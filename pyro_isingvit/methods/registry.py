@@ -160,7 +160,7 @@ def started(chosen: Row, init: str | None) -> Row:
     """
     if init is None:
         return chosen
-    return replace(chosen, train=replace(chosen.train, **STARTED), ising=chosen.ising.around_a_start())
+    return replace(chosen, train=replace(chosen.train, **STARTED))
 
 
 METHODS["ensemble"] = replace(ensemble_of("deterministic"), train=BARE)
