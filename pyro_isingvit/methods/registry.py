@@ -148,7 +148,7 @@ def ensemble_of(name: str) -> Row:
 
 
 # What a training that starts from a trained network does otherwise, whatever the method (docs/starting.md).
-STARTED: dict[str, Any] = {"lr": 2e-3, "layer_decay": 0.75}
+STARTED: dict[str, Any] = {"lr": 4e-3, "layer_decay": 0.75}
 
 
 def started(chosen: Row, init: str | None) -> Row:
