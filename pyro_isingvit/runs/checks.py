@@ -18,9 +18,10 @@ def check_asked(config: TrainConfig) -> None:
 
     Earlier versions trained with them, and such a training can still be resumed.
     """
-    for name, needs in (("margin", "augment"), ("mix_alpha", "mix")):
-        value, off = getattr(config, name), getattr(config, needs) == "none"
-        need(value is None or not off, f"`{name}` {value} does nothing where `{needs}` is none; set `{needs}` too.")
+    need(
+        config.margin is None or config.augment != "none",
+        f"`margin` {config.margin} does nothing where `augment` is none; set `augment` too.",
+    )
     for name, kind in PENALTIES.items():
         need(
             not (getattr(config, name, 0) and config.checkpoint_activations and "attention" in kind.watches),

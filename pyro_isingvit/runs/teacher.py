@@ -66,9 +66,13 @@ def mean_prediction(run: Run, x: Tensor, info: DataInfo, draws: int, step: int) 
     if (scale.mean, scale.std) != (own.mean, own.std):
         mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (scale.mean, scale.std))
         x = own.standardised(x * std + mean)
-    draws = draws if run.max_draws is None else min(draws, run.max_draws)
-    logits = run.draw_networks(draws, step * draws)(x.to(run.device)) / run.temperature  # those of a method in a cycle
-    return logits.softmax(-1).mean(0).to(x.device)
+    parts = [(draws, step * draws)]  # how many, from which on
+    if (most := run.max_draws) is not None:
+        draws = min(draws, most)
+        first = step * draws % most
+        parts = [(min(draws, most - first), first), (max(0, first + draws - most), 0)]  # in a cycle
+    logits = [run.draw_networks(count, first)(x.to(run.device)) for count, first in parts if count]
+    return (torch.cat(logits) / run.temperature).softmax(-1).mean(0).to(x.device)
 
 
 class Teacher:

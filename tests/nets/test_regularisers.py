@@ -236,7 +236,7 @@ def test_names_that_cannot_be(names: list[str], words: tuple[str, ...]) -> None:
         ({"early_learning": 3.0, "balance": "sampler"}, "sampler shows some more often"),
         ({"attention_entropy": 0.1, "checkpoint_activations": True}, "`attention_entropy` looks at attention"),
         ({"log_barrier": 0.1, "checkpoint_activations": True}, "`checkpoint_activations` does not keep"),
-        ({"margin": 1}, "`margin` 1 does nothing where `augment` is none"), ({"mix_alpha": 0.2}, "`mix` is none"),
+        ({"margin": 1}, "`margin` 1 does nothing where `augment` is none"),
     ],
 )  # fmt: skip
 def test_settings_that_a_new_training_cannot_have(changes: dict[str, object], word: str, data: ImageData) -> None:
