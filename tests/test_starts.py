@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 from torchvision import models
 
+from inference.prune import data_of
 from pyro_isingvit import (
     IsingConfig,
     IsingGuide,
@@ -153,6 +154,26 @@ def test_other_images_are_noticed_when_a_started_run_is_resumed(run, tmp_path, m
     write(4)
     with pytest.raises(UserError, match="other images"):
         train_run(kept, tmp_path / "run", resume=True, progress=False)
+
+
+def test_a_run_keeps_the_scale_of_its_start_when_it_is_resumed_and_pruned(run, tmp_path):
+    """16 bits, of which the start had other percentiles."""
+    [(vit, weights)] = run.method.trained_networks()
+    start = Start.of(vit, dict(weights), (0.4,), (0.2,), "made", "uint16", (100.0,), (900.0,))
+    start.save(tmp_path / "start.safetensors")
+    rng, y = np.random.default_rng(0), np.arange(60) % 3
+    x = rng.integers(0, 2000, (60, 8, 8), dtype=np.uint16)
+    np.savez(tmp_path / "data.npz", train_images=x, train_labels=y, test_images=x, test_labels=y)
+    config = RunConfig(
+        data=DataConfig(dataset=f"npz:{tmp_path / 'data.npz'}", intensity="percentile 5 95"), vit=VIT,
+        train=TrainConfig(epochs=1, batch_size=20, samples=2, val_samples=2, device="cpu"),
+        init=str(tmp_path / "start.safetensors"),
+    )  # fmt: skip
+    train_run(config, tmp_path / "run", progress=False)
+    kept = load_run(tmp_path / "run")
+    assert (kept.info.low, kept.info.high, kept.info.mean) == ((100.0,), (900.0,), (0.4,))
+    assert data_of(kept, None).info == kept.info
+    train_run(kept.config, tmp_path / "run", resume=True, progress=False)
 
 
 SMALL = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
