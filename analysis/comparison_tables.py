@@ -163,18 +163,14 @@ def short_table(frame: pd.DataFrame, ours: str = OURS) -> str:
     summary = summarise(frame)
     names = [ours, *(m for m in _order(frame.method.unique()) if m.split(":")[0] in SHORT and m != ours)]
     sizes = {str(name): sorted(part.train_size.unique()) for name, part in frame.groupby("dataset")}
-    cells = {(name, each[len(each) // 2]): summary.loc[name, each[len(each) // 2]] for name, each in sizes.items()}
+    middle = {name: each[len(each) // 2] for name, each in sizes.items()}
+    cells = {cell: summary.loc[cell].reindex(names) for cell in middle.items()}  # a method may lack a column
     heads = [f"{_cell_name(*cell)}: {metric}" for metric in ("accuracy", "NLL") for cell in cells]
     rows = [["", *heads, "ECE, mean", "pruned"]]
     for method in names:
-        row = [
-            _mean(part.reindex(names)[key], method, 3, SHOWN[key][2])
-            for key in ("accuracy", "nll")
-            for part in cells.values()
-        ]
+        row = [_mean(part[key], method, 3, SHOWN[key][2]) for key in ("accuracy", "nll") for part in cells.values()]
         ece, pruned = (
-            np.mean([part.reindex(names).loc[method, (key, "mean")] for part in cells.values()])
-            for key in ("ece", "pruned_fraction")
+            np.mean([part.loc[method, (key, "mean")] for part in cells.values()]) for key in ("ece", "pruned_fraction")
         )
         means = [
             MISSING if np.isnan(value) else text

@@ -72,13 +72,8 @@ def pretrain(arguments: PretrainArguments) -> None:
     out = arguments.out
     need(not out.exists() or out.is_dir(), f"{out} is a file; --out takes a folder.")
     need(not holds_run(out) or (out / SETTINGS).exists(), f"{out} holds a run of inference.train; name another --out.")
-    kept = (
-        CHECKPOINT,
-        previous_of(Path(CHECKPOINT)).name,
-        START,
-    )  # nothing of it where the first epoch was interrupted
-    begun = any((out / name).exists() for name in kept)
-    if begun and not arguments.overwrite:
+    kept = (CHECKPOINT, previous_of(Path(CHECKPOINT)).name, START)  # of which an interrupted first epoch leaves none
+    if any((out / name).exists() for name in kept) and not arguments.overwrite:
         raise UserError(
             f"{out} already holds a pretraining; continue it with --resume {out} alone, or replace it with --overwrite."
         )
@@ -88,7 +83,7 @@ def pretrain(arguments: PretrainArguments) -> None:
     )  # fmt: skip
     settings.check()
     training = _made(settings, out)
-    for name in (SETTINGS, CHECKPOINT, previous_of(Path(CHECKPOINT)).name, HISTORY, START):
+    for name in (SETTINGS, HISTORY, *kept):
         (out / name).unlink(missing_ok=True)
     _run(training)
 

@@ -167,7 +167,8 @@ class _Timm:
         except Exception as error:  # it expects tensors that a file of another architecture has not
             told = " ".join(str(error).split())  # with the names of what is missing or extra, on lines of their own
             raise UserError(f"{file} holds no weights of timm:{self.name}: {told[:300]}") from error
-        check_tensors(net.state_dict(), net.state_dict(), file)
+        own = net.state_dict()
+        check_tensors(own, own, file)  # finite; timm has compared the shapes
         return net
 
     def _size(self, state: dict[str, Tensor], usual: Any, file: Path) -> int | None:

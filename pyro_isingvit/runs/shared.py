@@ -85,8 +85,9 @@ def open_shared(folder: Path, device: str = "cpu") -> Run:
         need(least_numbers(config, info) <= held, "the network is larger than what the file holds")
         remembers = any(getattr(config.train, name, 0) for name in PENALTIES)
         need(type(num_data) is int and 1 <= num_data < 2**53, "num_data is no number of images")
-        remembered = info.num_classes * max(num_data, info.num_classes * config.vit.width)
-        need(not remembers or remembered < MOST, "num_data or the number of classes is too large")
+        need(not remembers or num_data * info.num_classes < MOST, "num_data is too large")
+        by_class = any(kind.class_memory and getattr(config.train, name, 0) for name, kind in PENALTIES.items())
+        need(not by_class or info.num_classes**2 * config.vit.width < MOST, "there are too many classes")
         run = build_run(config, info, num_data, folder)
         given, own = {**kept, **tensors}, run.state()
         state: dict[str, Any] = {"history": []}

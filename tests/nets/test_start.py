@@ -39,18 +39,24 @@ def about(channels=3, height=16, width=16, mean=MEAN, std=STD):
     return DataInfo("made", ("a", "b", "c", "d", "e"), channels, height, width, mean, std)
 
 
-def test_grey_images_are_read_as_if_in_every_channel():
-    vit, weights = network()
-    one = start().fitted((1, 16, 16))
-    grey = torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8)
+def with_the_head_of(vit, weights, one):
+    """A network of one channel that starts from ``one``, with the head of another, and its matrices."""
     ours = ViT(one.vit, 1, 16, 16, classes=5)
     matrices = torch.nn.ParameterDict({k: torch.nn.Parameter(w) for k, w in ours.initial_weights().items()})
     one.copy_to(ours, matrices)
     with torch.no_grad():
         matrices["head"].copy_(weights["head"])
         ours.bias["head"].copy_(vit.bias["head"])
+    return ours, dict(matrices)
+
+
+def test_grey_images_are_read_as_if_in_every_channel():
+    vit, weights = network()
+    one = start().fitted((1, 16, 16))
+    grey = torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8)
+    ours, matrices = with_the_head_of(vit, weights, one)
     x = about(1, mean=one.mean, std=one.std).normalise(grey)
-    assert_close(ours(dict(matrices), x), vit(weights, about().normalise(grey.expand(-1, 3, -1, -1))))
+    assert_close(ours(matrices, x), vit(weights, about().normalise(grey.expand(-1, 3, -1, -1))))
 
 
 def test_grey_images_where_every_channel_has_a_range_of_its_own():
@@ -61,13 +67,8 @@ def test_grey_images_where_every_channel_has_a_range_of_its_own():
     one = Start.of(vit, weights, MEAN, STD, "made", "uint16", low, high).fitted((1, 16, 16))
     grey = replace(about(1, mean=one.mean, std=one.std), kind="uint16", low=one.low, high=one.high)
     pixels = torch.randint(200, 4000, (3, 1, 16, 16)).float()
-    ours = ViT(one.vit, 1, 16, 16, classes=5)
-    matrices = torch.nn.ParameterDict({k: torch.nn.Parameter(w) for k, w in ours.initial_weights().items()})
-    one.copy_to(ours, matrices)
-    with torch.no_grad():
-        matrices["head"].copy_(weights["head"])
-        ours.bias["head"].copy_(vit.bias["head"])
-    found = ours(dict(matrices), grey.normalise(pixels))
+    ours, matrices = with_the_head_of(vit, weights, one)
+    found = ours(matrices, grey.normalise(pixels))
     assert_close(found, vit(weights, colour.normalise(pixels.expand(-1, 3, -1, -1))), rtol=1e-4, atol=1e-4)
 
 

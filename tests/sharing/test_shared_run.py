@@ -95,6 +95,15 @@ def test_what_loss_terms_remember_of_images_is_not_shared(data: ImageData, tmp_p
         TrainedRun.from_pretrained(shared)
 
 
+def test_many_classes_are_too_many_only_for_terms_that_remember_them(data: ImageData, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("pyro_isingvit.runs.shared.MOST", 50)  # 3 classes squared, times a width of 8, are 72
+    for name in ("rationale", "logit_penalty"):
+        change(tiny(data, **{name: 0.1}).save_pretrained(tmp_path / name), num_data=2)
+    with pytest.raises(UserError, match="too many classes"):
+        TrainedRun.from_pretrained(tmp_path / "rationale")
+    TrainedRun.from_pretrained(tmp_path / "logit_penalty")
+
+
 def test_a_shared_run_does_not_take_other_images_for_its_own(data: ImageData, tmp_path: Path, monkeypatch) -> None:
     """A folder of the same name that is there by chance is not its validation part: its groups are not known."""
     run = tiny(data)
