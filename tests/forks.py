@@ -11,12 +11,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+
+from tqdm.auto import tqdm
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONWARNINGS": "error::UserWarning"}
@@ -25,6 +28,21 @@ PATIENCE_S = 300.0
 HEAVY = ("torch", "pyro", "torchvision.transforms.v2", "lightning_fabric", "torchmetrics", "sklearn.datasets",
          "scipy.stats", "pandas", "xarray", "netCDF4", "arviz", "matplotlib.pyplot", "PIL.Image", "rich.table",
          "jinja2")  # fmt: skip
+
+
+def lone_progress_bars() -> None:
+    """Progress bars of this process no longer share a lock with its forks.
+
+    tqdm's own lock is shared: a fork that is killed while it holds it never gives it back, and from then on every bar of
+    this process and of its forks waits for ever. Its monitor is a thread, which does not live through a fork.
+    """
+    for kind in tqdm.__mro__:
+        if hasattr(kind, "set_lock"):
+            kind.set_lock(threading.RLock())
+            kind.monitor_interval = 0
+
+
+lone_progress_bars()
 
 
 @cache
@@ -78,6 +96,7 @@ def _become_a_script(out: int, err: int) -> None:
     os.dup2(out, 1)
     os.dup2(err, 2)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+    lone_progress_bars()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.getLogger().handlers.clear()

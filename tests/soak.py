@@ -19,12 +19,12 @@ import signal
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from types import FrameType
 
 import numpy as np
+from forks import lone_progress_bars
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 MOST = 64.0  # MiB of growth over all the watched rounds; the process holds some 900
@@ -108,10 +108,7 @@ def growth(values: list[float]) -> tuple[float, float]:
 
 def soak(minutes: float) -> dict[str, object]:
     """Rounds for so many minutes; figures of memory and open files."""
-    from tqdm.auto import tqdm
-
-    tqdm.monitor_interval = 0  # its thread and forks do not go together
-    tqdm.set_lock(threading.RLock())  # its own lock is shared with children, and a killed one never gives it back
+    lone_progress_bars()
     random.seed(0)
     folder, memory, files = Path(tempfile.mkdtemp(prefix="soak-")), [], []
     end, start = time.monotonic() + 60 * minutes, time.monotonic()
