@@ -33,7 +33,7 @@ HEAVY = ("torch", "pyro", "torchvision.transforms.v2", "lightning_fabric", "torc
 def lone_progress_bars() -> None:
     """Progress bars of this process no longer share a lock with its forks.
 
-    tqdm's own lock is shared: a fork that is killed while it holds it never gives it back, and from then on every bar of
+    tqdm's own lock is shared: a fork killed while it holds it never gives it back, and from then on every bar of
     this process and of its forks waits for ever. Its monitor is a thread, which does not live through a fork.
     """
     for kind in tqdm.__mro__:
