@@ -199,7 +199,7 @@ def _ising_steps(arguments: CostArguments, bayesian_blocks: int | None, frozen: 
     names = tuple(map(str, range(arguments.classes)))
     part = Split(images, labels)
     none = Split(images[:0], labels[:0] * 0 + UNLABELLED)
-    data = ImageData(part, none, part, DataInfo("random", names, *start.image_shape, start.mean, start.std))
+    data = ImageData(part, none, part, DataInfo("random", names, *start.image_shape, start.scale.mean, start.scale.std))
     config = with_defaults("ising", RunConfig(init=arguments.init))
     depth = start.vit.depth
     train = replace(
@@ -234,7 +234,7 @@ def predictions(arguments: CostArguments, bayesian_blocks: int | None, shared: b
     torch.manual_seed(0)
     start = start_of(_network(arguments.init))
     names = tuple(map(str, range(arguments.classes)))
-    info = DataInfo("random", names, *start.image_shape, start.mean, start.std)
+    info = DataInfo("random", names, *start.image_shape, start.scale.mean, start.scale.std)
     config = RunConfig(vit=start.vit, init=arguments.init, ising=IsingConfig(bayesian_blocks=bayesian_blocks))
     run = build_run(config, info, 100)
     run.method.start_from(start)

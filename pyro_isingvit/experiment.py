@@ -123,7 +123,7 @@ def begun(config: RunConfig, data: ImageData, start: Start) -> tuple[RunConfig, 
         )  # fmt: skip
     start = start.fitted(data.info.image_shape)
     config = replace(config, vit=replace(start.vit, head=config.vit.head), init=config.init or start.source)
-    info = data.info.scaled_as(start.mean, start.std, start.kind, start.low, start.high)
+    info = data.info.scaled_as(start.scale)
     return config, replace(data, info=info), start
 
 

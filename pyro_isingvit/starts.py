@@ -9,7 +9,7 @@
 from pathlib import Path
 
 from pyro_isingvit.core.errors import need
-from pyro_isingvit.data.intensity import Scale
+from pyro_isingvit.core.pixels import Scale
 from pyro_isingvit.nets.libraries import LIBRARIES, load_library
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.vit import ViT, Weights
@@ -60,4 +60,4 @@ def _folder(path: Path) -> Start:
 
 
 def _of(vit: ViT, weights: Weights, scale: Scale, path: Path) -> Start:
-    return Start.of(vit, weights, scale.mean, scale.std, str(path), scale.kind, scale.low, scale.high)
+    return Start.of(vit, weights, scale, str(path))

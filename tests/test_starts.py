@@ -26,6 +26,7 @@ from pyro_isingvit import (
     load_start,
     start_of,
 )
+from pyro_isingvit.core.pixels import Scale
 from pyro_isingvit.core.settings import DataConfig, RunConfig
 from pyro_isingvit.experiment import train_run
 from pyro_isingvit.ising import lean
@@ -56,7 +57,7 @@ def test_a_run_is_a_start_for_other_classes(run, digits, tmp_path):
     start = load_start(str(run.save(tmp_path / "run")))
     [(vit, weights)] = run.method.trained_networks()
     same(start, vit, weights)
-    assert start.mean == run.info.mean and "head" not in start.weights
+    assert start.scale == run.info.scale and "head" not in start.weights
     again = fit(start, digits, method="deterministic", epochs=1, lr=1e-9, device="cpu", progress=False)
     moved = (again.method.loc["qkv"] - weights["qkv"]).abs().max()
     assert float(moved.detach()) < 1e-6 and again.config.vit == run.config.vit
@@ -82,7 +83,7 @@ def test_an_ensemble_is_no_start(digits, tmp_path):
 @pytest.mark.parametrize("method", ["ising", "dropout"])
 def test_a_started_run_is_saved_and_loaded(method, run, digits, tmp_path):
     [(vit, weights)] = run.method.trained_networks()
-    start = Start.of(vit, dict(weights), run.info.mean, run.info.std, "made")
+    start = Start.of(vit, dict(weights), run.info.scale, "made")
     again = fit(start, digits, method=method, epochs=2, device="cpu", progress=False)
     loaded = load_run(again.save(tmp_path / "again"))
     assert loaded.config.init == "made"
@@ -96,7 +97,7 @@ def test_a_started_run_is_saved_and_loaded(method, run, digits, tmp_path):
 
 def test_a_model_around_a_start_trains_in_place(run, digits):
     [(vit, weights)] = run.method.trained_networks()
-    start = Start.of(vit, dict(weights), (0.1,), (0.9,), "made")
+    start = Start.of(vit, dict(weights), Scale(None, (), (), (0.1,), (0.9,)), "made")
     model = IsingViT.from_pretrained(start, digits)
     assert model.info.mean == (0.1,) and torch.equal(model.vit.centre("qkv"), weights["qkv"].detach())
     before = {name: value.clone() for name, value in tensors(model).items()}
@@ -107,7 +108,7 @@ def test_a_model_around_a_start_trains_in_place(run, digits):
 
 def test_a_model_around_a_start_keeps_its_first_blocks(run, digits):
     [(vit, weights)] = run.method.trained_networks()
-    start = Start.of(vit, dict(weights), run.info.mean, run.info.std, "made")
+    start = Start.of(vit, dict(weights), run.info.scale, "made")
     ising = IsingConfig(bayesian_blocks=1)
     model = IsingViT.from_pretrained(start, digits, ising, frozen_blocks=1)
     before = {name: value.detach().clone() for name, value in model.vit.trunk.items()}
@@ -124,7 +125,7 @@ def test_a_large_model_around_a_start_begins_at_its_very_weights(run, digits, mo
     """Its centre is kept in 16 bits."""
     monkeypatch.setattr(lean, "LARGE", 100)
     [(vit, weights)] = run.method.trained_networks()
-    model = IsingViT.from_pretrained(Start.of(vit, dict(weights), (0.1,), (0.9,), "made"), digits)
+    model = IsingViT.from_pretrained(Start.of(vit, dict(weights), Scale(None, (), (), (0.1,), (0.9,)), "made"), digits)
     assert model.vit.centre("qkv").dtype == torch.bfloat16
     assert torch.equal(IsingGuide(model, 100).loc["qkv"].detach(), weights["qkv"].detach())
 
@@ -159,7 +160,7 @@ def test_other_images_are_noticed_when_a_started_run_is_resumed(run, tmp_path, m
 def test_a_run_keeps_the_scale_of_its_start_when_it_is_resumed_and_pruned(run, tmp_path):
     """16 bits, of which the start had other percentiles."""
     [(vit, weights)] = run.method.trained_networks()
-    start = Start.of(vit, dict(weights), (0.4,), (0.2,), "made", "uint16", (100.0,), (900.0,))
+    start = Start.of(vit, dict(weights), Scale("uint16", (100.0,), (900.0,), (0.4,), (0.2,)), "made")
     start.save(tmp_path / "start.safetensors")
     rng, y = np.random.default_rng(0), np.arange(60) % 3
     x = rng.integers(0, 2000, (60, 8, 8), dtype=np.uint16)
@@ -182,11 +183,11 @@ SMALL = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
 def test_networks_in_memory_and_what_they_normalise_by(digits):
     net = models.VisionTransformer(8, 4, **SMALL)
     start = start_of(net)
-    assert start.mean == (0.485, 0.456, 0.406) and start.source == "VisionTransformer"
+    assert start.scale.mean == (0.485, 0.456, 0.406) and start.source == "VisionTransformer"
     with pytest.raises(UserError, match="reads 3 channels; give `mean` and `std`"):
         start_of(net, mean=(0.5,))
     timm = pytest.importorskip("timm")
-    assert start_of(timm.create_model("vit_tiny_patch16_224")).mean == (0.5, 0.5, 0.5)
+    assert start_of(timm.create_model("vit_tiny_patch16_224")).scale.mean == (0.5, 0.5, 0.5)
 
 
 @pytest.fixture
@@ -208,7 +209,7 @@ def test_a_file_of_a_library(suffix, small_vit, tmp_path):
     state = small_vit.state_dict()
     save_file(state, path) if suffix == "safetensors" else torch.save({"model": state}, path)
     start = load_start(f"torchvision:vit_b_16@{path}")
-    assert start.image_shape == (3, 224, 224) and start.std == (0.229, 0.224, 0.225)
+    assert start.image_shape == (3, 224, 224) and start.scale.std == (0.229, 0.224, 0.225)
     assert torch.equal(start.weights["qkv"][0], state["encoder.layers.encoder_layer_0.self_attention.in_proj_weight"])
 
 

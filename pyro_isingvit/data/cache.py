@@ -27,8 +27,9 @@ import numpy as np
 
 from pyro_isingvit.core.checkpoint import write_atomically, write_json
 from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.pixels import KINDS
 from pyro_isingvit.data.decode import Look, Reading, common, look, read
-from pyro_isingvit.data.images import KINDS, Images
+from pyro_isingvit.data.images import Images
 from pyro_isingvit.data.on_disk import SMALL, OnDisk
 from pyro_isingvit.data.parallel import in_parallel
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pyro_isingvit.core.errors import UserError, need, why
-from pyro_isingvit.data.images import KINDS, MOST_CHANNELS, Kind, Resize, resized_to
+from pyro_isingvit.core.pixels import KINDS, Kind
+from pyro_isingvit.data.images import MOST_CHANNELS, Resize, resized_to
 from pyro_isingvit.data.on_disk import layout_of
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.pixels import Kind
 
 CHUNK = 4096  # images at a time in passes over all of them, and fewer where they are large
 VALUES = 2**26  # pixels that such a pass holds
@@ -24,8 +25,6 @@ CPU = torch.device("cpu")
 Shape = tuple[int, int, int, int]
 Where = int | slice | Tensor | np.ndarray | list[int]
 Normalise = Callable[[Tensor], Tensor]  # (B, C, H, W) as read -> float32
-Kind = Literal["uint8", "uint16", "float32"]
-KINDS: tuple[Kind, ...] = ("uint8", "uint16", "float32")
 TYPES: dict[torch.dtype, Kind] = {torch.uint8: "uint8", torch.uint16: "uint16", torch.float32: "float32"}
 Resize = Literal["fit", "crop", "stretch"]
 

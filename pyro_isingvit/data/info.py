@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError, need, why
-from pyro_isingvit.data.images import Images, Kind, as_images
-from pyro_isingvit.data.intensity import Scale, fit_scale
+from pyro_isingvit.core.pixels import Kind, Scale
+from pyro_isingvit.data.images import Images, as_images
+from pyro_isingvit.data.intensity import fit_scale
 
 log = logging.getLogger(__name__)
 FAR = 4.0  # standard deviations between two data sets, beyond which their pixels hardly mean the same
@@ -48,41 +49,30 @@ class DataInfo:
             UserError: as ``fit_scale``.
         """
         scale, (_, channels, height, width) = fit_scale(images, intensity), images.shape
-        return cls(dataset, classes, channels, height, width, scale.mean, scale.std, scale.kind, scale.low, scale.high)
+        return cls(dataset, classes, channels, height, width, scale.mean, scale.std, images.kind, scale.low, scale.high)
 
-    def scaled_as(
-        self,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        kind: str | None,
-        low: tuple[float, ...],
-        high: tuple[float, ...],
-    ) -> "DataInfo":
+    def scaled_as(self, other: Scale) -> "DataInfo":
         """The same images, normalised as those that a network was trained on before.
 
         The same pixel becomes the same number for the network where both are of one type; where they are not, 0 and 1
         stay what they are here, and mean and standard deviation are the network's.
 
         Args:
-            mean: (C,) of the network's images, scaled.
-            std: (C,), likewise.
-            kind: of the network's pixels; None: not known.
-            low: (C,) or empty: pixels that became 0.
-            high: (C,) or empty: pixels that became 1.
+            other: the scale of the network's images, of as many channels.
         """
-        if kind == self.kind:
-            if (low, high) != (self.low, self.high):
-                log.warning("the pixels that become 0 and 1 are those of the start: %s and %s", low, high)
-            return replace(self, mean=mean, std=std, low=low, high=high)
-        far = max(abs(own - m) / s for own, m, s in zip(self.mean, mean, std, strict=True))
+        if other.kind == self.kind:
+            if (other.low, other.high) != (self.low, self.high):
+                log.warning("the pixels that become 0 and 1 are those of the start: %s and %s", other.low, other.high)
+            return self.with_scale_of(other)
+        far = max(abs(own - m) / s for own, m, s in zip(self.mean, other.mean, other.std, strict=True))
         if far > FAR:
             log.warning(
                 "on average the pixels are %.0f standard deviations from those that the start was trained on: look at "
                 "`intensity`", far,
             )  # fmt: skip
-        return replace(self, mean=mean, std=std)
+        return replace(self, mean=other.mean, std=other.std)
 
-    def with_scale_of(self, other: "DataInfo") -> "DataInfo":
+    def with_scale_of(self, other: "DataInfo | Scale") -> "DataInfo":
         """The same images, scaled and normalised as others: those of a run that took this over from its start."""
         return replace(self, mean=other.mean, std=other.std, low=other.low, high=other.high)
 
@@ -135,7 +125,7 @@ class DataInfo:
             texts = all(isinstance(name, str) for name in (info.dataset, *info.classes))
             counted = not info.counts or len(info.counts) == len(info.classes)
             counted = counted and all(type(n) is int and 0 <= n < 2**53 for n in info.counts)
-            if not (sizes and texts and counted and len(info.mean) == info.channels and info.scale.fits()):
+            if not (sizes and texts and counted and info.scale.fits(info.channels)):
                 raise TypeError("sizes, names, counts or pixel statistics that cannot be")
             return info
         except (KeyError, TypeError) as error:

@@ -11,80 +11,17 @@ Shapes: N images, B batch, C channels, H height, W width.
 
 import math
 import re
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import need
-from pyro_isingvit.data.images import Images, Kind
+from pyro_isingvit.core.pixels import Scale
+from pyro_isingvit.data.images import Images
 
 MOST = 2**25  # values of a channel that percentiles are taken of; of more, evenly spaced images are looked at
-TOP = {"uint8": 255.0, "uint16": 65535.0}
 USUAL = (1.0, 99.0)  # percentiles, where none are named
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Which pixel values become 0 and 1, and how the result is normalised.
-
-    Attributes:
-        kind: type of the pixels.
-        low: (C,) become 0; empty: 0 for whole numbers, no change for floats.
-        high: (C,) become 1; empty: the largest whole number.
-        mean: (C,) of the scaled training pixels.
-        std: (C,), at least 1e-3.
-    """
-
-    kind: Kind
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the images as they are read: those of more than 8 bits come as float32."""
-        return torch.uint8 if self.kind == "uint8" else torch.float32
-
-    def scaled(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) as they are read to float32 in [0, 1], or any floats where nothing is scaled."""
-        x = images.float()
-        if not self.low:
-            return x if self.kind == "float32" else x / TOP[self.kind]
-        low, high = (torch.tensor(v, device=x.device, dtype=x.dtype).view(-1, 1, 1) for v in (self.low, self.high))
-        return ((x - low) / (high - low)).clamp_(0, 1)
-
-    def standardised(self, x: Tensor) -> Tensor:
-        """(x - mean) / std of scaled images (B, C, H, W)."""
-        mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (x - mean) / std
-
-    def shown(self, images: Tensor) -> Tensor:
-        """Images as a screen shows them, (B, 1 or 3, H, W) uint8.
-
-        Two channels become magenta and green, of more than three the first three are red, green and blue. Floats that
-        are not scaled are stretched between their own lowest and highest value, image by image.
-        """
-        if self.kind == "uint8" and not self.low and images.shape[1] in (1, 3):
-            return images
-        return self.on_screen(self.scaled(images))
-
-    def on_screen(self, x: Tensor) -> Tensor:
-        """``shown`` of images that are scaled already, (B, C, H, W) to (B, 1 or 3, H, W) uint8."""
-        if self.kind == "float32" and not self.low:
-            low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-            x = (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
-        x = x[:, [0, 1, 0]] if x.shape[1] == 2 else x[:, :3]
-        return (255 * x.clamp(0, 1)).round().to(torch.uint8)
-
-    def fits(self) -> bool:
-        """Whether the numbers can be: as many of each as channels, finite, high above low."""
-        same = len(self.mean) == len(self.std) and len(self.low) == len(self.high) in (0, len(self.mean))
-        numbers = [*self.mean, *self.std, *self.low, *self.high]
-        ordered = same and all(a < b for a, b in zip(self.low, self.high, strict=True))
-        return ordered and self.kind in (*TOP, "float32") and all(map(math.isfinite, numbers)) and min(self.std) > 0
 
 
 def percentiles(intensity: str) -> tuple[float, float] | None:

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.pixels import KINDS
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import check_archive, printable
 from pyro_isingvit.data.cache import Cache, digest_of
 from pyro_isingvit.data.decode import Look
-from pyro_isingvit.data.images import KINDS, MOST_CHANNELS, Images, InMemory, from_numpy
+from pyro_isingvit.data.images import MOST_CHANNELS, Images, InMemory, from_numpy
 from pyro_isingvit.data.named import Parts, path_of
 from pyro_isingvit.data.on_disk import SMALL, Layout, array_header, layout_of, open_member, open_npy
 from pyro_isingvit.data.split import UNLABELLED, Split

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError, need, why
-from pyro_isingvit.data.images import KINDS, MOST_CHANNELS, Images, InMemory, Kind
+from pyro_isingvit.core.pixels import KINDS, Kind
+from pyro_isingvit.data.images import MOST_CHANNELS, Images, InMemory
 
 Layout = Literal["grey", "first", "last"]
 AXES: tuple[tuple[Layout, int], ...] = (("last", 3), ("first", 1))

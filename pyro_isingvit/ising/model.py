@@ -158,7 +158,7 @@ class IsingViT(nn.Module):
             torch.Size([2, 10])
         """
         start = start.fitted(data.info.image_shape)
-        info = data.info.scaled_as(start.mean, start.std, start.kind, start.low, start.high)
+        info = data.info.scaled_as(start.scale)
         model = cls(start.vit, info, ising, centred=True, frozen=frozen_blocks)
         start.copy_to(model.vit)
         model.start = start

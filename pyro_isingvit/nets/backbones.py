@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.pixels import Scale
 from pyro_isingvit.core.settings import ViTConfig
 from pyro_isingvit.nets.shape import ACTIVATIONS
 from pyro_isingvit.nets.start import Start
@@ -137,7 +138,7 @@ def start_of(net: Any, mean: tuple[float, ...] | None = None, std: tuple[float, 
         len(mean) == len(std) == channels,
         f"the network reads {channels} channels; give `mean` and `std` with as many numbers.",
     )
-    return Start.of(vit, weights, mean, std, type(net).__name__, "uint8")
+    return Start.of(vit, weights, Scale("uint8", (), (), mean, std), type(net).__name__)
 
 
 # Shapes: (settings, channels, height, width, classes) --------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.pixels import Scale
 from pyro_isingvit.nets.backbones import from_timm, from_torchvision
 from pyro_isingvit.nets.start import Start, check_tensors, named
 
@@ -77,7 +78,7 @@ def load_library(library: str, name: str, file: str, download: bool) -> Start:
         vit, weights = known.convert(net)
     except UserError as error:
         raise UserError(f"{spec}: {error}") from error
-    return Start.of(vit, weights, known.mean, known.std, spec, "uint8")
+    return Start.of(vit, weights, Scale("uint8", (), (), known.mean, known.std), spec)
 
 
 # Files -------------------------------------------------------------------------------------------------------------

@@ -8,11 +8,9 @@ Shapes: T tokens, D width, C channels.
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +19,7 @@ from torch.nn import functional as F
 from pyro_isingvit.core.checkpoint import write_atomically
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.fields import check_fields
+from pyro_isingvit.core.pixels import Scale
 from pyro_isingvit.core.settings import ViTConfig
 from pyro_isingvit.nets.vit import ViT, Weights
 
@@ -37,50 +36,28 @@ class Start:
     Attributes:
         vit: its shape.
         image_shape: (channels, height, width) that it reads.
-        mean: by channel, of pixels in [0, 1]: what it was trained with.
-        std: likewise.
+        scale: of the pixels that it was trained on.
         weights: matrices, kind -> (layers, out, in).
         others: the other parameters by their names in ``ViT``: biases, LayerNorms, positions, tokens.
         source: where it comes from, for messages and records.
-        kind: type of the pixels that it was trained on; None: not known.
-        low: by channel, pixels that became 0; empty: 0, or no change for floats.
-        high: by channel, pixels that became 1; empty: the largest whole number.
     """
 
     vit: ViTConfig
     image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    scale: Scale
     weights: Weights
     others: Mapping[str, Tensor]
     source: str
-    kind: str | None = None
-    low: tuple[float, ...] = ()
-    high: tuple[float, ...] = ()
 
     @classmethod
-    def of(
-        cls,
-        vit: ViT,
-        weights: Weights,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        source: str,
-        kind: str | None = None,
-        low: tuple[float, ...] = (),
-        high: tuple[float, ...] = (),
-    ) -> "Start":
+    def of(cls, vit: ViT, weights: Weights, scale: Scale, source: str) -> "Start":
         """What a network and its matrices are as a start; tensors are copied.
 
         Args:
             vit: the network.
             weights: kind -> (layers, out, in).
-            mean: by channel, of pixels in [0, 1].
-            std: likewise.
+            scale: of the pixels that it was trained on.
             source: where it comes from.
-            kind: type of the pixels; None: not known.
-            low: by channel, pixels that became 0.
-            high: by channel, pixels that became 1.
         """
         vit, weights = vit.whole(weights)
         others = {
@@ -88,8 +65,7 @@ class Start:
             if name.removeprefix("bias.") not in HEAD
         }  # fmt: skip
         kept = {kind: _kept(value) for kind, value in weights.items() if kind not in HEAD}
-        shape = vit.image_shape
-        return cls(vit.config, shape, tuple(mean), tuple(std), kept, others, source, kind, tuple(low), tuple(high))
+        return cls(vit.config, vit.image_shape, scale, kept, others, source)
 
     def fitted(self, image_shape: tuple[int, int, int]) -> "Start":
         """The same network for other images.
@@ -119,12 +95,12 @@ class Start:
         A grey pixel g stands for a_c g + b_c in channel c: g itself, unless the channels have ranges of their own. With
         x = (g - m) / s, channel c would hold (a_c g + b_c - m_c) / s_c = (a_c s x + a_c m + b_c - m_c) / s_c.
         """
-        channels = self.image_shape[0]
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        channels, scale = self.image_shape[0], self.scale
+        mean, std = torch.tensor(scale.mean), torch.tensor(scale.std)
         m, s = mean.mean(), std.mean()
         a, b = torch.ones(channels), torch.zeros(channels)
-        if self.low:
-            low, high = torch.tensor(self.low), torch.tensor(self.high)
+        if scale.low:
+            low, high = torch.tensor(scale.low), torch.tensor(scale.high)
             a, b = (high.mean() - low.mean()) / (high - low), (low.mean() - low) / (high - low)
         factor, shift = (a * s / std)[:, None], ((a * m + b - mean) / std)[:, None]
         log.warning("%s reads %d channels: grey images are read as if they stood in all of them", self.source, channels)
@@ -138,10 +114,8 @@ class Start:
             grey = (first * factor).sum(-2, keepdim=True)
             others[f"{STEM}.weight"] = grey.unflatten(-1, (3, 3))
         others[name] = others[name] + (first * shift).sum((-1, -2))
-        return replace(
-            self, image_shape=(1, *self.image_shape[1:]), mean=(float(m),), std=(float(s),), weights=weights,
-            others=others, low=_one(self.low), high=_one(self.high),
-        )  # fmt: skip
+        one = Scale(scale.kind, _one(scale.low), _one(scale.high), (float(m),), (float(s),))
+        return replace(self, image_shape=(1, *self.image_shape[1:]), scale=one, weights=weights, others=others)
 
     def _resized(self, height: int, width: int) -> "Start":
         """Position embeddings of another grid, bicubic; those of CLS and registers stay."""
@@ -201,8 +175,7 @@ class Start:
         tensors |= {f"vit.{name}": value for name, value in self.others.items()}
         about = {
             "format": FORMAT, "vit": json.dumps(asdict(self.vit)), "image_shape": json.dumps(self.image_shape),
-            "mean": json.dumps(self.mean), "std": json.dumps(self.std), "kind": json.dumps(self.kind),
-            "low": json.dumps(self.low), "high": json.dumps(self.high),
+            **{name: json.dumps(value) for name, value in asdict(self.scale).items()},
         }  # fmt: skip
         ready = {name: value.contiguous() for name, value in tensors.items()}
         write_atomically(Path(path), lambda place: save_file(ready, place, about))
@@ -226,12 +199,9 @@ class Start:
                 )
                 vit = ViTConfig(**json.loads(about["vit"]))
                 check_fields(vit)
-                shape, mean, std = (tuple(json.loads(about[name])) for name in ("image_shape", "mean", "std"))
-                kind = json.loads(about.get("kind", "null"))  # not known before version 0.12
-                low, high = (tuple(json.loads(about.get(name, "[]"))) for name in ("low", "high"))
-                _check_pixels(shape[0], mean, std, kind, low, high)
+                shape, scale = tuple(json.loads(about["image_shape"])), _scale(about)
                 with torch.device("meta"):
-                    wanted = Start.of(*_with_matrices(ViT(vit, shape[0], shape[1], shape[2], 2)), mean, std, str(path))
+                    wanted = Start.of(*_with_matrices(ViT(vit, shape[0], shape[1], shape[2], 2)), scale, str(path))
                 names = {f"weights.{kind}": value for kind, value in wanted.weights.items()}
                 names |= {f"vit.{name}": value for name, value in wanted.others.items()}
                 compare_names(names, {name: file.get_tensor(name) for name in file.keys()}, path)  # noqa: SIM118
@@ -246,7 +216,7 @@ class Start:
             part: {n.partition(".")[2]: v for n, v in found.items() if n.startswith(f"{part}.")}
             for part in ("weights", "vit")
         }
-        return replace(wanted, weights=parts["weights"], others=parts["vit"], kind=kind, low=low, high=high)
+        return replace(wanted, weights=parts["weights"], others=parts["vit"])
 
 
 def _one(ends: tuple[float, ...]) -> tuple[float, ...]:
@@ -263,14 +233,13 @@ def _with_matrices(vit: ViT) -> tuple[ViT, Weights]:
     return vit, {kind: torch.zeros(shape) for kind, shape in vit.matrix_shapes.items()}
 
 
-def _check_pixels(channels: int, mean: Any, std: Any, kind: Any, low: Any, high: Any) -> None:
-    """Raises ValueError where what a file says of its pixels cannot be."""
-    numbers = [*mean, *std, *low, *high]
-    known = kind is None or isinstance(kind, str)
-    sizes = len(mean) == len(std) == channels and len(low) == len(high) in (0, channels)
-    fits = known and sizes and all(isinstance(each, int | float) and math.isfinite(each) for each in numbers)
-    if not (fits and min(std) > 0 and all(a < b for a, b in zip(low, high, strict=True))):
+def _scale(about: Mapping[str, str]) -> Scale:
+    """What a file says of its pixels; ValueError or TypeError where that cannot be."""
+    mean, std, low, high = (tuple(json.loads(about.get(name, "[]"))) for name in ("mean", "std", "low", "high"))
+    kind = json.loads(about.get("kind", "null"))  # not known before version 0.12
+    if not Scale(kind or "uint8", low, high, mean, std).fits(json.loads(about["image_shape"])[0]):
         raise ValueError("mean, std, kind, low or high of the pixels cannot be")
+    return Scale(kind, low, high, mean, std)
 
 
 def compare_names(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str | Path) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.pixels import Scale
 from pyro_isingvit.data.images import Images, as_images
-from pyro_isingvit.data.intensity import Scale
 from pyro_isingvit.predictive.metrics import entropy
 from pyro_isingvit.pruning.export import open_onnx
 
@@ -56,7 +56,7 @@ def predict_onnx(path: str | Path, images: Images | Tensor | np.ndarray, chunk: 
         scale, classes = Scale(kind, *map(tuple, parts)), tuple(map(str, classes))
         [reads] = session.get_inputs()
         shape = tuple(reads.shape[1:])
-        need(scale.fits() and len(shape) == 3, "not what the images look like")
+        need(len(shape) == 3 and scale.fits(shape[0]), "not what the images look like")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not say what its images are; it was not exported by this library.") from error
     need(

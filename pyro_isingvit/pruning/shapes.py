@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.pixels import Kind, Scale
 from pyro_isingvit.core.settings import Tokens
-from pyro_isingvit.data.images import Kind
-from pyro_isingvit.data.intensity import Scale
 from pyro_isingvit.nets.shape import ACTIVATIONS
 
 FORMAT = 1
@@ -82,7 +81,7 @@ class CompactConfig(Tokens):
         channels, *_ = self.image_shape
         if len(self.image_shape) != 3 or min(*self.image_shape, self.patch_size, self.width, self.head_dim) < 1:
             raise ValueError("images, patches and width need a size")
-        if len(self.mean) != channels or not self.scale.fits():
+        if not self.scale.fits(channels):
             raise ValueError("mean, std, low and high are not those of the channels")
         if not all(isinstance(name, str) for name in (self.dataset, *self.classes)):
             raise ValueError("names that cannot be")

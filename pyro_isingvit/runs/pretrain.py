@@ -253,10 +253,7 @@ class Pretraining:
         """The encoder, from which a training may start."""
         network = self.network
         source = f"pretrained on {self.settings.source}"
-        scale = self.info.scale
-        return Start.of(
-            network.vit, dict(network.weights.items()), scale.mean, scale.std, source, scale.kind, scale.low, scale.high
-        )
+        return Start.of(network.vit, dict(network.weights.items()), self.info.scale, source)
 
     # Disk ----------------------------------------------------------------------------------------------------------
 

@@ -7,12 +7,13 @@ from helpers import pixels
 
 from pyro_isingvit import CompactViT, ImageData, ViTConfig, compact, fit, load_run
 from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.pixels import Scale
 from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data import intensity
 from pyro_isingvit.data.augment import Augmentation
 from pyro_isingvit.data.images import as_images
 from pyro_isingvit.data.info import DataInfo
-from pyro_isingvit.data.intensity import Scale, fit_scale, percentiles
+from pyro_isingvit.data.intensity import fit_scale, percentiles
 
 RNG = np.random.default_rng(0)
 COUNT = 60

@@ -43,6 +43,7 @@ from inference.compare import (
     sibling,
 )
 from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.pixels import Scale
 from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.start import Start
@@ -105,7 +106,8 @@ def test_a_grid_starts_from_a_trained_network(tmp_path: Path) -> None:
     """Its shape is that of the start, and a finished cell is found again by its folder alone."""
     torch.manual_seed(0)
     vit = ViT(ViTConfig(patch_size=4, width=16, heads=2, depth=1, mlp_ratio=2), 1, 8, 8, classes=2)
-    Start.of(vit, vit.initial_weights(), (0.3,), (0.4,), "made").save(tmp_path / "start.safetensors")
+    scale = Scale(None, (), (), (0.3,), (0.4,))
+    Start.of(vit, vit.initial_weights(), scale, "made").save(tmp_path / "start.safetensors")
     arguments = CompareArguments(
         tmp_path / "grid", ("deterministic",), (100,), (0,), (1,), init=str(tmp_path / "start.safetensors"),
         samples=2, device="cpu",

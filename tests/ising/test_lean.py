@@ -230,7 +230,7 @@ def test_the_estimate_is_not_changed_by_working_in_place():
 def test_training_from_a_start(large, data, tmp_path):
     """The centre is rounded, the means start from the network itself; what lasts is counted to the byte."""
     vit = ViT(TINY, 1, 4, 4, classes=3)
-    start = Start.of(vit, vit.initial_weights(), INFO.mean, INFO.std, "made")
+    start = Start.of(vit, vit.initial_weights(), INFO.scale, "made")
     settings = {"epochs": 3, "batch_size": 20, "device": "cpu", "progress": False, "max_keep": 0.9}
     run = fit(start, data, **settings)
     model, guide = run.model, run.guide

@@ -154,7 +154,7 @@ def test_everything_after_training_works(blocks, data, tmp_path):
     assert "retention_head" in tree["variational"]
     if blocks:
         assert tree["posterior"]["kept_heads"]["layer"].values.tolist() == list(range(3 - blocks, 3))
-    start = Start.of(*_network(run), run.info.mean, run.info.std, "made")
+    start = Start.of(*_network(run), run.info.scale, "made")
     again = fit(start, data, bayesian_blocks=1, **{**TRAIN, "epochs": 1})
     assert again.model.vit.trunk["qkv"].shape[0] == 2
 
@@ -166,7 +166,7 @@ def _network(run):
 
 @pytest.mark.parametrize("method, blocks", [("ising", 1), ("deterministic", None), ("dropout", None)])
 def test_frozen_blocks_stay(method, blocks, data):
-    start = Start.of(vit(), vit().initial_weights(), INFO.mean, INFO.std, "made")
+    start = Start.of(vit(), vit().initial_weights(), INFO.scale, "made")
     settings = {} if method != "ising" else {"bayesian_blocks": blocks}
     keep = {k: v for k, v in TRAIN.items() if k not in ("max_keep", "target_retention")} if method != "ising" else TRAIN
     run = fit(start, data, method=method, frozen_blocks=2, **settings, **keep)

@@ -21,7 +21,7 @@ from pyro_isingvit.methods.ensemble import Ensemble
 from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.methods.laplace import LastLayerLaplace
 from pyro_isingvit.methods.plain import Plain, check_baseline
-from pyro_isingvit.methods.registry import METHODS
+from pyro_isingvit.methods.registry import METHODS, with_defaults
 from pyro_isingvit.methods.sparse import L0, GradualMagnitude, SparseVD, sparse_vd_kl
 from pyro_isingvit.nets.vit import linear
 from pyro_isingvit.runs.load import open_run
@@ -362,3 +362,11 @@ def test_runs_written_before_baselines_load() -> None:
     del raw["baseline"], raw["train"]["engine"]
     assert RunConfig.from_json(json.dumps(raw)) == RunConfig()
     assert TrainConfig().engine == "auto"
+
+
+@pytest.mark.parametrize(("number", "wanted"), [("", 1.5), (":0.05", 1.5), (":0.1", 3.0), (":0.2", 3.0)])
+def test_dropout_at_higher_rates_decays_more(number: str, wanted: float) -> None:
+    train = with_defaults(f"dropout{number}", RunConfig()).train
+    assert train == replace(METHODS["dropout"].train, shrinkage=wanted)
+    started = with_defaults(f"dropout{number}", RunConfig(init="made")).train
+    assert started.shrinkage == wanted and started.layer_decay < 1

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from pyro_isingvit import UserError, ViTConfig
+from pyro_isingvit.core.pixels import Scale
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.base import method_class
@@ -19,6 +20,7 @@ from pyro_isingvit.nets.vit import ViT
 
 SHAPE = ViTConfig(patch_size=4, width=16, heads=2, depth=2, mlp_ratio=2, pool="cls", registers=2, norm_pre=True)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+SCALE = Scale(None, (), (), MEAN, STD)
 
 
 def network(seed=0, shape=SHAPE, channels=3, size=16):
@@ -32,7 +34,7 @@ def network(seed=0, shape=SHAPE, channels=3, size=16):
 
 def start(**changes):
     vit, weights = network()
-    return replace(Start.of(vit, weights, MEAN, STD, "made"), **changes)
+    return replace(Start.of(vit, weights, SCALE, "made"), **changes)
 
 
 def about(channels=3, height=16, width=16, mean=MEAN, std=STD):
@@ -55,7 +57,7 @@ def test_grey_images_are_read_as_if_in_every_channel():
     one = start().fitted((1, 16, 16))
     grey = torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8)
     ours, matrices = with_the_head_of(vit, weights, one)
-    x = about(1, mean=one.mean, std=one.std).normalise(grey)
+    x = about(1).with_scale_of(one.scale).normalise(grey)
     assert_close(ours(matrices, x), vit(weights, about().normalise(grey.expand(-1, 3, -1, -1))))
 
 
@@ -64,8 +66,8 @@ def test_grey_images_where_every_channel_has_a_range_of_its_own():
     low, high = (0.0, 100.0, 200.0), (5000.0, 4000.0, 4500.0)
     vit, weights = network()
     colour = replace(about(), kind="uint16", low=low, high=high)
-    one = Start.of(vit, weights, MEAN, STD, "made", "uint16", low, high).fitted((1, 16, 16))
-    grey = replace(about(1, mean=one.mean, std=one.std), kind="uint16", low=one.low, high=one.high)
+    one = Start.of(vit, weights, Scale("uint16", low, high, MEAN, STD), "made").fitted((1, 16, 16))
+    grey = replace(about(1).with_scale_of(one.scale), kind="uint16", low=one.scale.low, high=one.scale.high)
     pixels = torch.randint(200, 4000, (3, 1, 16, 16)).float()
     ours, matrices = with_the_head_of(vit, weights, one)
     found = ours(matrices, grey.normalise(pixels))
@@ -75,33 +77,37 @@ def test_grey_images_where_every_channel_has_a_range_of_its_own():
 def test_grey_images_before_a_convolutional_stem():
     """Exact but for the border, where the padding of the first convolution stands for another grey in each channel."""
     vit, weights = network(shape=ViTConfig(patch_size=4, width=16, heads=2, depth=1, stem="conv"))
-    one = Start.of(vit, weights, MEAN, STD, "made").fitted((1, 16, 16))
+    one = Start.of(vit, weights, SCALE, "made").fitted((1, 16, 16))
     assert one.vit.stem == "conv"
     ours = ViT(one.vit, 1, 16, 16, classes=5)
     one.copy_to(ours)
     grey = torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8)
     theirs = vit.stem.stages[0](about().normalise(grey.expand(-1, 3, -1, -1)))
-    found = ours.stem.stages[0](about(1, mean=one.mean, std=one.std).normalise(grey))
+    found = ours.stem.stages[0](about(1).with_scale_of(one.scale).normalise(grey))
     assert_close(found[..., 1:-1, 1:-1], theirs[..., 1:-1, 1:-1], rtol=1e-4, atol=1e-5)
-    assert ours(ours.initial_weights(), about(1, mean=one.mean, std=one.std).normalise(grey)).shape == (3, 5)
+    assert ours(ours.initial_weights(), about(1).with_scale_of(one.scale).normalise(grey)).shape == (
+        3,
+        5,
+    )
 
 
 def test_the_same_pixel_becomes_the_same_number(tmp_path):
     """A start of 16 bits, scaled by its own percentiles, and images whose own are others."""
     vit, weights = network(channels=1)
     before = replace(about(1, mean=(0.4,), std=(0.2,)), kind="uint16", low=(100.0,), high=(900.0,))
-    Start.of(vit, weights, (0.4,), (0.2,), "made", "uint16", (100.0,), (900.0,)).save(tmp_path / "a.safetensors")
+    scale = Scale("uint16", (100.0,), (900.0,), (0.4,), (0.2,))
+    Start.of(vit, weights, scale, "made").save(tmp_path / "a.safetensors")
     start = Start.load(tmp_path / "a.safetensors")
-    assert (start.kind, start.low, start.high) == ("uint16", (100.0,), (900.0,))
+    assert start.scale == scale
     own = replace(about(1, mean=(0.5,), std=(0.3,)), kind="uint16", low=(0.0,), high=(60000.0,))
-    info = own.scaled_as(start.mean, start.std, start.kind, start.low, start.high)
+    info = own.scaled_as(start.scale)
     x = torch.randint(0, 1000, (2, 1, 16, 16)).float()
     assert torch.equal(info.normalise(x), before.normalise(x)) and info.classes == own.classes
 
 
 def test_pixels_of_another_type_keep_their_range_and_are_said_where_they_are_far(caplog):
     own = replace(about(1, mean=(0.01,), std=(0.3,)), kind="uint16", low=(0.0,), high=(60000.0,))
-    info = own.scaled_as((0.5,), (0.1,), "uint8", (), ())
+    info = own.scaled_as(Scale("uint8", (), (), (0.5,), (0.1,)))
     assert (info.low, info.high, info.mean) == ((0.0,), (60000.0,), (0.5,))
     assert "5 standard deviations" in caplog.text
 
@@ -132,7 +138,7 @@ def test_same_images_change_nothing():
 
 
 def test_colours_that_do_not_fit_are_refused():
-    grey = Start.of(*network(channels=1), (0.5,), (0.2,), "grey one")
+    grey = Start.of(*network(channels=1), Scale(None, (), (), (0.5,), (0.2,)), "grey one")
     with pytest.raises(UserError, match=r"grey one reads 1 channel\(s\), the images have 3"):
         grey.fitted(about().image_shape)
 
@@ -141,7 +147,7 @@ def test_a_file_gives_back_everything(tmp_path):
     made = start()
     made.save(tmp_path / "a.safetensors")
     again = Start.load(tmp_path / "a.safetensors")
-    assert (again.vit, again.image_shape, again.mean, again.std) == (made.vit, made.image_shape, MEAN, STD)
+    assert (again.vit, again.image_shape, again.scale) == (made.vit, made.image_shape, SCALE)
     assert_close(dict(again.weights), dict(made.weights), rtol=0, atol=0)
     assert_close(dict(again.others), dict(made.others), rtol=0, atol=0)
     assert "head" not in again.weights

@@ -86,7 +86,7 @@ def test_steps_shrink_by_the_factor_of_their_level():
 
 def start_of_same_shape():
     method = trained()
-    return Start.of(method.vit, dict(method.loc.items()), INFO.mean, INFO.std, "made")
+    return Start.of(method.vit, dict(method.loc.items()), INFO.scale, "made")
 
 
 @pytest.mark.parametrize("name", ["dropout", "ising"])

@@ -83,7 +83,7 @@ def test_a_training_starts_from_it(data):
     start = made(epochs=1).run()
     assert "head" not in start.weights
     run = fit(start, data, epochs=2, batch_size=20, device="cpu", progress=False, samples=2)
-    assert run.config.init == "pretrained on made" and run.info.mean == start.mean
+    assert run.config.init == "pretrained on made" and run.info.mean == start.scale.mean
     assert run.predict(data.test.images[:3], 2).mean.shape == (3, 3)
 
 
@@ -147,7 +147,7 @@ def test_its_scale_goes_with_the_start(tmp_path):
     training = Pretraining(replace(SETTINGS, intensity="percentile 5 95"), deep, tmp_path, progress=False)
     training.run()
     start = Start.load(tmp_path / "start.safetensors")
-    assert start.kind == "uint16" and start.low == training.info.low != ()
+    assert start.scale.kind == "uint16" and start.scale.low == training.info.low != ()
     assert PretrainSettings.read(tmp_path).intensity == "percentile 5 95"
 
 

@@ -14,6 +14,7 @@ import torch
 from forks import ROOT, ranks, script
 
 from pyro_isingvit.core.checkpoint import load_checkpoint
+from pyro_isingvit.core.pixels import Scale
 from pyro_isingvit.core.settings import ViTConfig
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.vit import ViT
@@ -161,7 +162,8 @@ def test_two_processes_start_from_a_trained_network(tmp_path: Path) -> None:
     """A trunk whose first block is frozen, rates of each layer, and a decay towards the start."""
     torch.manual_seed(0)
     vit = ViT(ViTConfig(patch_size=2, width=8, heads=4, depth=2, mlp_ratio=2), 1, 8, 8, classes=2)
-    Start.of(vit, vit.initial_weights(), (0.3,), (0.4,), "made").save(tmp_path / "start.safetensors")
+    scale = Scale(None, (), (), (0.3,), (0.4,))
+    Start.of(vit, vit.initial_weights(), scale, "made").save(tmp_path / "start.safetensors")
     shape = [*SMALL[:4], *SMALL[8:]]  # without depth and width, which the start has
     words = [*shape, "--init", tmp_path / "start.safetensors", "--bayesian-blocks", 1, "--frozen-blocks", 1]
     assert script("inference.train", *words, "--out", tmp_path / "one").returncode == 0
