@@ -2,7 +2,8 @@
 
 The training images are cut into K folds. For each, a network is trained on the others with a run's own settings and
 validation part, and predicts the fold. The validation images took no part in learning the weights of any network, so
-that all K predict them. Each finished fold is kept in a file; the same call then resumes.
+that all K predict them; one that has a copy among the training images is predicted by the network that saw neither.
+Each finished fold is kept in a file; the same call then resumes.
 
 Shapes: S samples, N training images, V validation images, C classes.
 """
@@ -25,7 +26,7 @@ from inference.workers import outcomes, threads_of
 from pyro_isingvit.core.checkpoint import write_atomically
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.settings import RunConfig
-from pyro_isingvit.data.folds import copy_groups, fold_numbers
+from pyro_isingvit.data.folds import copy_groups, fold_numbers, joined
 from pyro_isingvit.data.images import Images
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.experiment import begun
@@ -87,7 +88,7 @@ def cross_fit(
 ) -> Fitted:
     """Trains a network for each fold and predicts the images that it has not seen.
 
-    Copies of one image are in one fold.
+    Copies of one image are in one fold, and so are groups that share one.
 
     Args:
         config: settings of every training; its seed cuts the folds too.
@@ -96,8 +97,7 @@ def cross_fit(
         folds: K.
         samples: S.
         jobs: folds that are trained at the same time, in processes of their own.
-        groups: (N,) numbers; images of one group are in one fold. None: the groups of the data, if there are, otherwise
-            copies of one image are a group.
+        groups: (N,) numbers; images of one group are in one fold. None: the groups of the data, if there are.
         progress: show progress bars.
 
     Raises:
@@ -111,12 +111,14 @@ def cross_fit(
         source = partial(replace, data)
     labels, val_labels = (part.labels.cpu().numpy() for part in (data.train, data.val))
     prints = digests(data.train.images)
-    if groups is None:
-        named = data.train.groups
-        groups = np.unique(np.array(named), return_inverse=True)[1] if named else copy_groups(prints)
+    named, copies = data.train.groups, copy_groups(prints)
+    if groups is None and named:
+        groups = np.unique(np.array(named), return_inverse=True)[1]
+    groups = copies if groups is None else joined(groups, copies)
     numbers = fold_numbers(labels, folds, data.info.classes, config.train.seed, groups)
     said = json.dumps([asdict(portable(config)), samples, data.info.to_dict()], sort_keys=True).encode()
-    parts = [said, *prints, *digests(data.val.images), labels.tobytes(), val_labels.tobytes(), numbers.tobytes()]
+    val_prints = digests(data.val.images)
+    parts = [said, *prints, *val_prints, labels.tobytes(), val_labels.tobytes(), numbers.tobytes()]
     key = hashlib.sha256(b"".join(parts)).hexdigest()
     threads = None if jobs == 1 else threads_of(jobs)
     task = Task(config, source, numbers, samples, key, folder, progress and jobs == 1, threads)
@@ -140,6 +142,11 @@ def cross_fit(
     val_probs = np.mean([found[number]["val_probs"] for number in range(folds)], axis=0)
     # As many draws as the training images have, from all networks in turn.
     val_given = np.concatenate([found[number]["val_given"][number::folds] for number in range(folds)])
+    fold_of = dict(zip(prints, numbers, strict=True))
+    for image, digest in enumerate(val_prints):
+        if digest in fold_of:  # the other networks have seen a copy
+            arrays = found[int(fold_of[digest])]
+            val_probs[image], val_given[:, image] = arrays["val_probs"][image], arrays["val_given"][:, image]
     return Fitted(
         data, np.concatenate([probs, val_probs]).astype(np.float32), np.concatenate([given, val_given], 1),
         np.concatenate([labels, val_labels]),

@@ -47,14 +47,28 @@ def records(arguments: Arguments) -> list[dict[str, Any]]:
     found = []
     for number, folder in enumerate(pruned):
         own = _read(folder)
-        shared = {"dataset": arguments.label or own["dataset"], "train_size": own["train_size"], "seed": own["seed"]}
-        rows = {} if not teachers else {"teacher, 50 draws": (own["dense_macs"], _read(teachers[number]))}
-        rows["the run that was cut, 50 draws"] = own["macs"], {name: own[f"full_{name}"] for name in METRICS}
-        rows["cut and distilled, one pass"] = own["macs"], own
-        rows |= {PEERS.get(name, name): (peer["macs"], peer) for name, peer in own.get("peers", {}).items()}
-        for name, (macs, scores) in rows.items():
-            found.append({**shared, "what": name, "macs": macs} | {metric: scores[metric] for metric in METRICS})
+        try:
+            found += _rows(own, _read(teachers[number]) if teachers else None, arguments.label)
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder} or its teacher lacks {error} in metrics.json; name folders of inference.prune and of runs."
+            ) from None
     return found
+
+
+def _rows(own: dict[str, Any], teacher: dict[str, Any] | None, label: str | None) -> list[dict[str, Any]]:
+    shared = {"dataset": label or own["dataset"], "train_size": own["train_size"], "seed": own["seed"]}
+    rows: dict[str, tuple[int, dict[str, Any]]] = {}
+    if teacher is not None:
+        rows[f"teacher, {teacher['samples']} draws"] = teacher.get("macs", own["dense_macs"]), teacher
+    macs = own.get("run_macs", own["macs"])  # before version 0.13 not written
+    rows[f"the run that was cut, {own['samples']} draws"] = macs, {metric: own[f"full_{metric}"] for metric in METRICS}
+    rows["cut and distilled, one pass"] = own["macs"], own
+    rows |= {PEERS.get(name, name): (peer["macs"], peer) for name, peer in own.get("peers", {}).items()}
+    return [
+        {**shared, "what": name, "macs": macs} | {metric: scores[metric] for metric in METRICS}
+        for name, (macs, scores) in rows.items()
+    ]
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -21,9 +21,8 @@ def unequal(cells: Cells) -> list[str]:
         cells: rows of results.json; those without settings, of version 0.2 and before, are not looked at.
     """
     columns: dict[tuple[str, int], Cells] = defaultdict(list)
-    for cell in cells:
-        if cell["status"] == "done" and "config" in cell:
-            columns[cell["dataset"], cell["train_size"]].append({**cell, "config": json.loads(cell["config"])})
+    for cell in _done(cells):
+        columns[cell["dataset"], cell["train_size"]].append({**cell, "config": json.loads(cell["config"])})
     found: list[str] = []
     for (dataset, size), column in sorted(columns.items()):
         where = f"{plain(dataset)}, {size:,} images"
@@ -32,6 +31,47 @@ def unequal(cells: Cells) -> list[str]:
             own = [(f"seed {cell['seed']}", _own(cell)) for cell in column if cell["method"] == method]
             found += _told(f"{where}, {plain(method)}", own)
     return found
+
+
+def between(cells: Cells, others: Cells, names: tuple[str, str]) -> list[str]:
+    """What two grids differ in besides where training starts, for the cells that both have.
+
+    Args:
+        cells: rows of a results.json.
+        others: rows of another one.
+        names: of the two, for the sentences.
+
+    Returns:
+        settings that all methods should share, as ``unequal`` tells them; then each method's own.
+    """
+    grids = [{_key(cell): cell for cell in _done(grid)} for grid in (cells, others)]
+    both = grids[0].keys() & grids[1].keys()
+    alike = []
+    for name, grid in zip(names, grids, strict=True):
+        for key in both:
+            config = json.loads(grid[key]["config"]) | {"init": None}
+            alike.append({**grid[key], "method": f"{grid[key]['method']}, {name}", "config": json.dumps(config)})
+    found: dict[str, list[str]] = defaultdict(list)
+    for key in sorted(both):
+        first, second = (_own({**grid[key], "config": json.loads(grid[key]["config"])}) for grid in grids)
+        told = [
+            f"`{plain(name)}` {plain(str(second[name]))} instead of {plain(str(first[name]))}"
+            for name in second
+            if name in first and first[name] != second[name]
+        ]
+        if told:
+            where = f"{plain(str(key[0]))} {key[1]:,}"
+            seen = found[f"`{plain(str(key[2]))}`, {names[1]}: {', '.join(told)}"]
+            seen += [] if where in seen else [where]
+    return unequal(alike) + [f"{text} ({'; '.join(where)})." for text, where in found.items()]
+
+
+def _key(cell: dict[str, Any]) -> tuple[Any, ...]:
+    return cell["dataset"], cell["train_size"], cell["method"], cell["seed"]
+
+
+def _done(cells: Cells) -> Cells:
+    return [cell for cell in cells if cell["status"] == "done" and "config" in cell]
 
 
 def _shared(cell: dict[str, Any]) -> dict[str, Any]:

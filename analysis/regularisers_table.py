@@ -58,6 +58,7 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
         "flipped": float(trial["flipped"]), "epochs": int(trial["epochs"]), "method": plain(trial["method"]),
         "regulariser": plain(trial["regulariser"]), "seed": int(trial["seed"]), "told": told,
         "setup": json.dumps(same, sort_keys=True), "machine": str(record.get("machine")),
+        "version": plain(".".join(str(record.get("version", "?")).split(".")[:2])),
         **{name: math.nan if record.get(name) is None else float(record[name]) for name in numbers},
     }  # fmt: skip
 
@@ -141,6 +142,10 @@ def _notes(cells: pd.DataFrame, pairs: pd.DataFrame) -> Iterator[str]:
     """What the table of a place cannot show."""
     for (method, name, told), ones in cells[cells.told != ""].groupby(["method", "regulariser", "told"]):
         yield f"- `{name}` with {method}, seed {', '.join(map(str, sorted(ones.seed)))}: {told}"
+    versions = {version: sorted({*ones.seed}) for version, ones in cells.groupby("version")}
+    if len(versions) > 1:
+        told = "; ".join(f"{version} (seed {', '.join(map(str, seeds))})" for version, seeds in versions.items())
+        yield f"- Measured with different versions: {told}."
     done = cells[(cells.regulariser != "none") & (cells.told == "")]
     alone = len(done) - int(pairs.setup.isin(cells.setup).sum())
     if alone:

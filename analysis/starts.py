@@ -5,10 +5,12 @@ python -m analysis.starts --nothing analysis/results/starts/nothing --started an
 With --page the table goes between the page's two markers.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from analysis.grid_settings import between
 from inference.cli import run_script
 from pyro_isingvit.core.errors import need
 
@@ -60,7 +62,12 @@ def show(arguments: Arguments) -> None:
     """Print, or put into a page, what starting from a trained network is worth."""
     from analysis.comparison_tables import load_results, show_table
 
-    made = table(load_results(arguments.nothing / "results.json"), load_results(arguments.started / "results.json"))
+    paths = [folder / "results.json" for folder in (arguments.nothing, arguments.started)]
+    made = table(*map(load_results, paths))
+    nothing, started = (json.loads(path.read_text()) for path in paths)
+    differ = between(nothing, started, ("from nothing", "started"))
+    if differ:
+        made += "\n\nSettings that differ:\n\n" + "\n".join(f"- {line}" for line in differ)
     show_table(made, arguments.page, MARKERS)
 
 

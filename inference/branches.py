@@ -48,7 +48,7 @@ def cut(arguments: BranchesArguments) -> None:
     from inference.prune import BRANCHES, check_out, check_work, clear, data_of
     from inference.prune_tuning import make_tuning
     from pyro_isingvit.core.checkpoint import write_json
-    from pyro_isingvit.pruning.branches import rank_branches, without_branches
+    from pyro_isingvit.pruning.branches import branches, rank_branches, without_branches
     from pyro_isingvit.pruning.choose import calibrated
     from pyro_isingvit.pruning.deployed import deployed_networks
     from pyro_isingvit.pruning.merge import merge_units
@@ -59,13 +59,14 @@ def cut(arguments: BranchesArguments) -> None:
     check_work(arguments.finetune, arguments.distil, arguments.repeats)
     check_out(arguments.run, arguments.out, arguments.overwrite)
     run = open_run(arguments.run)
-    networks = deployed_networks(run.method)
+    networks = deployed_networks(run.method, or_whole=False)
     need(len(networks) == 1, f"method {run.config.method} has {len(networks)} networks; take a run of a single one.")
     data, branch = data_of(run, arguments.data_root), arguments.branch
     networks[0].temperature.copy_(run.temperature)
     dense = calibrated(networks[0], data.val, run.balanced)
-    count = round(arguments.share * len(dense.blocks))
-    need(count > 0, f"--share {arguments.share} of {len(dense.blocks)} branches is none; raise it.")
+    there = len(branches(dense, branch))
+    count = round(arguments.share * there)
+    need(count > 0, f"--share {arguments.share} of {there} branches is none; raise it.")
     masks = run.has_masks and run.config.ising.granularity != "weight"
     merge = arguments.merge
     if merge is None:

@@ -132,9 +132,9 @@ def read_shares(text: str, classes: Sequence[str], name: str, rest: "np.ndarray 
     if not given.all():
         need(rest is not None, f"`{name}` must name every class.")
         left = 1 - shares.sum()
-        need(0 <= left <= 1, f"the shares in `{name}` sum to {shares.sum():.4g}, more than 1.")
+        need(-1e-9 <= left <= 1, f"the shares in `{name}` sum to {shares.sum():.4g}, more than 1.")
         assert rest is not None
-        shares[~given] = left * rest[~given] / rest[~given].sum()
+        shares[~given] = max(left, 0.0) * rest[~given] / rest[~given].sum()
     return check_shares(shares, len(classes), name)
 
 

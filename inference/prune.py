@@ -4,22 +4,20 @@ python -m inference.prune --run runs/demo --out runs/demo-small --max-accuracy-d
 """
 
 import dataclasses
-import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from inference.cli import print_table, run_script
+from inference.cli import run_script
 from pyro_isingvit.core.errors import need
 
 if TYPE_CHECKING:
+    from inference.prune_tuning import Tuning
     from pyro_isingvit.data.split import ImageData, Split
     from pyro_isingvit.pruning.choose import Kept
-    from pyro_isingvit.pruning.frontier import Candidate, Point
+    from pyro_isingvit.pruning.frontier import Candidate
     from pyro_isingvit.pruning.network import CompactViT
     from pyro_isingvit.runs.run import Run
 
@@ -60,7 +58,7 @@ class PruneArguments:
     """Refit what is left to what the dropped units wrote, on training images, in closed form; by default where the
     masks cover units, heads or blocks. Zeros inside the matrices are filled."""
     distil: int = 0
-    """Epochs of training towards the posterior's mean prediction, on augmented and mixed training images."""
+    """Epochs of training towards the posterior's mean prediction, on augmented training images."""
     teacher: tuple[Path, ...] = ()
     """With --distil, runs whose mean prediction is the target, such as those of other seeds; by default --run."""
     unlabelled: str | None = None
@@ -74,23 +72,22 @@ class PruneArguments:
 
 def prune(arguments: PruneArguments) -> None:
     """Turn a run's masks into a smaller network; measure it against the dense one and the full posterior."""
-    from inference.prune_deploy import deploy
+    from inference.prune_show import print_frontier, show
     from inference.prune_tuning import make_tuning
     from pyro_isingvit.core.checkpoint import write_json
     from pyro_isingvit.predictive.metrics import classification_metrics
     from pyro_isingvit.pruning.choose import SAMPLES, choose_masks, from_masks, guide_of
     from pyro_isingvit.pruning.frontier import frontier, kept_share
-    from pyro_isingvit.runs.folder import METRICS
     from pyro_isingvit.runs.load import open_run
     from pyro_isingvit.runs.predict import draw_predictive
 
     _check(arguments)
-    if arguments.peers:
-        from inference.prune_peers import need_peers
-
-        need_peers()
     run = open_run(arguments.run)
     guide_of(run)
+    if arguments.peers:
+        from inference.prune_peers import check_peers
+
+        check_peers(run.config.vit)
     searched = arguments.max_accuracy_drop is not None
     masks = None if searched else choose_masks(run, arguments.threshold, arguments.keep, arguments.macs)
     data = data_of(run, arguments.data_root)
@@ -100,7 +97,7 @@ def prune(arguments: PruneArguments) -> None:
     if len(data.val):
         full = classification_metrics(draw_predictive(run, data.val.images, SAMPLES, seed=seed).mean, data.val.labels)
         found = frontier(run, data.val, arguments.repeats, masks, merge)
-        _print_frontier([candidate.point for candidate in found], full)
+        print_frontier([candidate.point for candidate in found], full)
 
     tuning = make_tuning(
         run, data, arguments.finetune, arguments.distil, arguments.teacher, arguments.unlabelled, arguments.data_root
@@ -125,18 +122,40 @@ def prune(arguments: PruneArguments) -> None:
         "method": f"{run.config.method}, compact", "granularity": run.config.ising.granularity,
         "train_size": len(data.train), "val_size": len(data.val), "test_size": len(data.test), "seed": seed,
     }  # fmt: skip
+    write_json(arguments.out / FRONTIER, _frontier_file(run, masks, found, full if found else {}, metrics))
+    _go_further(arguments, run, data, model, bayes, tuning, metrics)
+    show(metrics, arguments.out, arguments.plot)
+
+
+def _go_further(
+    arguments: PruneArguments,
+    run: "Run",
+    data: "ImageData",
+    model: "CompactViT",
+    bayes: "CompactViT",
+    tuning: "Tuning | None",
+    metrics: dict[str, Any],
+) -> None:
+    """Files for elsewhere and the peers, added to the metrics; these are written before and after each of them."""
+    from inference.prune_deploy import deploy
+    from pyro_isingvit.core.checkpoint import write_json
+    from pyro_isingvit.runs.folder import METRICS
+
+    def keep(more: dict[str, Any]) -> None:
+        metrics.update(more)
+        model.save_pretrained(arguments.out, metrics=metrics)  # again, with what the card tells
+        write_json(arguments.out / METRICS, metrics)
+
+    keep({})
+    keep(_export(model, arguments))
     if arguments.members is not None or arguments.int8:
         out, members, int8 = arguments.out, arguments.members, arguments.int8
-        metrics |= deploy(model, bayes, out, members, int8, arguments.repeats, data, metrics)
+        keep(deploy(model, bayes, out, members, int8, arguments.repeats, data, metrics))
     if arguments.peers:
         from inference.prune_peers import compare_peers
         from inference.prune_tuning import after_cutting
 
-        metrics["peers"] = compare_peers(run, data, model, tuning or after_cutting(run, data), arguments.repeats)
-    model.save_pretrained(arguments.out, metrics=metrics)  # again, with what the card tells
-    write_json(arguments.out / METRICS, metrics)
-    write_json(arguments.out / FRONTIER, _frontier_file(run, masks, found, full if found else {}, metrics))
-    _show(arguments, metrics)
+        keep({"peers": compare_peers(run, data, model, tuning or after_cutting(run, data), arguments.repeats)})
 
 
 def _check(arguments: PruneArguments) -> None:
@@ -169,6 +188,7 @@ def check_out(run: Path, out: Path, overwrite: bool) -> None:
     """Raises UserError where a compact network cannot be written to ``out``."""
     need(not out.exists() or out.is_dir(), f"{out} is a file; --out takes a folder.")
     need(out.resolve() != run.resolve(), "--out is the run's own folder; name another.")
+    need(not run.resolve().is_relative_to(out.resolve()), f"{out} holds the run; name another --out.")
     need(not (out / "config.json").exists(), f"{out} holds a run; name another --out.")
     held = (out / "compact.json").exists()
     need(not held or overwrite, f"{out} already holds a compact network; name another --out or --overwrite.")
@@ -202,7 +222,8 @@ def data_of(run: "Run", data_root: str | None) -> "ImageData":
     data = load_data(**source, seed=run.config.train.seed)
     if run.config.init is not None:  # images are normalised as those were from which training started
         data = dataclasses.replace(data, info=data.info.with_scale_of(run.info))
-    same = data.info == run.info and len(data.train) == run.method.num_data
+    counts = data.info.counts if run.info.counts else ()  # not known before version 0.7
+    same = dataclasses.replace(data.info, counts=counts) == run.info and len(data.train) == run.method.num_data
     need(same, f"{source['dataset']} is no longer the data that the run was trained on; prune with the same data.")
     need(len(data.test), f"{data.info.dataset} has no test part to evaluate on.")
     return data
@@ -243,12 +264,8 @@ def _quality(run: "Run", model: "CompactViT", bayes: "CompactViT", data: "ImageD
         "dense_": dense_network(run, data.val).predict(test.images).mean(0),
     }
     scores = {name: classification_metrics(mean, test.labels) for name, mean in probs.items()}
-    held = _evaluated(run)  # the run was already evaluated: the same draws would give the same numbers
-    if held is None:
-        held = classification_metrics(
-            draw_predictive(run, test.images, samples, seed=seed, progress=True).mean, test.labels
-        )
-    scores["full_"] = held
+    full = draw_predictive(run, test.images, samples, seed=seed, progress=True)
+    scores["full_"] = classification_metrics(full.mean, test.labels)
     chosen = ("accuracy", "nll", "brier", "ece")
     metrics: dict[str, Any] = scores.pop("") | {"intervals": overall_intervals(probs[""], test.labels)}
     metrics |= {prefix + name: values[name] for prefix, values in scores.items() for name in chosen}
@@ -257,26 +274,13 @@ def _quality(run: "Run", model: "CompactViT", bayes: "CompactViT", data: "ImageD
     }  # fmt: skip
 
 
-def _evaluated(run: "Run") -> dict[str, float] | None:
-    """The full posterior's metrics from the run's own evaluation, or None if it has none."""
-    from pyro_isingvit.runs.folder import METRICS
-
-    assert run.folder is not None
-    try:
-        metrics = json.loads((run.folder / METRICS).read_text())
-        same = metrics["samples"] == run.config.train.samples and metrics["seed"] == run.config.train.seed
-        return {name: float(metrics[name]) for name in ("accuracy", "nll", "brier", "ece")} if same else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _cost(run: "Run", model: "CompactViT", arguments: PruneArguments, data: "ImageData") -> dict[str, Any]:
     """Parameters, multiply-accumulates, times and bytes, compact and dense."""
     import torch
 
     from pyro_isingvit.pruning.choose import dense_network
     from pyro_isingvit.pruning.cost import BATCH, latency, macs, memory, parameters
-    from pyro_isingvit.pruning.export import ONNX, PROGRAM, export_onnx, export_program
+    from pyro_isingvit.pruning.deployed import deployed_networks
 
     dense, shape = dense_network(run, None), model.config.image_shape
     weights = {kind: loc.detach() for kind, loc in run.guide.loc.items()}
@@ -285,6 +289,7 @@ def _cost(run: "Run", model: "CompactViT", arguments: PruneArguments, data: "Ima
     costs: dict[str, Any] = {
         "parameters": total, "nonzero_parameters": nonzero, "dense_parameters": parameters(dense)[0],
         "macs": macs(model, shape), "dense_macs": macs(original, shape),
+        "run_macs": sum(macs(network, shape) for network in deployed_networks(run.method)),
     }  # fmt: skip
     costs["macs_ratio"] = costs["dense_macs"] / costs["macs"]
     for batch in (1, BATCH):  # the faster of the library's dense network and its rebuilt copy counts
@@ -294,13 +299,21 @@ def _cost(run: "Run", model: "CompactViT", arguments: PruneArguments, data: "Ima
     costs["threads"] = torch.get_num_threads()
     costs["memory_bytes"], costs["csr_bytes"] = memory(model)
     costs["dense_memory_bytes"] = memory(dense)[0]
+    return costs
+
+
+def _export(model: "CompactViT", arguments: PruneArguments) -> dict[str, Any]:
+    """Writes what --export asks for; the difference of the ONNX file's logits, and bytes of all files."""
+    from pyro_isingvit.pruning.export import ONNX, PROGRAM, export_onnx, export_program
+
+    found: dict[str, Any] = {}
     if "onnx" in arguments.export:
-        costs["onnx_difference"] = export_onnx(model, arguments.out / ONNX)
+        found["onnx_difference"] = export_onnx(model, arguments.out / ONNX)
     if "torch" in arguments.export:
         export_program(model, arguments.out / PROGRAM)
     files = {"safetensors": "compact.safetensors", "onnx": ONNX, "torch": PROGRAM, "bayes": "bayes/compact.safetensors"}
     sizes = {name: arguments.out / file for name, file in files.items()}
-    return costs | {f"bytes_{name}": path.stat().st_size for name, path in sizes.items() if path.is_file()}
+    return found | {f"bytes_{name}": path.stat().st_size for name, path in sizes.items() if path.is_file()}
 
 
 def _frontier_file(
@@ -310,7 +323,8 @@ def _frontier_file(
     from pyro_isingvit.pruning.assembly import structure
     from pyro_isingvit.pruning.choose import masked_weights
 
-    alive = {kind: weight != 0 for kind, weight in masked_weights(run, masks).items()}
+    _, weights = run.model.vit.whole(masked_weights(run, masks))  # with the blocks below the masks
+    alive = {kind: weight != 0 for kind, weight in weights.items()}
     return {
         "points": [dataclasses.asdict(candidate.point) for candidate in found],
         "full": {name: full[name] for name in ("accuracy", "nll", "ece") if name in full},
@@ -320,76 +334,17 @@ def _frontier_file(
     }
 
 
-def _print_frontier(points: "list[Point]", full: dict[str, float]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title="frontier, validation part; ms at batch 1 and 256", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
-    )
-    merged = any(p.unmerged for p in points)
-    for name in ("pi >=", "kept", "params", "kMACs", "ms, 1", "256", "acc", "NLL", "ECE", *["acc*"] * merged):
-        table.add_column(name, justify="right", no_wrap=True)
-    for p in points:
-        table.add_row(
-            f"{p.threshold:.3f}", f"{100 * p.kept:.1f}%", f"{p.parameters:,}", f"{p.macs / 1e3:,.0f}",
-            f"{1e3 * p.latency_1:.2f}", f"{1e3 * p.latency_256:.1f}", f"{p.accuracy:.4f}", f"{p.nll:.4f}",
-            f"{p.ece:.4f}", *([f"{p.unmerged['accuracy']:.4f}"] if p.unmerged else []),
-        )  # fmt: skip
-    table.add_row("full", *["-"] * 5, *(f"{full[name]:.4f}" for name in ("accuracy", "nll", "ece")))
-    Console().print(table)
-    if merged:
-        print("  * where the dropped units are only dropped, not refitted into those that are left (--merge False)\n")
-
-
 def clear(out: Path) -> None:
-    """Removes the files of an earlier compact network and nothing else."""
+    """Removes an earlier compact network and what came with it; nothing from a folder without one."""
     from inference.prune_deploy import DEPLOYED
     from pyro_isingvit.pruning.export import ONNX, PROGRAM
 
-    for name in ("compact.json", "compact.safetensors", ONNX, PROGRAM, *DEPLOYED, "metrics.json", FRONTIER, BRANCHES):
-        (out / name).unlink(missing_ok=True)
+    if not (out / "compact.json").exists():
+        return
     for name in ("bayes", "report"):
         shutil.rmtree(out / name, ignore_errors=True)
-
-
-def _show(arguments: PruneArguments, metrics: dict[str, Any]) -> None:
-    names = {
-        "weights kept": "kept_fraction", "parameters": "parameters", "of them not zero": "nonzero_parameters",
-        "parameters, dense": "dense_parameters", "multiply-accumulates": "macs",
-        "multiply-accumulates, dense": "dense_macs", "multiply-accumulates, dense / compact": "macs_ratio",
-        "throughput at 256, compact / dense": "throughput_ratio", "bytes in memory": "memory_bytes",
-        "bytes in memory, sparse rows": "csr_bytes", "bytes in memory, dense": "dense_memory_bytes",
-        "bytes, safetensors": "bytes_safetensors", "bytes, bayes": "bytes_bayes", "bytes, ONNX": "bytes_onnx",
-        "bytes, torch.export": "bytes_torch",
-    }  # fmt: skip
-    shown: dict[str, object] = {title: metrics[name] for title, name in names.items() if name in metrics}
-    shown["ms at batch 1, compact (dense)"] = _milliseconds(metrics, 1)
-    shown["ms at batch 256, compact (dense)"] = _milliseconds(metrics, 256)
-    titles = {"": "compact", "bayes_": f"compact, {metrics['samples']} draws", "dense_": "dense, posterior mean",
-              "full_": f"full posterior, {metrics['samples']} draws"}  # fmt: skip
-    scores = {
-        title: "  ".join(f"{metrics[prefix + name]:.4f}" for name in ("accuracy", "nll", "ece"))
-        for prefix, title in titles.items()
-    }
-    for name, peer in metrics.get("peers", {}).items():
-        shown[f"{name}: MACs, ms at batch 256"] = f"{peer['macs']}, {1e3 * peer['latency_256']:.2f}"
-        scores[name] = "  ".join(f"{peer[key]:.4f}" for key in ("accuracy", "nll", "ece"))
-    print_table("cost", shown)
-    print_table("test part: accuracy, NLL (nats), ECE", scores)
-    if "deploy" in metrics:
-        from inference.prune_deploy import print_deploy
-
-        print_deploy(metrics["deploy"])
-    print(f"compact network: {arguments.out}\nreport: python -m analysis.report --run {arguments.out}")
-    if arguments.plot:  # scripts of this folder do not import analysis/
-        done = subprocess.run([sys.executable, "-m", "analysis.report", "--run", str(arguments.out)], check=False)
-        need(done.returncode == 0, f"the network is written, its report is not: see above ({arguments.out}).")
-
-
-def _milliseconds(metrics: dict[str, Any], batch: int) -> str:
-    return f"{1e3 * metrics[f'latency_{batch}']:.2f} ({1e3 * metrics[f'dense_latency_{batch}']:.2f})"
+    for name in ("compact.safetensors", ONNX, PROGRAM, *DEPLOYED, "metrics.json", FRONTIER, BRANCHES, "compact.json"):
+        (out / name).unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> None:

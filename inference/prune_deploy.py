@@ -60,6 +60,7 @@ def deploy(
     from tqdm.auto import tqdm
 
     from pyro_isingvit.pruning.export import ONNX
+    from pyro_isingvit.pruning.merge import spread_rows
     from pyro_isingvit.pruning.onnx_members import MEMBERS, export_members
     from pyro_isingvit.pruning.quantise import CALIBRATION, int8_of, quantise
 
@@ -69,7 +70,7 @@ def deploy(
         files.append(out / MEMBERS)
         result["members_difference"] = export_members(bayes, files[-1], members, metrics["seed"])
     if int8:
-        images = model.normalise(data.train.images[:CALIBRATION])
+        images = model.normalise(data.train.images[spread_rows(len(data.train), CALIBRATION)])
         for path in tqdm(files.copy(), desc="int8", dynamic_ncols=True, leave=False):
             quantise(path, int8_of(path), images)
             files.append(int8_of(path))

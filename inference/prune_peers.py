@@ -24,6 +24,7 @@ from pyro_isingvit.nets.plain import PlainViT
 from pyro_isingvit.predictive.calibration import fit_temperature
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.pruning.cost import latency, macs
+from pyro_isingvit.pruning.merge import spread_rows
 from pyro_isingvit.pruning.network import CompactViT
 from pyro_isingvit.runs.run import Run
 from pyro_isingvit.runs.trainer import Trainer
@@ -32,12 +33,18 @@ STEPS = 50  # pruning ratios that are tried
 MOST = 0.95  # share of a layer that may go
 
 
-def need_peers() -> None:
-    """Checks for the package before any work.
+def check_peers(config: ViTConfig) -> None:
+    """Checks before any work.
 
     Raises:
-        UserError: Torch-Pruning is not installed.
+        UserError: Torch-Pruning is not installed, or the comparison does not support this network.
     """
+    need_peers()
+    need(config.plain, "the comparison with peers is written for mean pooling and a linear head; leave out `peers`.")
+
+
+def need_peers() -> None:
+    """Raises UserError where Torch-Pruning is not installed."""
     try:
         importlib.import_module("torch_pruning")
     except ImportError as error:
@@ -71,7 +78,8 @@ def prune_to(dense: PlainViT, importance: Any, wanted: int, run: Run, data: Imag
 
     shape = run.model.vit.image_shape
     example = torch.zeros(2, *shape)
-    x, y = run.info.normalise(data.train.images[:512]), data.train.labels[:512]
+    rows = spread_rows(len(data.train), 512)
+    x, y = run.info.normalise(data.train.images[rows]), data.train.labels[rows]
 
     def pruned(ratio: float) -> PlainViT:
         network = copy.deepcopy(dense)
@@ -112,7 +120,6 @@ def compare_peers(
     Raises:
         UserError: Torch-Pruning is missing, or the network has a CLS token or a two-layer head.
     """
-    need_peers()
     check_peers(run.config.vit)
     import torch_pruning as tp
 
@@ -135,11 +142,6 @@ def compare_peers(
         row |= {"macs": macs(network, shape), "latency_1": times[1][number], "latency_256": times[256][number]}
         result[name] = row | {"compact_latency_256": times[256][0]}
     return result
-
-
-def check_peers(config: ViTConfig) -> None:
-    """Raises UserError if the comparison does not support this network."""
-    need(config.plain, "the comparison with peers is written for mean pooling and a linear head; leave out `peers`.")
 
 
 @torch.no_grad()

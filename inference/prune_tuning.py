@@ -14,6 +14,7 @@ from pyro_isingvit.pruning.finetune import Distillation, distil, distil_any, fin
 from pyro_isingvit.pruning.network import CompactViT
 from pyro_isingvit.runs.load import open_run
 from pyro_isingvit.runs.run import Run
+from pyro_isingvit.runs.teacher import check_teachers
 
 AFTER_CUTTING = 5  # epochs of peers that were not trained with masks, where ours needs none
 
@@ -54,6 +55,7 @@ def make_tuning(
     settings = run.config.train
     if distil_epochs:
         runs, source = [open_run(folder) for folder in teachers] or [run], run.config.data
+        check_teachers(runs, run.info.classes, run.info.image_shape, run.info.scale, run.balanced)
         root, size = data_root or source.data_root, source.image_size
         more = None
         if unlabelled:
@@ -62,7 +64,7 @@ def make_tuning(
         taught = partial(distil, teachers=runs, train=data.train, unlabelled=more, how=how, progress=True)
         return Tuning(
             lambda model: calibrated(taught(model), data.val, run.balanced),
-            lambda network: distil_any(network, network, runs, data.train, more, how, progress=True),
+            lambda network: distil_any(network, network, run.info, runs, data.train, more, how, progress=True),
         )
     return on_labels(run, data, epochs) if epochs else None
 

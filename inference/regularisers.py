@@ -1,7 +1,8 @@
 """Every regulariser against none: the cells of ``inference.compare --regularisers``, and what is measured in each.
 
 As in inference.search, all images are of the training files: training, validation and 5,000 development images. The
-test part is never looked at. Every finished cell is a line of JSON in records.jsonl: ``trial`` says which, the rest is
+test part is never looked at. Every finished cell is a line of JSON in records.jsonl: ``trial`` says which, ``resolved``
+has all its settings (a cell whose defaults have changed since is measured again), the rest is
 
 accuracy, nll, brier, ece      of the development images, after the temperature that fits the validation part
 nll_uncalibrated               without it
@@ -62,6 +63,12 @@ class Cell:
     def key(self) -> str:
         """What distinguishes the cell, as text."""
         return json.dumps(self.trial, sort_keys=True)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting of the training, those that are defaults today too."""
+        from inference.search_trials import Trial
+
+        return Trial({}, self.config, 0).resolved()
 
     @property
     def name(self) -> str:
@@ -147,12 +154,15 @@ def ablate(
     Raises:
         UserError: records that cannot be read or written, or cells that failed for another reason than their training.
     """
-    from inference.search_trials import key_of, read_records
+    from inference.search_trials import key_of, read_records, same_settings
     from pyro_isingvit.data.load import load_parts
 
     cells, path = make_cells(plain, names, flipped), out / RECORDS
     records = {key_of(record["trial"]): record for record in read_records(path)}
-    todo = [cell for cell in cells if "refused" in records.get(cell.key, {"refused": ""})]
+    todo = [
+        cell for cell in cells
+        if "refused" in (known := records.get(cell.key, {"refused": ""})) or not same_settings(cell.resolved(), known)
+    ]  # fmt: skip
     log.info("%d cells, %d of them done already", len(cells), len(cells) - len(todo))
     if todo:
         load_parts(todo[0].config.data)  # what cannot be read is said here, not by every cell
@@ -193,7 +203,7 @@ def _run_and_record(todo: Sequence[Cell], path: Path, records: dict[str, dict[st
                 bar.write(f"{cell.name}: {reason}: {outcome[reason]}", file=sys.stderr)
             known = records.get(cell.key, {})
             if "refused" not in outcome or outcome["refused"] != known.get("refused"):
-                record = {"trial": cell.trial, "version": __version__, **outcome}
+                record = {"trial": cell.trial, "version": __version__, "resolved": cell.resolved(), **outcome}
                 append_record(path, record)
                 records[cell.key] = record
     return failed

@@ -75,10 +75,13 @@ class Trial:
 
         Settings that were added since leave a trial as it was.
         """
-        if record is None or key_of(record["trial"]) != self.key:
-            return False
-        now, then = self.resolved(), record.get("resolved", {})
-        return all(now[name] == value for name, value in then.items() if name in now)
+        return record is not None and key_of(record["trial"]) == self.key and same_settings(self.resolved(), record)
+
+
+def same_settings(now: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether a record was measured with the settings ``now``; those that it does not know are not compared."""
+    then = record.get("resolved", {})
+    return all(now[name] == value for name, value in then.items() if name in now)
 
 
 def key_of(given: dict[str, Any]) -> str:

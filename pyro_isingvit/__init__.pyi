@@ -31,6 +31,7 @@ from .predictive.selective import Acceptance as Acceptance
 from .predictive.selective import acceptance as acceptance
 from .predictive.selective import risk_coverage as risk_coverage
 from .predictive.validation import Validation as Validation
+from .pruning.choose import calibrated as calibrated
 from .pruning.choose import compact as compact
 from .pruning.export import export_onnx as export_onnx
 from .pruning.finetune import Distillation as Distillation

@@ -61,3 +61,29 @@ def copy_groups(prints: list[bytes]) -> np.ndarray | None:
     """
     numbers = np.unique(np.array(prints), return_inverse=True)[1]
     return numbers if numbers.max() + 1 < len(prints) else None
+
+
+def joined(groups: np.ndarray, others: np.ndarray | None) -> np.ndarray:
+    """Groups of images that either numbering puts together, directly or through further images.
+
+    Args:
+        groups: (N,) group numbers.
+        others: likewise; None: no groups.
+
+    Returns:
+        (N,) group numbers.
+
+    Examples:
+        >>> import numpy as np
+        >>> joined(np.array([0, 0, 1, 2]), np.array([5, 6, 6, 7]))
+        array([0, 0, 0, 1])
+    """
+    if others is None:
+        return groups
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    left, right = (np.unique(numbers, return_inverse=True)[1] for numbers in (groups, others))
+    size = left.max() + 1
+    edges = coo_array((np.ones(len(left)), (left, size + right)), shape=(size + right.max() + 1,) * 2)
+    return np.asarray(np.unique(connected_components(edges, directed=False)[1][left], return_inverse=True)[1])

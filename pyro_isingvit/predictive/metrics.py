@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_isingvit.core.errors import UserError
 
 ECE_BINS = 15
-TINY = 1e-12
+TINY = 1e-12  # probabilities below count as it: one image costs at most 27.6 nats
 
 
 def entropy(probs: Tensor) -> Tensor:
@@ -30,6 +30,7 @@ def calibration_error(probs: Tensor, labels: Tensor, bins: int = ECE_BINS) -> fl
     """
     from torchmetrics.functional.classification import multiclass_calibration_error
 
+    probs = probs.float().clamp(max=1 - torch.finfo(torch.float32).eps / 2)  # 1 itself would have a bin of its own
     return float(multiclass_calibration_error(probs, labels, num_classes=probs.shape[-1], n_bins=bins, norm="l1"))
 
 
@@ -85,10 +86,10 @@ def classification_metrics(probs: Tensor, labels: Tensor) -> dict[str, Any]:
         labels: (B,), class numbers.
 
     Returns:
-        accuracy, precision_macro, recall_macro, f1_macro, fpr_macro (false positive rate), nll (nats per image),
-        brier (sum over classes, 0 to 2), ece (15 bins of equal width), ece_adaptive (15 of equal mass), aurc,
-        auroc_right_wrong (the chance that a right image has a higher top probability than a wrong one; None where all
-        are right or all are wrong). All but the last are floats.
+        accuracy, precision_macro, recall_macro, f1_macro, fpr_macro (false positive rate), nll (nats per image, of
+        probabilities of at least 1e-12), brier (sum over classes, 0 to 2), ece (15 bins of equal width), ece_adaptive
+        (15 of equal mass), aurc, auroc_right_wrong (the chance that a right image has a higher top probability than a
+        wrong one; None where all are right or all are wrong). All but the last are floats.
 
     Raises:
         UserError: no images, counts that differ, or labels outside 0..C-1.

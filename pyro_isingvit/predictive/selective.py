@@ -135,9 +135,15 @@ def _first(images: int, max_error: float, delta: float) -> int:
 
 
 def _needed(errors: np.ndarray, max_error: float, delta: float) -> int | None:
-    """Validation images at which some k would pass with the error rates seen now; None: with none."""
-    counts = np.arange(1, len(errors) + 1)
+    """More validation images, with which some would be accepted at the error rates seen now; None: no number helps.
+
+    Only the first k is looked at: where it fails, the search ends.
+    """
     for factor in FACTORS:
-        if (_p_values(np.ceil(errors * factor), np.ceil(counts * factor), max_error) <= delta).any():
-            return math.ceil(len(errors) * factor)
+        images = math.ceil(len(errors) * factor)
+        first = _first(images, max_error, delta)
+        alike = min(len(errors), max(1, math.ceil(first / factor)))  # the k of now that stands for it
+        passes = first <= images and _p_values(math.ceil(errors[alike - 1] * factor), first, max_error) <= delta
+        if images > len(errors) and passes:
+            return images
     return None

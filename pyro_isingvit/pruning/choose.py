@@ -85,7 +85,8 @@ def choose_masks(
         chosen = highest(*_ranked(guide, retention), keep)
     if not any(bool(mask.any()) for mask in chosen.values()):
         most = max(float(pi.max()) for pi in retention.values())
-        raise UserError(f"nothing is left of the network: the highest retention is {most:.3f}; lower `threshold`.")
+        way = "lower `threshold`" if keep is None else "raise `keep`: one mask covers more weights"
+        raise UserError(f"nothing is left of the network: the highest retention is {most:.3f}; {way}.")
     return chosen
 
 

@@ -31,10 +31,19 @@ class Cost:
     """Milliseconds of an image in a batch of 256, or fewer where the network is large; median of several passes."""
 
 
-def deployed_networks(method: Method) -> list[CompactViT]:
-    """The networks that a prediction without sampling needs, on the CPU; none where the method does not say."""
+def deployed_networks(method: Method, or_whole: bool = True) -> list[CompactViT]:
+    """The networks that a prediction without sampling needs, on the CPU; none where the method does not say.
+
+    Args:
+        method: a trained method.
+        or_whole: where nothing would be left of a network, give one of its size, to be counted: its weights are ones.
+
+    Raises:
+        UserError: nothing would be left, and ``or_whole`` is False.
+    """
+    rebuilt = _rebuilt if or_whole else assemble
     with torch.random.fork_rng(devices=[]):  # a new layer draws its first weights
-        return [_rebuilt(vit, method.info, weights) for vit, weights in method.deployed()]
+        return [rebuilt(vit, method.info, weights) for vit, weights in method.deployed()]
 
 
 def _rebuilt(vit: ViT, info: DataInfo, weights: Weights) -> CompactViT:

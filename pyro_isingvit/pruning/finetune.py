@@ -1,6 +1,6 @@
 """More training for what pruning left: on labels, or towards the predictions of a posterior.
 
-Both leave zeros at zero, and end at temperature-free logits: calibrate again afterwards (``choose.calibrated``).
+Both leave zeros at zero, and the temperature at 1: calibrate again afterwards (``calibrated``).
 
 Shapes: S samples, B batch, C classes.
 """
@@ -18,6 +18,7 @@ from pyro_isingvit.core.errors import need
 from pyro_isingvit.data.augment import Augmentation
 from pyro_isingvit.data.batches import batches, count_steps
 from pyro_isingvit.data.images import Images
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.pruning.network import CompactViT
 from pyro_isingvit.runs.run import Run
@@ -61,9 +62,9 @@ def finetune(
     seed: int = 0,
     balanced: bool = False,
 ) -> CompactViT:
-    """Trains what is left on plain cross entropy, in place; zeros stay zeros. Calibrate again afterwards.
+    """Trains what is left on plain cross entropy, in place; zeros stay zeros.
 
-    AdamW without weight decay, the learning rate falling to 0 by a cosine.
+    AdamW without weight decay, the learning rate falling to 0 by a cosine. The temperature becomes 1: calibrate again.
 
     Args:
         model: the form ``mean``.
@@ -86,6 +87,8 @@ def finetune(
     _need_mean(model)
     forward: Callable[[Tensor], Tensor] = lambda x: model(model.normalise(x)) * model.temperature + shift  # noqa: E731
     finetune_any(model, forward, train, epochs, lr, batch_size, seed)
+    if epochs:
+        model.temperature.fill_(1.0)
     return model
 
 
@@ -117,7 +120,7 @@ def distil(
     how: Distillation | None = None,
     progress: bool = False,
 ) -> CompactViT:
-    """Trains what is left towards the mean prediction of posteriors, in place; zeros stay zeros. Calibrate afterwards.
+    """Trains what is left towards the mean prediction of posteriors, in place; zeros stay zeros.
 
         loss = E_x CE(q(x), p(x)),   q(x) = mean over teachers of E_{W ~ q} softmax(f_W(x) / T)
 
@@ -125,13 +128,13 @@ def distil(
     that a few networks drawn anew in each step give an unbiased gradient at a few forward passes (KL and loss differ by
     the entropy of q, a constant). Labels play no part. On training images themselves a posterior is nearly certain, so
     images are augmented as in the run's training; part of each batch may be mixtures l x + (1 - l) x', on which the
-    teacher is asked as well (the targets are not mixed).
+    teacher is asked as well (the targets are not mixed). The temperature becomes 1: calibrate afterwards.
 
     Args:
         model: the form ``mean``, on the CPU.
         teachers: the run that was cut, or several, such as runs of other seeds.
         train: images whose augmentation the first teacher's settings name.
-        unlabelled: further images; each step takes as many of them as of ``train``.
+        unlabelled: further images of the same shape and type; each step takes as many of them as of ``train``.
         how: epochs, rate, mixtures; None: the defaults.
         progress: show a progress bar.
 
@@ -139,27 +142,33 @@ def distil(
         the model.
 
     Raises:
-        UserError: the form is ``bayes``, no images, a teacher of other classes or image shape, values out of their
-            range, or a loss that is not finite.
+        UserError: the form is ``bayes``, no images, images or a teacher that do not fit, values out of their range, or
+            a loss that is not finite.
 
     Examples:
-        >>> from pyro_isingvit import Distillation, ViTConfig, compact, distil, fit, load_data
+        >>> from pyro_isingvit import Distillation, ViTConfig, calibrated, compact, distil, fit, load_data
         >>> data = load_data("digits", train_size=100)
         >>> run = fit(ViTConfig(patch_size=4, width=16, heads=4, depth=1), data, epochs=3, progress=False)
         >>> small = distil(compact(run, keep=0.5), run, data.train, how=Distillation(epochs=2))
+        >>> float(small.temperature), calibrated(small, data.val) is small
+        (1.0, True)
         >>> small.predict(data.test.images[:2]).shape
         torch.Size([1, 2, 10])
     """
     teachers = [teachers] if isinstance(teachers, Run) else list(teachers)
     _need_mean(model)
-    check_teachers(teachers, model.config.classes, model.config.image_shape, model.config.kind)
-    distil_any(model, lambda x: model(x) * model.temperature, teachers, train, unlabelled, how, progress)
+    config = model.config
+    check_teachers(teachers, config.classes, config.image_shape, config.scale)
+    info = teachers[0].info.with_scale_of(config.scale)
+    distil_any(model, lambda x: model(x) * model.temperature, info, teachers, train, unlabelled, how, progress)
+    model.temperature.fill_(1.0)
     return model
 
 
 def distil_any(
     network: nn.Module,
     forward: Callable[[Tensor], Tensor],
+    info: DataInfo,
     teachers: Sequence[Run],
     train: Split | Images,
     unlabelled: Images | None = None,
@@ -170,7 +179,8 @@ def distil_any(
 
     Args:
         network: whose parameters are trained.
-        forward: images normalised as the first teacher's (B, channels, height, width) -> logits (B, C).
+        forward: images normalised by ``info`` (B, channels, height, width) -> logits (B, C).
+        info: of the images, with the network's scale.
         teachers: see ``distil``, like the other arguments.
         train: images.
         unlabelled: further images.
@@ -186,8 +196,15 @@ def distil_any(
     split = Split(train.images if isinstance(train, Split) else train, labels)
     need(len(split) > 0, "`train` has no images to distil on.")
     need(unlabelled is None or len(unlabelled) > 0, "`unlabelled` has no images.")
+    for what, images in (("train", split.images), ("unlabelled", unlabelled)):
+        if images is not None:
+            shape = tuple(images.shape[1:])
+            need(
+                shape == info.image_shape and images.kind == info.kind,
+                f"the images of `{what}` are {shape} {images.kind}, the network reads {info.image_shape} {info.kind}.",
+            )
     settings = replace(teachers[0].config.train, mix="none", label_smoothing=0.0, balance="none")
-    view = Augmentation(settings, teachers[0].info)
+    view = Augmentation(settings, info)
     steps = how.epochs * count_steps(len(split), how.batch_size)
 
     def losses() -> Iterator[Tensor]:

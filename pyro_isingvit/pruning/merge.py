@@ -77,8 +77,12 @@ def merge_units(model: CompactViT, reference: CompactViT, images: Images, ridge:
 
 def spread_out(images: Images, count: int) -> list[Tensor]:
     """Evenly spaced images, in batches."""
-    rows = torch.linspace(0, len(images) - 1, count).round().long()
-    return [images[part].cpu() for part in rows.split(BATCH)]
+    return [images[part].cpu() for part in spread_rows(len(images), count).split(BATCH)]
+
+
+def spread_rows(size: int, count: int) -> Tensor:
+    """At most ``count`` ascending numbers below ``size``, evenly spaced: training parts may be sorted by class."""
+    return torch.linspace(0, size - 1, min(count, size)).round().long()
 
 
 def _refit(

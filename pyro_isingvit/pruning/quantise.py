@@ -9,7 +9,7 @@ attention, norms and softmax stay float32.
 
 onnxruntime's integer products take a scale for each output channel of a matrix, but one for a whole stack (K, in, out).
 The columns of stacks are therefore divided by their largest absolute values first, and the products multiplied by
-these: a scale for each output channel of each member.
+these: a scale for each output channel of each member. Matrices that the members share have one scale each there.
 """
 
 import logging

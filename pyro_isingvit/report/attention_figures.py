@@ -12,13 +12,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 
+from pyro_isingvit.nets.shape import patch_grid
 from pyro_isingvit.report.figures import show_image
 from pyro_isingvit.report.style import BLUE, NARROW, ORANGE, RED, WIDE, styled
 
 
 @styled
 def attention_margins(
-    margins: np.ndarray, pixels: np.ndarray, names: np.ndarray, patch: int, shown: int = 6, narrow: bool = False
+    margins: np.ndarray,
+    pixels: np.ndarray,
+    names: np.ndarray,
+    patch: int,
+    shown: int = 6,
+    narrow: bool = False,
+    stride: int | None = None,
 ) -> Figure:
     """Distribution of the attention margins in each layer, and the images with the smallest, patch outlined.
 
@@ -29,6 +36,7 @@ def attention_margins(
         patch: side of a patch, in pixels; one token more than patches: a CLS token in front.
         shown: images.
         narrow: lay out for a phone.
+        stride: from one patch to the next, in pixels; None: ``patch``.
     """
     least = margins.min((1, 2))
     chosen = np.argsort(least, kind="stable")[:shown]
@@ -51,7 +59,7 @@ def attention_margins(
         image = chosen[place]
         layer, token = np.unravel_index(margins[image].argmin(), margins[image].shape)
         show_image(ax, pixels[image])
-        where = _outline(ax, int(token), margins.shape[2], pixels.shape[2:], patch)
+        where = _outline(ax, int(token), margins.shape[2], pixels.shape[2:], patch, stride or patch)
         ax.set_title(f"image {names[image]}: {least[image]:.2g}\nlayer {layer}, {where}", fontsize=8.5, pad=3)
     return figure
 
@@ -79,15 +87,15 @@ def _histograms(figure: SubFigure, margins: np.ndarray) -> None:
     axes[-1].set_xlabel("margin |det(I − ΣA)|, least of the heads")
 
 
-def _outline(ax: Axes, token: int, tokens: int, size: tuple[int, ...], patch: int) -> str:
+def _outline(ax: Axes, token: int, tokens: int, size: tuple[int, ...], patch: int, stride: int) -> str:
     """Outlines the token's patch; returns what the token is called."""
     height, width = size
-    grid = math.ceil(height / patch), math.ceil(width / patch)
+    grid, _ = patch_grid(height, width, patch, stride)
     number = token - (tokens - grid[0] * grid[1])
     if number < 0:
         ax.add_patch(Rectangle((-0.5, -0.5), width, height, fill=False, color=RED, linewidth=2, linestyle="--"))
         return "CLS token"
-    top, left = patch * (number // grid[1]), patch * (number % grid[1])
+    top, left = stride * (number // grid[1]), stride * (number % grid[1])
     box = (min(patch, width - left), min(patch, height - top))
     ax.add_patch(Rectangle((left - 0.5, top - 0.5), *box, fill=False, color=RED, linewidth=2, clip_on=False))
     return f"patch {number}"

@@ -27,19 +27,20 @@ FLOOR = 0.5  # stands for no weights on a logarithmic axis
 
 
 @styled
-def retention_by_layer(means: Mapping[str, np.ndarray], narrow: bool = False) -> Figure:
+def retention_by_layer(means: Mapping[str, np.ndarray], narrow: bool = False, first: int = 0) -> Figure:
     """Mean retention of every matrix, as a heat map of layers and kinds, values in per cent.
 
     Args:
         means: kind -> (layers,) mean retention; layers is 1 for a kind outside the blocks.
         narrow: lay out for a phone.
+        first: number of the first block that is shown: those before it have no masks.
     """
     depth = max(len(values) for values in means.values())
     blocks = {kind: values for kind, values in means.items() if kind not in OUTSIDE}
     outside = {kind: values for kind, values in means.items() if kind in OUTSIDE}
     tables: list[tuple[np.ndarray, list[str], list[str], str]] = []
     if blocks:
-        rows = [str(layer) for layer in range(depth)]
+        rows = [str(first + layer) for layer in range(depth)]
         tables.append((np.stack(list(blocks.values()), -1), rows, list(blocks), "layer"))
     if outside:
         column = np.concatenate(list(outside.values()))[:, None]
@@ -59,17 +60,19 @@ OUTSIDE = ("patch", "head_hidden", "head")  # kinds of one matrix, before and af
 
 
 @styled
-def retention_by_head(kept: np.ndarray, narrow: bool = False) -> Figure:
+def retention_by_head(kept: np.ndarray, narrow: bool = False, first: int = 0) -> Figure:
     """Share of each attention head's weights that is kept, as a heat map, values in per cent.
 
     Args:
         kept: (L, H).
         narrow: lay out for a phone.
+        first: number of the first block that is shown: those before it have no masks.
     """
     layers, heads = kept.shape
     figure = Figure((NARROW if narrow else HALF, 1.5 + 0.42 * layers), layout="constrained")
     ax = figure.subplots()
-    image = _heat_map(ax, kept, [str(i) for i in range(layers)], [str(i) for i in range(heads)], float(kept.max()))
+    rows, columns = [str(first + i) for i in range(layers)], [str(i) for i in range(heads)]
+    image = _heat_map(ax, kept, rows, columns, float(kept.max()))
     ax.set(xlabel="head", ylabel="layer")
     _colour_bar(figure, image, [ax])
     return figure
@@ -99,13 +102,16 @@ def _colour_bar(figure: Figure, image: Any, axes: list[Axes]) -> None:
 
 
 @styled
-def mask_posteriors(retention: Mapping[str, np.ndarray], threshold: float = 0.5, narrow: bool = False) -> Figure:
+def mask_posteriors(
+    retention: Mapping[str, np.ndarray], threshold: float = 0.5, narrow: bool = False, first: int = 0
+) -> Figure:
     """Distribution of the weights' retention probabilities, a panel for each matrix.
 
     Args:
         retention: kind -> ([L,] out, in) posterior probability that a weight is kept.
         threshold: weights below it are pruned.
         narrow: lay out for a phone.
+        first: number of the first block that is shown: those before it have no masks.
     """
     blocks = {kind: values for kind, values in retention.items() if values.ndim == 3}
     outside = {kind: values for kind, values in retention.items() if values.ndim == 2}
@@ -114,10 +120,10 @@ def mask_posteriors(retention: Mapping[str, np.ndarray], threshold: float = 0.5,
     panels: list[tuple[int, int, str, np.ndarray]] = []  # row, column, title, values
     for column, (kind, values) in enumerate(outside.items()):
         panels.append((0, column, kind, values))
-    first = 1 if outside else 0
+    below = 1 if outside else 0
     for column, (kind, values) in enumerate(blocks.items()):
-        panels += [(first + layer, column, f"{kind} {layer}", values[layer]) for layer in range(len(values))]
-    rows = first + depth
+        panels += [(below + i, column, f"{kind} {first + i}", values[i]) for i in range(len(values))]
+    rows = below + depth
     edges = np.linspace(0, 1, 41)
     counts = [np.histogram(values, edges)[0] for *_, values in panels]
     highest = max(int(count.max()) for count in counts)

@@ -21,13 +21,14 @@ TALLEST = 8  # rows of units in a strip
 
 
 @styled
-def kept_structure(layers: Sequence[Mapping[str, Sequence[float]]], narrow: bool = False) -> Figure:
+def kept_structure(layers: Sequence[Mapping[str, Sequence[float]]], narrow: bool = False, first: int = 0) -> Figure:
     """The network block by block: heads with the channels left in them, and the units of the MLP that are left.
 
     Args:
         layers: for each block ``value`` and ``score``, shares of the value and of the query-key channels left of each
             head (H,), and ``hidden``, 1 for each unit that is left (F,).
         narrow: lay out for a phone.
+        first: number of the first block that is shown: those before it have no masks.
     """
     heads, units = len(layers[0]["value"]), len(layers[0]["hidden"])
     rows = min(TALLEST, max(2, units // 32))
@@ -36,7 +37,7 @@ def kept_structure(layers: Sequence[Mapping[str, Sequence[float]]], narrow: bool
     figure = Figure((width, height), layout="constrained")
     grid: Any = figure.subplots(len(layers), 2, width_ratios=[1, 1.3 if narrow else 2], squeeze=False)
     size = 7.5 if narrow else 9.5
-    for number, (layer, (left, right)) in enumerate(zip(layers, grid, strict=True)):
+    for number, (layer, (left, right)) in enumerate(zip(layers, grid, strict=True), first):
         value, score = np.asarray(layer["value"]), np.asarray(layer["score"])
         _heads(left, value, score)
         kept = int((value > 0).sum())

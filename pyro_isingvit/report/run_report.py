@@ -16,7 +16,7 @@ from sklearn.metrics import confusion_matrix
 
 from pyro_isingvit.core.checkpoint import write_text
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.core.settings import RunConfig, ViTConfig
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.predictive.metric_table import class_rows, metric_rows
 from pyro_isingvit.predictive.thresholds import Threshold
@@ -162,7 +162,7 @@ def _sections(tree: xr.DataTree, history: list[dict[str, Any]], config: RunConfi
     probs, labels = summary["prob_mean"], summary["y"]
     right = probs.argmax(-1) == labels
     retention, means, kept_heads = _retention(tree), _mean_retention(tree), _kept_heads(tree)
-    pixels = _shown(tree)
+    pixels, first = _shown(tree), _first_block(config)
     step = style.naming_step(len(classes))
     return [
         Section(
@@ -219,14 +219,14 @@ def _sections(tree: xr.DataTree, history: list[dict[str, Any]], config: RunConfi
             "retention", "Retention by layer",
             "Mean posterior probability, in per cent, that a weight of the matrix is kept. Dark matrices "
             "are the ones the data can do without.",
-            partial(mask_figures.retention_by_layer, means) if means else None, half=True,
+            partial(mask_figures.retention_by_layer, means, first=first) if means else None, half=True,
         ),
         Section(
             "heads", "Retention by attention head",
             "Share of the head's weights (query, key and value rows, output columns), in per cent, that "
             "the posterior draws keep on average. Unequal heads specialise; a head near 0 could be "
             "removed.",
-            None if kept_heads is None else partial(mask_figures.retention_by_head, kept_heads), half=True,
+            None if kept_heads is None else partial(mask_figures.retention_by_head, kept_heads, first=first), half=True,
         ),
         *_structure(retention, config),
         Section(
@@ -236,7 +236,7 @@ def _sections(tree: xr.DataTree, history: list[dict[str, Any]], config: RunConfi
             "pruned. Mass at both ends means clear decisions; one lump in the middle means that the "
             "likelihood hardly guides the masks. With unit or head masks, weights under one mask share "
             "their probability.",
-            partial(mask_figures.mask_posteriors, retention, THRESHOLD) if retention else None,
+            partial(mask_figures.mask_posteriors, retention, THRESHOLD, first=first) if retention else None,
         ),
         Section(
             "margins", "Attention margins",
@@ -247,7 +247,7 @@ def _sections(tree: xr.DataTree, history: list[dict[str, Any]], config: RunConfi
             "attention; for images it is a heuristic. "
             + (f"Trained with the log-barrier, λ = {config.train.log_barrier:g}." if config.train.log_barrier
                else "Trained without the log-barrier (setting log_barrier)."),
-            _margins(tree, config.vit.patch_size),
+            _margins(tree, config.vit),
         ),
     ]  # fmt: skip
 
@@ -291,12 +291,18 @@ def _structure(retention: dict[str, np.ndarray], config: RunConfig) -> list[Sect
             "Left, the attention heads: filled where value channels (dark) and query-key channels (light) have a "
             "retention above 0.5. Right, the hidden units of the MLP, each above 0.5 in colour. Blocks whose halves "
             "are both empty are bypassed by the skip connections. Pruning cuts the network down to what is left.",
-            partial(pruning_figures.kept_structure, structure(alive, config.vit.heads)),
+            partial(pruning_figures.kept_structure, structure(alive, config.vit.heads), first=_first_block(config)),
         )
     ]  # fmt: skip
 
 
-def _margins(tree: xr.DataTree, patch: int) -> Callable[..., Figure] | None:
+def _first_block(config: RunConfig) -> int:
+    """Number of the first block that has masks."""
+    blocks = config.ising.bayesian_blocks
+    return 0 if blocks is None else config.vit.depth - blocks
+
+
+def _margins(tree: xr.DataTree, vit: ViTConfig) -> Callable[..., Figure] | None:
     """The figure of the attention margins; None where the run does not keep them."""
     constant = _arrays(tree, "constant_data")
     if "margin_by_layer" not in constant:
@@ -305,7 +311,14 @@ def _margins(tree: xr.DataTree, patch: int) -> Callable[..., Figure] | None:
     shown = _shown(tree)
     assert shown is not None
     pixels = shown[np.searchsorted(constant["image_index"], names)]
-    return partial(attention_figures.attention_margins, constant["margin_by_layer"], pixels, names, patch)
+    return partial(
+        attention_figures.attention_margins,
+        constant["margin_by_layer"],
+        pixels,
+        names,
+        vit.patch_size,
+        stride=vit.stride,
+    )
 
 
 def _kept_heads(tree: xr.DataTree) -> np.ndarray | None:

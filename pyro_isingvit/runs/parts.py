@@ -27,7 +27,7 @@ Sums = dict[str, Any]
 
 def listed_beside(out: Path) -> Path:
     """Where what could not be read is listed."""
-    return out.with_suffix(".unreadable.csv")
+    return out.with_name(f"{out.name}.unreadable.csv")
 
 
 class Parts:

@@ -22,6 +22,7 @@ from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.images import VALUES
 from pyro_isingvit.data.streamed import ImageStream, Part
 from pyro_isingvit.predictive.draws import PredictiveDraws
+from pyro_isingvit.predictive.metrics import TINY
 from pyro_isingvit.predictive.stopping import Stopping
 from pyro_isingvit.predictive.table import Column, summary_columns
 from pyro_isingvit.runs.parts import Parts, Sums, listed_beside
@@ -211,7 +212,7 @@ def _table(
 
 
 def _scores(mean: Tensor, labels: Tensor) -> dict[str, float]:
-    nll = -mean.double().gather(1, labels[:, None]).clamp(min=torch.finfo(torch.float32).tiny).log()
+    nll = -mean.double().gather(1, labels[:, None]).clamp(min=TINY).log()
     return {"right": int((mean.argmax(-1) == labels).sum()), "nll": float(nll.sum()), "labelled": len(labels)}
 
 

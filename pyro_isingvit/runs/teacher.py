@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.pixels import Scale
 from pyro_isingvit.core.processes import own_rows
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.runs.run import Run
@@ -27,7 +28,11 @@ def teacher_name(run: Run) -> str:
 
 
 def check_teachers(
-    teachers: Sequence[Run], classes: tuple[str, ...], image_shape: tuple[int, int, int], kind: str
+    teachers: Sequence[Run],
+    classes: tuple[str, ...],
+    image_shape: tuple[int, int, int],
+    scale: Scale,
+    balanced: bool | None = None,
 ) -> None:
     """Refuses teachers that know other classes or images than the network that they should teach.
 
@@ -35,19 +40,30 @@ def check_teachers(
         teachers: the runs.
         classes: of that network.
         image_shape: of its images, (channels, height, width).
-        kind: of their pixels.
+        scale: of their pixels; mean and standard deviation may be others than the teacher's.
+        balanced: whether the network predicts under equal classes (``Run.balanced``); None: as the first teacher.
 
     Raises:
         UserError: no teacher, or one that does not fit.
     """
     need(teachers, "`teachers` names no run.")
+    balanced = teachers[0].balanced if balanced is None else balanced
     for run in teachers:
-        info, name = run.info, f"the teacher {run.folder or run.config.method}"
+        info, own, name = run.info, run.info.scale, f"the teacher {run.folder or run.config.method}"
         need(info.classes == classes, f"{name} has other classes than the network that it should teach.")
         need(
-            info.image_shape == image_shape and info.kind == kind,
-            f"{name} reads images {info.image_shape} {info.kind}, the network that it should teach {image_shape} "
-            f"{kind}.",
+            info.image_shape == image_shape and own.kind == scale.kind,
+            f"{name} reads images {info.image_shape} {own.kind}, the network that it should teach {image_shape} "
+            f"{scale.kind}.",
+        )
+        need(
+            (own.low, own.high) == (scale.low, scale.high),
+            f"{name} scales pixels otherwise (`intensity`) than the network that it should teach.",
+        )
+        need(
+            run.balanced == balanced,
+            f"{name} predicts under {'equal shares' if run.balanced else 'the shares'} of the classes, the network "
+            "that it should teach, or another teacher, does not: give both a `balance`, or neither.",
         )
 
 
@@ -97,20 +113,11 @@ class Teacher:
         need(asked or not self.runs, "`teacher` is for the regulariser distillation: add it to `regularise`.")
         if not asked:
             return
-        check_teachers(self.runs, self.info.classes, self.info.image_shape, self.info.kind)
+        check_teachers(self.runs, self.info.classes, self.info.image_shape, self.info.scale, run.balanced)
         own = {id(parameter) for parameter in run.method.parameters()}
         for each in self.runs:
-            name, scale = f"the teacher {each.folder or each.config.method}", each.info.scale
+            name = f"the teacher {each.folder or each.config.method}"
             need(own.isdisjoint(map(id, each.method.parameters())), f"{name} is the network that is trained.")
-            need(
-                (scale.low, scale.high) == (self.info.scale.low, self.info.scale.high),
-                f"{name} scales pixels otherwise (`intensity`) than the network that it should teach.",
-            )
-            need(
-                each.balanced == run.balanced,
-                f"{name} predicts under {'equal shares' if each.balanced else 'the shares'} of the classes, the "
-                "network that it should teach does not: give both a `balance`, or neither.",
-            )
             each.to(run.device)
             each.method.eval()
 

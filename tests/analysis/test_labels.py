@@ -242,6 +242,40 @@ def test_images_of_one_group_are_held_out_together(data: ImageData, monkeypatch)
     assert len(held) == len(set(groups)) and {fold for _, fold in held} == {0, 1, 2}
 
 
+def test_copies_join_groups_and_validation_copies_are_left_to_the_network_that_saw_none(
+    data: ImageData, monkeypatch
+) -> None:
+    images = data.train.images[:].clone()
+    images[7] = images[4]  # of two patients
+    groups = tuple(f"patient {i // 3}" for i in range(len(images)))
+    val = data.val.images[:].clone()
+    val[2] = images[4]
+    joined_up = replace(data, train=Split(images, data.train.labels, groups=groups), val=Split(val, data.val.labels))
+    kept: dict[int, crossfit.Arrays] = {}
+    folds: list[np.ndarray] = []
+    real, cut = crossfit.fit_fold, crossfit.fold_numbers
+
+    def watched(number: int, task) -> crossfit.Arrays:
+        kept[number] = real(number, task)
+        return kept[number]
+
+    def numbered(*arguments) -> np.ndarray:
+        folds.append(cut(*arguments))
+        return folds[-1]
+
+    monkeypatch.setattr(crossfit, "fit_fold", watched)
+    monkeypatch.setattr(crossfit, "fold_numbers", numbered)
+    config = replace(CONFIG, method="dropout", train=replace(CONFIG.train, epochs=2))
+    fitted = cross_fit(config, lambda: joined_up, folds=3, samples=3, progress=False)
+    [numbers] = folds
+    assert len(set(numbers[3:9])) == 1  # patients 1 and 2 share an image
+    alone, size = kept[int(numbers[4])], len(images)
+    np.testing.assert_array_equal(fitted.probs[size + 2], alone["val_probs"][2])
+    np.testing.assert_array_equal(fitted.given[:, size + 2], alone["val_given"][:, 2])
+    mean = np.mean([kept[number]["val_probs"][3] for number in range(3)], axis=0)
+    np.testing.assert_allclose(fitted.probs[size + 3], mean, rtol=1e-6)
+
+
 def test_the_table_has_every_image_and_no_formula() -> None:
     found = checked()
     rows = list(csv.reader(io.StringIO(to_csv(found))))

@@ -117,7 +117,7 @@ def test_unreadable_images_are_told_of(run: Path, digits: Path, tmp_path: Path) 
     finally:
         bad.unlink()
     assert len(rows) == 100 and "1 images could not be read; they are listed in" in shown
-    assert (tmp_path / "s.unreadable.csv").read_text().splitlines()[1].startswith("0/bad.png,cannot identify")
+    assert (tmp_path / "s.csv.unreadable.csv").read_text().splitlines()[1].startswith("0/bad.png,cannot identify")
     refused(result, "1 of 1 images cannot be read", "--max-unreadable")
     assert not (tmp_path / "x.csv").exists()
 

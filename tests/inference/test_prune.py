@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import QUICK_FLAGS, here, refused, script
 
+from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.data.load import load_data
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.predictive.metrics import classification_metrics
@@ -100,6 +101,7 @@ def test_what_is_there_stays_unless_asked(run: Path, small: Path) -> None:
     before = (small / "compact.safetensors").read_bytes()
     refused(here("inference.prune", "--run", run, "--out", small), "already holds", "--overwrite")
     refused(here("inference.prune", "--run", run, "--out", run), "own folder")
+    refused(here("inference.prune", "--run", run, "--out", run.parent), "holds the run")
     assert (small / "compact.safetensors").read_bytes() == before
 
 
@@ -113,6 +115,7 @@ def test_what_is_there_stays_unless_asked(run: Path, small: Path) -> None:
         (("--keep", "0.2", "--max-accuracy-drop", "1"), ("contradict",)),
         (("--macs", "0.2", "--keep", "0.2"), ("--keep and --macs contradict",)),
         (("--macs", "0.0001"), ("--macs 0.0001 leaves nothing",)),
+        (("--keep", "0.00001"), ("nothing is left", "raise --keep")),
         (("--max-accuracy-drop", "-1"), ("percentage points",)),
         (("--threshold", "0.99999"), ("nothing is left", "--threshold")),
         (("--finetune", "-1"), ("--finetune",)),
@@ -140,3 +143,39 @@ def test_folders_without_masks(tmp_path: Path) -> None:
     result = script("inference.train", *QUICK_FLAGS, "--method", "deterministic", "--out", plain)
     assert result.returncode == 0, result.stderr
     refused(here("inference.prune", "--run", plain, "--out", tmp_path / "o"), "no masks")
+
+
+def test_a_folder_with_other_things_keeps_them(run: Path, tmp_path: Path) -> None:
+    for name in ("bayes", "report"):
+        (tmp_path / "o" / name).mkdir(parents=True)
+        (tmp_path / "o" / name / "mine.txt").write_text("mine")
+    words = ["--run", run, "--out", tmp_path / "o", "--repeats", 1, "--no-plot"]
+    assert script("inference.prune", *words).returncode == 0
+    assert all((tmp_path / "o" / name / "mine.txt").exists() for name in ("bayes", "report"))
+    assert json.loads((tmp_path / "o" / "metrics.json").read_text())["run_macs"] > 0
+
+
+def test_what_is_measured_stays_when_a_later_step_fails(run: Path, tmp_path: Path, monkeypatch) -> None:
+    from inference import prune
+
+    def fails(*_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(prune, "_export", fails)
+    with pytest.raises(UserError, match="the disk is full"):
+        prune.prune(prune.PruneArguments(run, tmp_path / "o", macs=0.6, repeats=1, plot=False))
+    assert json.loads((tmp_path / "o" / "metrics.json").read_text())["accuracy"] > 0
+    assert (tmp_path / "o" / "frontier.json").exists()
+
+
+def test_the_full_posterior_is_judged_on_the_test_part_whatever_the_run_was_judged_on(
+    run: Path, tmp_path: Path
+) -> None:
+    """A run may have been evaluated on other images, with other draws, before it was kept."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    metrics = json.loads((copy / "metrics.json").read_text())
+    (copy / "metrics.json").write_text(json.dumps(metrics | {"accuracy": 0.123, "nll": 9.0}))
+    words = ["--run", copy, "--out", tmp_path / "o", "--repeats", 1, "--no-plot"]
+    assert script("inference.prune", *words).returncode == 0
+    found = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    assert (found["full_accuracy"], found["full_nll"]) == pytest.approx((metrics["accuracy"], metrics["nll"]), abs=1e-6)

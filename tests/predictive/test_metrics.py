@@ -103,6 +103,14 @@ def test_aurc_is_best_with_errors_last_and_ignores_the_order_of_images() -> None
     assert area_under_risk_coverage(best, np.ones(6)) == 0.0
 
 
+def test_certain_predictions_share_the_last_bin() -> None:
+    """50 of confidence 1 of which 40 are right, 50 of .94 that all are: one bin of 100, |.9 - .97|."""
+    confidence = torch.cat([torch.ones(50), torch.full((50,), 0.94)])
+    probs = torch.stack([confidence, 1 - confidence], 1)
+    labels = (torch.arange(100) < 10).long()
+    assert calibration_error(probs, labels) == pytest.approx(0.07, abs=1e-5)
+
+
 def test_adaptive_ece_by_hand() -> None:
     rng = np.random.default_rng(0)
     confidence, right = rng.random(150) ** 0.2, rng.integers(0, 2, 150)

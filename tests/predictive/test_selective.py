@@ -84,6 +84,19 @@ def test_where_nothing_stands_it_says_how_many_images_would_be_needed() -> None:
     assert acceptance(*two_classes(confidence, np.arange(100) % 2 == 0), 0.01).needed is None
 
 
+def test_more_images_than_there_are_would_be_needed() -> None:
+    """The 51st most confident of 100 is wrong: k = 59 fails, and the search ends, though k = 100 would pass."""
+    confidence = np.linspace(0.99, 0.6, 100)
+    right = np.ones(100, dtype=bool)
+    right[50] = False
+    found = acceptance(*two_classes(confidence, right), 0.05)
+    assert found.accepted == 0 and found.needed is not None and found.needed > 100
+    right = np.tile(right, -(-found.needed // 100))[: found.needed]
+    many = np.linspace(0.99, 0.6, found.needed)
+    right = np.repeat(np.arange(100) != 50, -(-found.needed // 100))[: found.needed]
+    assert acceptance(*two_classes(many, right), 0.05).accepted > 0
+
+
 def test_the_curve_is_that_of_the_area() -> None:
     probs, labels = real_predictions()
     coverage, risk = risk_coverage(probs, labels)

@@ -190,3 +190,41 @@ def test_what_cannot_be(trained: tuple[Run, ImageData]) -> None:
         fake.config = replace(fake.config, **({"image_shape": (1, 8, 4)} if "height" in change else change))
         with pytest.raises(UserError, match=word):
             distil(fake, run, data.train)
+    for change in ({"low": (10.0,), "high": (90.0,)}, {"kind": "uint16"}):
+        fake = dense_network(run, None)
+        fake.config = replace(fake.config, **change)
+        with pytest.raises(UserError, match=r"scales pixels otherwise|reads images"):
+            distil(fake, run, data.train)
+    for images in (torch.zeros(9, 1, 6, 6), torch.zeros(9, 3, 4, 4)):
+        with pytest.raises(UserError, match=r"the images of `unlabelled` are \(.*the network reads \(1, 4, 4\)"):
+            distil(model, run, data.train, as_images(images.byte()))
+    with pytest.raises(UserError, match="float32, the network reads"):
+        distil(model, run, data.train, as_images(torch.zeros(9, 1, 4, 4)))
+
+
+def test_a_student_reads_its_own_scale_and_ends_without_a_temperature(
+    trained: tuple[Run, ImageData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, data = trained
+    model = compact(run, keep=0.5)
+    model.config = replace(model.config, mean=(0.3,), std=(0.7,))
+    model.temperature.fill_(1.7)
+    seen = []
+    real = module.mean_prediction
+
+    def watched(run, x, info, *rest):
+        seen.append((x, info))
+        return real(run, x, info, *rest)
+
+    monkeypatch.setattr(module, "mean_prediction", watched)
+    distil(model, run, data.train, how=Distillation(1, batch_size=len(data.train)))
+    [(x, info)] = seen
+    pixels = data.train.images[:]
+    found = (x * 0.7 + 0.3).sort(0).values
+    if run.config.train.augment == "none":
+        torch.testing.assert_close(found, (pixels / 255).sort(0).values)
+    assert info.scale == model.config.scale and float(model.temperature) == 1.0
+    model.temperature.fill_(1.7)
+    finetune(model, data.train, 0)
+    assert float(model.temperature) == pytest.approx(1.7)  # nothing was trained
+    assert float(finetune(model, data.train, 1).temperature) == 1.0

@@ -16,7 +16,7 @@ from analysis.report import main
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.predictive.metric_table import EXPLANATIONS
 from pyro_isingvit.predictive.metrics import calibration_error
-from pyro_isingvit.report import attention_figures, figures, mask_figures, style
+from pyro_isingvit.report import attention_figures, figures, mask_figures, pruning_figures, style
 from pyro_isingvit.report.run_report import write_report
 
 SECTIONS = (
@@ -192,6 +192,35 @@ def test_mask_figures(depth, granularity):
     assert f"{100 * means['qkv'][0]:.0f}" in texts(mask_figures.retention_by_layer(means))
     kept = rng.random((depth, 16))
     assert f"{100 * kept[0, 0]:.0f}" in texts(mask_figures.retention_by_head(kept, narrow=depth == 1))
+
+
+def test_blocks_without_masks_are_counted():
+    """The last two blocks of four."""
+    rng = np.random.default_rng(0)
+    retention = {kind: rng.random((2, 8, 8)) for kind in ("qkv", "fc1")} | {"head": rng.random((3, 8))}
+    written = texts(mask_figures.mask_posteriors(retention, first=2))
+    assert [any(text.startswith(f"qkv {i}:") for text in written) for i in range(4)] == [False, False, True, True]
+    means = {kind: np.atleast_1d(values.mean((-2, -1))) for kind, values in retention.items()}
+    for figure in (
+        mask_figures.retention_by_layer(means, first=2),
+        mask_figures.retention_by_head(rng.random((2, 4)), first=2),
+    ):
+        labels = [label.get_text() for label in figure.get_axes()[0].get_yticklabels()]
+        assert labels == ["2", "3"]
+    kept = {"value": [1.0], "score": [1.0], "hidden": [1.0, 0.0]}
+    written = texts(pruning_figures.kept_structure([kept, kept], first=2))
+    assert "block 2" in written and "block 3" in written and "block 0" not in written
+
+
+def test_margins_of_overlapping_patches():
+    """8x8 pixels, patches of 4 from two to two pixels: 3x3 of them, the sixth ends the second row."""
+    margins = np.ones((1, 1, 9))
+    margins[0, 0, 5] = 1e-6
+    pixels = np.zeros((1, 1, 8, 8), np.uint8)
+    figure = attention_figures.attention_margins(margins, pixels, np.arange(1), 4, stride=2)
+    assert "image 0: 1e-06\nlayer 0, patch 5" in texts(figure)
+    (box,) = next(ax for ax in figure.get_axes() if ax.get_title().startswith("image 0")).patches
+    assert (box.get_xy(), box.get_width(), box.get_height()) == ((3.5, 1.5), 4, 4)
 
 
 def test_mask_figures_with_blocks_or_outside_alone():

@@ -100,7 +100,7 @@ def test_all_draws_are_those_of_draw_predictive(images: Path, tmp_path: Path, pa
     assert found["draws"] == [7] * COUNT and (done.images, done.new, done.totals["draws"]) == (COUNT, COUNT, 7 * COUNT)
     assert done.totals["confidence"] == pytest.approx(float(draws.mean.amax(-1).sum()), rel=1e-5)
     assert done.classes == torch.bincount(draws.mean.argmax(-1), minlength=3).tolist()
-    assert not (tmp_path / "p.parquet.parts").exists() and not (tmp_path / "p.unreadable.csv").exists()
+    assert not (tmp_path / "p.parquet.parts").exists() and not (tmp_path / "p.parquet.unreadable.csv").exists()
 
 
 def test_csv_and_parquet_say_the_same(images: Path, tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_killed_at_every_write_and_resumed_is_the_uninterrupted_table(images: Pa
         (tmp_path / name).mkdir()
     predict(images, tmp_path / "whole" / f"p{suffix}", AUTO)
     wanted, out, hits = files(tmp_path / "whole"), tmp_path / "killed" / f"p{suffix}", tmp_path / "hits"
-    assert list(wanted) == [f"p{suffix}", "p.unreadable.csv"]
+    assert list(wanted) == [f"p{suffix}", f"p{suffix}.unreadable.csv"]
     lives, log = 0, tmp_path / "log"
     for aim in range(1, 200):  # each life dies at a later write than the one before: some parts are left by each
         code = exit_code(forked(partial(dying, images, out, aim, hits), log))
@@ -300,7 +300,7 @@ def test_unreadable_images_are_skipped_counted_and_listed(images: Path, tmp_path
     (images / "=1+1,'\n.png").write_bytes(b"")
     done = predict(images, tmp_path / "p.csv")
     assert done.images == COUNT - 8 and len(done.unreadable) == 8
-    listed = table(tmp_path / "p.unreadable.csv")
+    listed = table(tmp_path / "p.csv.unreadable.csv")
     assert listed["file"][-1] == "'=1+1,'\\n.png" and listed["file"][0] == "00000.png" and len(listed["file"]) == 8
     assert "identify" in listed["reason"][0]
     kept, before = table(tmp_path / "p.csv"), table(whole)
@@ -313,7 +313,7 @@ def test_unreadable_images_are_skipped_counted_and_listed(images: Path, tmp_path
             Image.new("L", (4, 4)).save(path)
     (images / "=1+1,'\n.png").unlink()
     predict(images, tmp_path / "p.csv", overwrite=True)
-    assert not (tmp_path / "p.unreadable.csv").exists()
+    assert not (tmp_path / "p.csv.unreadable.csv").exists()
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
@@ -323,7 +323,7 @@ def test_too_many_unreadable_images_are_an_error(images: Path, tmp_path: Path, s
         (images / f"{i:05d}.png").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"12 of 23 images cannot be read, such as 00000\.png .*max_unreadable"):
         predict(images, out)
-    assert not out.exists() and len(table(tmp_path / "p.unreadable.csv")["file"]) == 12
+    assert not out.exists() and len(table(tmp_path / f"p{suffix}.unreadable.csv")["file"]) == 12
     done = predict(images, out, max_unreadable=0.6)  # nothing is predicted again
     assert done.new == 0 and len(table(out)["file"]) == 11
     for path in images.iterdir():
