@@ -26,7 +26,7 @@ from pyro_isingvit.data.files import image_names, list_images, read_files
 from pyro_isingvit.data.images import Images, Resize
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.intensity import percentiles
-from pyro_isingvit.data.named import reading_of
+from pyro_isingvit.data.named import path_of, reading_of
 from pyro_isingvit.data.npz import Stored
 from pyro_isingvit.data.sources import DATASETS, FOLDERS, PREFIXES, known
 from pyro_isingvit.data.split import UNLABELLED, ImageData, Split, check_division, divide, hold_out_test
@@ -274,14 +274,15 @@ def load_unlabelled(
     source: DataConfig | None = None,
     test: bool = False,
 ) -> Images:
-    """Images to learn from without labels; those of an official or held-out test part are left out.
+    """Images to learn from without labels; those of an official test part are left out.
 
     Args:
         spec: a data set as for ``load_data`` (its training files), an ``.npz`` file with ``images`` or
             ``train_images``, or a folder of images, nested or not: all of them, but for a folder ``test`` in it.
         data_root: folder of the torchvision data sets.
         image_size: resize the images to this many pixels square.
-        source: how files are read: shape, pages, columns and cache.
+        source: how files are read: shape, pages, columns and cache. Where ``spec`` is the path of its ``dataset``, the
+            images held out of that are left out here too.
         test: read the folder ``test`` of a folder too.
 
     Raises:
@@ -289,6 +290,9 @@ def load_unlabelled(
     """
     path, source = Path(spec).expanduser(), replace(source or DataConfig(), image_size=image_size)
     need(image_size is None or image_size > 0, f"`image_size` must be a positive number of pixels, not {image_size}.")
+    own = is_named(source.dataset) and source.dataset.partition(":")[2]
+    if own and not is_named(spec) and path.resolve() == path_of(source).resolve():
+        spec = source.dataset  # whose held-out test images are no images to learn from
     if is_named(spec):
         train, *_ = load_parts(replace(source, dataset=spec, data_root=str(data_root)))
         return train.images

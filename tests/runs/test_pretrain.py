@@ -13,8 +13,9 @@ from torch.testing import assert_close
 from inference.pretrain import main
 from pyro_isingvit import UserError, fit
 from pyro_isingvit.core.pretraining import PretrainConfig
+from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.data.images import InMemory
-from pyro_isingvit.data.load import load_unlabelled
+from pyro_isingvit.data.load import load_data, load_unlabelled
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.report.pretrain_figure import draw_guesses
 from pyro_isingvit.runs.pretrain import SETTINGS as FILE
@@ -182,6 +183,19 @@ def test_a_folder_test_is_left_out(tmp_path, caplog):
         (tmp_path / "b" / "c" / f"{number}.png").unlink()
     with pytest.raises(UserError, match="no images but those of"):
         load_unlabelled(str(tmp_path))
+
+
+def test_images_held_out_of_a_data_set_are_left_out_of_its_folder(tmp_path):
+    """A folder of two classes without test/: a fifth is held out for testing."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for number in range(10):
+            Image.new("L", (8, 8), 10 * number + "ab".index(name)).save(tmp_path / name / f"{number}.png")
+    source = DataConfig(dataset=f"imagefolder:{tmp_path}")
+    test = {image.numpy().tobytes() for image in load_data(source.dataset).test.images[:]}
+    found = {image.numpy().tobytes() for image in load_unlabelled(str(tmp_path), source=source)[:]}
+    assert len(test) == 4 and len(found) == 16 and not test & found
+    assert len(load_unlabelled(str(tmp_path))) == 20  # of no data set that is known
 
 
 def test_deep_images_and_settings_of_older_versions(tmp_path):
