@@ -86,7 +86,10 @@ def own_test_part(run: Run, data_root: str | None, max_images: int, seed: int) -
     config = run.config.data
     config = replace(config, download=False, data_root=data_root or config.data_root)
     try:
-        split = load_data(**asdict(config), seed=run.config.train.seed).test
+        data = load_data(**asdict(config), seed=run.config.train.seed)
+        told = f"{config.dataset} has other images now than in training, and is divided otherwise."
+        need(run.info.counts in ((), data.info.counts), told)
+        split = data.test
     except UserError as error:
         if run.folder is None or not (run.folder / POSTERIOR).is_file():
             raise
@@ -127,6 +130,7 @@ def fit_images(images: Tensor, info: DataInfo) -> tuple[Tensor, str]:
     """
     done = []
     _, channels, height, width = images.shape
+    need(channels in (1, 3), f"other images must have 1 or 3 channels, not {channels}.")
     if channels > info.channels:
         images = tv.rgb_to_grayscale(images)
         done.append("RGB to grey")

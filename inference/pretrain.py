@@ -53,6 +53,10 @@ class PretrainArguments:
     intensity: str = "full"
     """Which pixel values become 0 and 1: full, none, or "percentile LOW HIGH" of the training pixels. The training that
     starts here takes it over."""
+    groups: str | None = None
+    """As in the training that starts here: of images that belong together, none is held out alone."""
+    columns: str = ""
+    """csv: names of columns other than path, label, split, group and weight, as 'path=file,label=finding'."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def pretrain(arguments: PretrainArguments) -> None:
     settings = PretrainSettings(
         arguments.images, arguments.data_root, arguments.image_size, arguments.vit, arguments.train,
         resize=arguments.resize, pages=arguments.pages, cache=arguments.cache, intensity=arguments.intensity,
+        groups=arguments.groups, columns=arguments.columns,
     )  # fmt: skip
     settings.check()
     training = _made(settings, out)
@@ -102,7 +107,10 @@ def _made(settings, out):  # type: ignore[no-untyped-def]
     from pyro_isingvit.data.load import load_unlabelled
     from pyro_isingvit.runs.pretrain import Pretraining
 
-    how = DataConfig(resize=settings.resize, pages=settings.pages, cache=settings.cache)
+    how = DataConfig(
+        resize=settings.resize, pages=settings.pages, cache=settings.cache, groups=settings.groups,
+        columns=settings.columns,
+    )  # fmt: skip
     images = load_unlabelled(
         settings.source, data_root=settings.data_root, image_size=settings.image_size, source=how, test=settings.test
     )

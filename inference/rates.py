@@ -23,6 +23,7 @@ from pyro_isingvit.methods.registry import with_defaults
 from pyro_isingvit.version import __version__
 
 RESULTS = "rates.json"
+ELSEWHERE = ("dataset", "data_root", "download", "cache", "train_size")  # that do not say how images are read
 HEAD = 16  # channels of an attention head, whatever the width
 DRAWS = 8  # of methods that can be drawn from
 log = logging.getLogger(f"pyro_isingvit.{__name__}")
@@ -97,11 +98,13 @@ def find_rates(arguments: RatesArguments) -> None:
 
 def settings(config: RunConfig) -> dict[str, Any]:
     """What a record says of a training; where its images lie does not matter."""
-    vit, train = config.vit, config.train
+    vit, train, usual = config.vit, config.train, DataConfig()
+    read = {n: v for n, v in asdict(config.data).items() if n not in ELSEWHERE and v != getattr(usual, n)}
     return {
         "data": Path(config.data.dataset).name, "train_size": config.data.train_size, "method": config.method,
         "width": vit.width, "depth": vit.depth, "patch_size": vit.patch_size, "rate": train.lr,
         "rule": train.rate_rule, "epochs": train.epochs, "average": train.average, "seed": train.seed,
+        **({"read": read} if read else {}),
     }  # fmt: skip
 
 

@@ -129,6 +129,9 @@ def make_trial(given: Any, data_root: str, device: Device) -> Trial:
         fits = isinstance(value, KINDS[name]) and not isinstance(value, bool)
         need(fits, f"`{name}` cannot be {value!r:.60}.")
     need("dataset" in given, "`dataset` is missing.")
+    shaped = given.get("vit", {}).keys() - {"head"} if "init" in given else ()
+    told = "`init` brings the shape of its network: leave out `preset` and `vit`, but for its `head`."
+    need(not shaped and not ("init" in given and "preset" in given), told)
     source = DataConfig(given["dataset"], data_root, **{name: given[name] for name in DATA if name in given})
     name = given.get("preset", default_preset(source.dataset))
     need(name in PRESETS, f"unknown `preset` {name!r}; known: {', '.join(PRESETS)}.")

@@ -141,7 +141,7 @@ def noisy(data: ImageData, share: float, seed: int) -> tuple[ImageData, np.ndarr
     for number, name in enumerate(("train", "val")):
         part: Split = getattr(data, name)
         labels, wrong = flip_labels(part.labels, share, data.info.num_classes, 2 * seed + number)
-        parts[name] = Split(part.images, labels, part.names)
+        parts[name] = replace(part, labels=labels)
         moved.append(wrong.numpy())
     return replace(data, **parts), np.concatenate(moved)
 

@@ -95,7 +95,10 @@ def _items(dataset: Any) -> Iterator[Any]:
 
 
 def _picture(image: Any) -> np.ndarray:
-    """A PIL image as (H, W) or (H, W, 3), an alpha channel dropped."""
+    """A PIL image as (H, W) or (H, W, 3), upright and without an alpha channel."""
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
     if image.mode in DEEP:
         return np.asarray(image)
     if image.mode == "P":

@@ -34,7 +34,7 @@ from pyro_isingvit.data.on_disk import SMALL, OnDisk
 from pyro_isingvit.data.parallel import in_parallel
 
 log = logging.getLogger(__name__)
-FORMAT = 1  # raised when files become other images than before
+FORMAT = 2  # raised when files become other images than before
 IMAGES, SUMS, INDEX, PART = "images.bin", "sums.bin", "index.json", ".part"
 STEP = 256  # images between two notes of how far it is
 Rows = Callable[[int], Iterator[np.ndarray]]  # images (C, H, W) from this number on

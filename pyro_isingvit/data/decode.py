@@ -199,16 +199,18 @@ def _look(path: Path, pages: Pages) -> Look:
     from PIL import Image
 
     with Image.open(path, formats=FORMATS) as image:
-        _small(image.height, image.width)
+        height, width = (image.width, image.height) if _orientation(image) > 4 else (image.height, image.width)
+        _small(height, width)
+        _whole_ppm(image)
         if deep := _deep_png(path):
             return Look({0: 1, 4: 1}.get(deep, 3), image.height, image.width, "uint16")
         if image.mode == "P":
-            return Look(3, image.height, image.width, "uint8")
+            return Look(3, height, width, "uint8")
         kind: Kind = "float32" if image.mode == "F" else "uint8"
         if image.mode.startswith("I"):
             kind = "float32" if _signed(image) else "uint16"
         grey = image.mode in {"1", "L", "LA", "F"} or image.mode.startswith("I")
-        return Look(1 if grey else 3, image.height, image.width, kind)
+        return Look(1 if grey else 3, height, width, kind)
 
 
 def _pixels(path: Path, pages: Pages, channels: int) -> np.ndarray:
@@ -217,21 +219,36 @@ def _pixels(path: Path, pages: Pages, channels: int) -> np.ndarray:
         return _plain(np.array(_npy(path)))
     if path.suffix.lower() in TIFF and _odd_tiff(path, pages):
         return _plain(_tiff(path, pages))
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     with Image.open(path, formats=FORMATS) as image:
         _small(image.height, image.width)
+        _whole_ppm(image)
         if _deep_png(path):
             return _png16(path)
-        picture: Image.Image = image
+        picture: Image.Image = ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
         if image.mode == "F" or image.mode.startswith("I"):
-            array = np.asarray(image)[..., None]
+            array = np.asarray(picture)[..., None]
             return _plain(array) if image.mode == "F" or _signed(image) else _unsigned(array)
         if picture.mode == "P":
             picture = picture.convert("RGBA")  # Pillow warns about transparency otherwise
         grey = channels == 1 or picture.mode in {"1", "L", "LA"}
         array = np.asarray(picture.convert("L" if grey else "RGB"))
         return array[..., None] if array.ndim == 2 else array
+
+
+def _orientation(image: "Image.Image") -> int:
+    """How a camera held the picture, 1 to 8, by EXIF in front of the pixels; from 5 on height and width change places.
+
+    Pillow turns a TIFF by itself.
+    """
+    return int(image.getexif().get(274, 1)) if "exif" in image.info and image.format != "TIFF" else 1
+
+
+def _whole_ppm(image: "Image.Image") -> None:
+    args = image.tile[0][3] if image.format == "PPM" and image.tile else ()  # type: ignore[attr-defined]
+    cut = image.mode == "RGB" and isinstance(args, tuple) and any(isinstance(most, int) and most > 255 for most in args)
+    need(not cut, "16-bit colours of a PPM would be cut to 8; write it as PNG or TIFF")
 
 
 def _small(height: int, width: int, channels: int = 1) -> None:
@@ -298,14 +315,20 @@ def _png16(path: Path) -> np.ndarray:
 
 
 def _odd_tiff(path: Path, pages: Pages) -> bool:
-    """Whether a TIFF holds what Pillow cannot give: several channels of more than 8 bits, or pages as channels."""
+    """Whether a TIFF holds what Pillow cannot give.
+
+    Several channels of more than 8 bits, or grey ones besides alpha; signed numbers of 8 bits; pages as channels.
+    """
     from PIL import Image
 
     try:
         with Image.open(path, formats=("TIFF",)) as image:
             tags = getattr(image, "tag_v2", {})
-            deep = max(np.atleast_1d(tags.get(258, 1))) > 8 and tags.get(277, 1) > 1
-            return deep or (pages == "channels" and getattr(image, "n_frames", 1) > 1)
+            bits, samples, grey = max(np.atleast_1d(tags.get(258, 1))), tags.get(277, 1), tags.get(262, 1) < 2
+            deep = bits > 8 and samples > 1
+            more = grey and samples > 1 and 0 in np.atleast_1d(tags.get(338, 1))  # another channel, no alpha
+            signed = bits == 8 and _signed(image)
+            return deep or more or signed or (pages == "channels" and getattr(image, "n_frames", 1) > 1)
     except (Image.UnidentifiedImageError, SyntaxError):
         return True
 

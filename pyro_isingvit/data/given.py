@@ -15,6 +15,7 @@ from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.split import ImageData, Split
 
+MANY = 256  # images that are looked at
 Labelled = Split | tuple[Any, Any] | ImageData
 
 
@@ -31,6 +32,10 @@ def pixels(images: Any, info: DataInfo, what: str = "") -> Images:
         UserError: another shape or type, or values out of their range.
     """
     if isinstance(images, Images):
+        need(
+            images.kind == info.kind,
+            f"`{what}images` are {images.kind}; expected {info.kind}, as in training on {info.dataset}.",
+        )
         return images
     array = images if isinstance(images, Tensor) else np.asarray(images)
     height, width, channels = info.height, info.width, info.channels
@@ -40,7 +45,15 @@ def pixels(images: Any, info: DataInfo, what: str = "") -> Images:
     fits = tuple(array.shape[1:]) in {*layouts, (height, width) if channels == 1 else None}
     need(fits, f"{given}; expected {wanted} or (N, {height}, {width}, {channels}), as in training on {info.dataset}.")
     channels_are = layouts.get(tuple(array.shape[1:]))
-    return as_images(to_pixels(array, channels_are, what, deep=info.kind != "uint8"))  # type: ignore[arg-type]
+    found = as_images(to_pixels(array, channels_are, what, deep=info.kind != "uint8"))  # type: ignore[arg-type]
+    read = info.kind == "uint16" and found.kind == "float32"  # as images of 16 bits are read
+    kind = f"`{what}images` are {found.kind}; expected {info.kind}, as in training on {info.dataset}"
+    need(found.kind == info.kind or read, f"{kind}.")
+    if read and len(found):
+        some = found[:MANY]
+        between = bool(((some > 0) & (some < 1)).any())
+        need(not (between and float(some.max()) <= 1), f"{kind}: whole numbers to 65535, not floats to 1.")
+    return found
 
 
 def labelled(data: Labelled, info: DataInfo, name: str) -> Split:

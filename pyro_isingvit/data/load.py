@@ -26,7 +26,7 @@ from pyro_isingvit.data.files import image_names, list_images, read_files
 from pyro_isingvit.data.images import Images, Resize
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.intensity import percentiles
-from pyro_isingvit.data.named import path_of, reading_of
+from pyro_isingvit.data.named import is_own, path_of, reading_of
 from pyro_isingvit.data.npz import Stored
 from pyro_isingvit.data.sources import DATASETS, FOLDERS, PREFIXES, known
 from pyro_isingvit.data.split import UNLABELLED, ImageData, Split, check_division, divide, hold_out_test
@@ -167,14 +167,19 @@ def load_inputs(
         UserError: nothing readable there, or images of another shape than the run's.
     """
     path, source = Path(spec).expanduser(), source or DataConfig()
-    if spec.startswith("csv:") and spec != source.dataset:  # not the table that the run learned from
+    if spec.startswith("csv:") and not is_own(spec, source):  # not the table that the run learned from
         paths, lines, numbers = table_inputs(replace(source, dataset=spec), info.classes)
         split = replace(load_image_files(paths, info, source), names=tuple(lines), labels=numbers)
     elif is_named(spec):
         square = spec.startswith(("imagefolder:", "csv:")) and info.height == info.width
         size = info.height if square else source.image_size
         asked = replace(source, dataset=spec, data_root=str(data_root), image_size=size, download=False)
-        *_, split, classes = load_parts(asked)
+        train, _, split, classes = load_parts(asked)
+        if is_own(spec, source) and source.train_size is None and has_grown(len(train), info, source.val_fraction):
+            log.warning(
+                "%s has other images than when the run was trained: what is now its test part may hold images that it "
+                "was trained on", spec,
+            )  # fmt: skip
         if classes != info.classes:
             log.warning("%s has other classes than %s: its labels are not used", spec, info.dataset)
             split = replace(split, labels=torch.full_like(split.labels, UNLABELLED))
@@ -192,6 +197,8 @@ def load_inputs(
         last, classes = int(split.labels.max()), info.classes
         need(last < len(classes), f"{path} has label {last}, but the run has {len(classes)} classes.")
         split = split.resized(source.image_size, source.resize)
+    kind = split.images.kind
+    need(kind == info.kind, f"{spec} does not fit this run: its images are {kind}, those of the training {info.kind}.")
     try:
         info.normalise(split.images[:1])
     except UserError as error:
@@ -202,6 +209,19 @@ def load_inputs(
 def is_named(spec: str) -> bool:
     """Whether a text names a data set, not a path."""
     return spec in DATASETS or spec.partition(":")[0] in PREFIXES
+
+
+def has_grown(images: int, info: DataInfo, val_fraction: float) -> bool:
+    """Whether a data set's training files are not as many as the training and validation part of a run.
+
+    Args:
+        images: in the training files; without an official validation part.
+        info: of the run.
+        val_fraction: of the run; where the validation part is an official one, images are fewer than is told.
+    """
+    known = sum(info.counts)
+    parts = known, known + round(val_fraction * images)  # with an official validation part, and without
+    return bool(known) and min(abs(images - part) for part in parts) > info.num_classes
 
 
 def folder_labels(names: Sequence[str], classes: Sequence[str]) -> torch.Tensor | None:
@@ -290,8 +310,8 @@ def load_unlabelled(
     """
     path, source = Path(spec).expanduser(), replace(source or DataConfig(), image_size=image_size)
     need(image_size is None or image_size > 0, f"`image_size` must be a positive number of pixels, not {image_size}.")
-    own = is_named(source.dataset) and source.dataset.partition(":")[2]
-    if own and not is_named(spec) and path.resolve() == path_of(source).resolve():
+    folder = source.dataset.partition(":")[2] and is_named(source.dataset)
+    if folder and not is_named(spec) and path.resolve() == path_of(source).resolve():
         spec = source.dataset  # whose held-out test images are no images to learn from
     if is_named(spec):
         train, *_ = load_parts(replace(source, dataset=spec, data_root=str(data_root)))

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pyro_isingvit.core.errors import UserError, need, why
@@ -16,6 +17,15 @@ Parts = tuple[Split, Split | None, Split | None, tuple[str, ...]]  # official tr
 def path_of(source: DataConfig) -> Path:
     """The path after the colon of ``name:PATH``."""
     return Path(source.dataset.partition(":")[2]).expanduser()
+
+
+def is_own(spec: str, source: DataConfig) -> bool:
+    """Whether ``name:PATH`` is the data set of the settings, however its path is spelled."""
+    kinds = spec.partition(":")[0], source.dataset.partition(":")[0]
+    same = kinds[0] == kinds[1] and ":" in spec
+    return spec == source.dataset or (
+        same and path_of(replace(source, dataset=spec)).resolve() == path_of(source).resolve()
+    )
 
 
 def reading_of(source: DataConfig) -> Reading:

@@ -94,15 +94,16 @@ class Stored:
         return InMemory(from_numpy(array))
 
     def _header(self, key: str) -> tuple[tuple[int, ...], np.dtype, bool]:
-        """Shape and type of an array, and whether it is compressed."""
+        """Shape and type of an array, and whether it is compressed row by row."""
         try:
             if self.folder:
                 with (self.path / f"{key}.npy").open("rb") as file:
                     shape, _, dtype = array_header(file)
                 return shape, dtype, False
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{key}.npy") as member:
-                shape, _, dtype = array_header(member)  # type: ignore[arg-type]
-                return shape, dtype, archive.getinfo(f"{key}.npy").compress_type != zipfile.ZIP_STORED
+                shape, fortran, dtype = array_header(member)  # type: ignore[arg-type]
+                stored = archive.getinfo(f"{key}.npy").compress_type == zipfile.ZIP_STORED
+                return shape, dtype, not (stored or fortran)
         except Exception as error:
             raise self._unreadable(error) from error
 

@@ -4,6 +4,7 @@ A new data set is one function ``DataConfig -> Parts`` and one line in ``DATASET
 Shapes: N images, C channels, H height, W width; images are (N, C, H, W).
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
+from pyro_isingvit.data.decode import SUFFIXES
 from pyro_isingvit.data.files import list_images, read_files, subfolders
 from pyro_isingvit.data.named import Parts, groups_of, path_of, reading_of
 from pyro_isingvit.data.npz import npy, npz
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.data.table import csv_table
 
+log = logging.getLogger(__name__)
 Loader = Callable[[DataConfig], Parts]
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # what parts are called
 
@@ -74,6 +77,15 @@ def imagefolder(source: DataConfig) -> Parts:
     listed: dict[str, dict[str, list[Path]]] = {}  # part -> class -> files
     for part, name in names.items():
         folders = subfolders(root / name)
+        there = [path for path in sorted((root / name).iterdir()) if not path.name.startswith(".")]
+        links = [path.name for path in there if path.is_symlink() and path.is_dir()]
+        loose = sum(path.suffix.lower() in SUFFIXES for path in there)
+        if links or loose:
+            told = f" ({', '.join(map(printable, links[:3]))})" if links else ""
+            log.warning(
+                "%s: skipped %d links to folders%s and %d images outside of the class folders", root / name, len(links),
+                told, loose,
+            )  # fmt: skip
         need(folders, f"{root / name} has no class folders; put the images of each class into their own.")
         listed[part] = {folder.name: list_images(folder, within=root) for folder in folders}
         odd = sorted(set(listed[part]) ^ set(listed["train"]))

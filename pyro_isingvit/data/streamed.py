@@ -23,6 +23,7 @@ from pyro_isingvit.data.decode import Look, Reading, read
 from pyro_isingvit.data.files import image_names
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.load import folder_labels, is_named, load_inputs
+from pyro_isingvit.data.named import is_own
 from pyro_isingvit.data.parallel import in_parallel
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.data.table import table_inputs
@@ -202,7 +203,7 @@ def open_stream(
         UserError: as ``load_inputs``; unreadable images of a folder or table are found later.
     """
     source, folder = source or DataConfig(), Path(spec).expanduser()
-    if source.cache is None and spec.startswith("csv:") and spec != source.dataset:
+    if source.cache is None and spec.startswith("csv:") and not is_own(spec, source):
         paths, lines, numbers = table_inputs(replace(source, dataset=spec), info.classes)
         labels = numbers if int(numbers.min()) >= 0 else None
         return FileStream(Path(), [str(path) for path in paths], info, source, labels, lines)

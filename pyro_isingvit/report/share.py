@@ -65,6 +65,9 @@ def share_run(
     held = (folder / CHECKPOINT).exists() or (holds_run(folder) and not is_shared(folder))
     need(not held, f"{folder} holds a run that can be resumed; share it into another folder.")
     need(overwrite or not is_shared(folder), f"{folder} holds a shared run; name another folder or pass `overwrite`.")
+    theirs = [path.name for pattern in FILES if pattern != README for path in folder.glob(pattern)]
+    told = f"{folder} holds {', '.join(theirs[:3])}, which would be replaced; name another folder."
+    need(is_shared(folder) or not theirs, told)
     info, known = run.info, dict(metrics or {})
     ood, pictures = _ood(run)
     with staged(folder, FILES) as place:

@@ -59,6 +59,8 @@ class PretrainSettings:
     intensity: str = "full"
     test: bool = False
     """Whether a folder's own folder ``test`` is among the images."""
+    groups: str | None = None
+    columns: str = ""
 
     def check(self) -> None:
         """Raises UserError where a setting is of another kind or out of its range."""

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ import torch
 from helpers import here, refused
 from PIL import Image
 
+from analysis import shift
 from analysis.ood import main
 from analysis.shift import choose, fit_images, load_runs, own_test_part
 from analysis.strange import file_names, strange_images
 from inference.train import main as train
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.data.load import load_data
 from pyro_isingvit.predictive.detection import SCORES
 
 GREY = DataInfo("grey", ("a", "b"), 1, 8, 8, (0.5,), (0.25,))
@@ -144,6 +147,24 @@ def test_without_the_data_the_stored_images_serve(run: Path, tmp_path: Path) -> 
     (moved / "posterior.nc").unlink()
     with pytest.raises(UserError, match=r"gone\.npz"):
         own_test_part(load_runs([moved], "cpu")["moved"], None, 1000, 0)
+
+
+def test_a_data_set_that_has_grown_is_not_divided_again(run: Path, monkeypatch) -> None:
+    """Its test part would be another one: the images that the run keeps serve."""
+    loaded, asked = load_runs([run], "cpu")["first"], []
+    stored = shift._stored
+    monkeypatch.setattr(shift, "_stored", lambda path: asked.append(path) or stored(path))
+    own_test_part(loaded, None, 1000, 0)
+    assert not asked
+    loaded.method.info = replace(loaded.info, counts=tuple(count + 1 for count in loaded.info.counts))
+    own_test_part(loaded, None, 1000, 0)
+    assert asked == [run / "posterior.nc"]
+
+
+def test_images_of_many_channels_are_refused() -> None:
+    for channels in (2, 4):
+        with pytest.raises(UserError, match="1 or 3 channels"):
+            fit_images(torch.zeros(2, channels, 8, 8, dtype=torch.uint8), load_data("digits").info)
 
 
 def test_images_are_fitted() -> None:

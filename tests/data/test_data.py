@@ -539,6 +539,10 @@ def test_links_out_of_the_folder(folders, tmp_path, caplog):
     loaded = load_data(f"imagefolder:{folders}", val_fraction=0)
     assert loaded.info.classes == ("cat", "dog") and len(loaded.train) == 21
     assert "skipped 0 files that are no images and 2 links" in caplog.text
+    assert "skipped 1 links to folders (linked) and 0 images outside of the class folders" in caplog.text
+    write_images(folders / "train", 2, size=(8, 8))
+    load_data(f"imagefolder:{folders}", val_fraction=0)
+    assert "and 2 images outside of the class folders" in caplog.text
 
 
 def test_many_images_show_progress(folders, capsys):

@@ -58,6 +58,12 @@ CASES = {
     "five planes": (
         "a.tif", tiff(np.moveaxis(FIVE, 2, 0), photometric="minisblack", planarconfig="separate"), "first", FIVE,
     ),
+    "two channels of 8 bits": (
+        "a.tif", tiff((FIVE[..., :2] >> 8).astype(np.uint8), photometric="minisblack", planarconfig="contig",
+                      extrasamples=["unspecified"]), "first", (FIVE[..., :2] >> 8).astype(np.uint8),
+    ),
+    "signed 8-bit TIFF": ("a.tif", tiff((SIGNED // 30).astype(np.int8)), "first",
+                          (SIGNED // 30).astype(np.int8)[..., None].astype(np.float32)),
     "first page": ("a.tif", tiff(PAGES, photometric="minisblack"), "first", PAGES[0][..., None]),
     "pages": ("a.tif", tiff(PAGES, photometric="minisblack"), "channels", np.moveaxis(PAGES, 0, 2)),
     "grey NPY": ("a.npy", lambda p: np.save(p, DEEP), "first", DEEP[..., None]),
@@ -77,6 +83,35 @@ def test_every_bit_is_kept(name, tmp_path):
     got = read(tmp_path / file, reading, seen)
     assert got.dtype == wanted.dtype
     np.testing.assert_array_equal(got, wanted.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_photographs_stand_upright(orientation, suffix, tmp_path):
+    """Each of the eight ways to hold a camera; the upper left corner is white afterwards, or where EXIF puts it."""
+    upright = np.zeros((16, 24, 3), np.uint8)
+    upright[:8, :8], upright[8:, 16:] = 255, (200, 0, 0)
+    undo = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_270}  # fmt: skip
+    held = Image.fromarray(upright)
+    held = held.transpose(undo[orientation]) if orientation > 1 else held
+    exif = Image.Exif()
+    exif[274] = orientation
+    more = {"quality": 95} if suffix == ".jpg" else {"lossless": True} if suffix == ".webp" else {}
+    held.save(tmp_path / f"a{suffix}", exif=exif, **more)
+    seen = look(tmp_path / f"a{suffix}", Reading())
+    assert seen == Look(3, 16, 24, "uint8")
+    got = read(tmp_path / f"a{suffix}", Reading(), seen).transpose(1, 2, 0).astype(int)
+    assert got.shape == upright.shape and np.abs(got - upright).mean() < 6
+
+
+def test_sixteen_bit_colours_of_a_ppm_are_refused(tmp_path):
+    (tmp_path / "a.ppm").write_bytes(b"P6\n2 2\n65535\n" + bytes(24))
+    with pytest.raises(UserError, match="would be cut to 8"):
+        read_files([tmp_path / "a.ppm"], Reading())
+    (tmp_path / "b.ppm").write_bytes(b"P6\n2 2\n255\n" + bytes(12))
+    assert read_files([tmp_path / "b.ppm"], Reading())[0].shape == (1, 3, 2, 2)
 
 
 def test_eight_bits_beside_sixteen_and_grey_beside_colour(tmp_path):

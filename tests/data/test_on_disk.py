@@ -13,6 +13,7 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import ViTConfig
 from pyro_isingvit.data import npz as arrays
 from pyro_isingvit.data.batches import ahead, batches
+from pyro_isingvit.data.images import as_images
 from pyro_isingvit.data.load import load_data, load_inputs
 from pyro_isingvit.data.on_disk import OnDisk, open_npy
 from pyro_isingvit.data.split import Split
@@ -71,6 +72,33 @@ def test_training_and_prediction_from_disk(tmp_path, monkeypatch):
     other = fit(vit, here, epochs=2, progress=False)
     assert all(torch.equal(value, other.state()["model"][name]) for name, value in run.state()["model"].items())
     assert torch.equal(run.predict(inputs.images, 3).probs, other.predict(here.test.images, 3).probs)
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_compressed_arrays_in_any_order_are_the_same_with_a_cache(tmp_path):
+    array = pixels(20, 6, 5)
+    for name, images in (("c", array), ("f", np.asfortranarray(array))):
+        np.savez_compressed(tmp_path / f"{name}.npz", train_images=images, train_labels=np.arange(20) % 2)
+        there = arrays.Stored(tmp_path / f"{name}.npz", str(tmp_path / "cache")).part("train_images", "train_labels")
+        assert torch.equal(there.images[:], as_read(array))
+
+
+@pytest.mark.parametrize(("trained", "other"), [("uint16", "float32"), ("float32", "uint16")])
+def test_pixels_of_another_type_are_refused(trained, other, tmp_path):
+    """Both are read as floats; what stands for what differs."""
+    array = {"uint16": pixels(30, 6, 6).astype(np.uint16) * 257, "float32": (pixels(30, 6, 6) / 255).astype(np.float32)}
+    spec = write_npz(tmp_path / "a.npz", **{f"{part}_images": array[trained] for part in ("train", "val", "test")},
+                     val_labels=np.arange(30) % 3, test_labels=np.arange(30) % 3)  # fmt: skip
+    data = load_data(spec)
+    run = fit(ViTConfig(patch_size=3, width=8, heads=2, depth=1), data, epochs=1, progress=False)
+    assert torch.equal(run.predict(data.test.images, 2).probs, run.predict(array[trained], 2).probs)
+    assert torch.equal(run.predict(data.test.images[:3], 2).probs, run.predict(array[trained][:3], 2).probs)
+    np.savez(tmp_path / "b.npz", images=array[other])
+    with pytest.raises(UserError, match=f"its images are {other}, those of the training {trained}"):
+        load_inputs(str(tmp_path / "b.npz"), run.info)
+    for given in (array[other], as_images(array[other][:, None])):
+        with pytest.raises(UserError, match=f"are {other}; expected {trained}"):
+            run.predict(given, 2)
 
 
 def test_what_cannot_stay_there_is_read(tmp_path):

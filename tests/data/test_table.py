@@ -67,6 +67,8 @@ def test_predicting_a_table(folder):
     assert np.array_equal(inputs.images[4][0].numpy(), pixels(6, 5, seed=4))
     own, _ = data.source
     assert len(load_inputs(lines(folder), data.info, source=own)) == 5  # what the run learned from is left out
+    again = f"csv:{folder}/../{folder.name}/table.csv"
+    assert len(load_inputs(again, data.info, source=own)) == 5 and again != own.dataset
     split = lines(folder, lambda i: "test" if i > 20 else "train", header="path,label,split")
     assert load_inputs(split, data.info).names == tuple(f"scans/p7_{i}.png" for i in (21, 22, 23))
     spec = lines(folder, header="picture,finding")

@@ -1,6 +1,7 @@
 """The search for learning rates: its networks, its records, and that it resumes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from helpers import here, refused
 
 from analysis.rates import best_of, curves, table
 from analysis.rates import main as draw
-from inference.rates import RatesArguments, best_rate, main, make_cells
+from inference.rates import RatesArguments, best_rate, main, make_cells, settings
+from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.methods.registry import METHODS
 
 SHORT = ["--dataset", "digits", "--train-size", "60", "--patch-size", "4", "--epochs", "2", "--widths", "16", "32",
@@ -46,6 +48,15 @@ def test_every_network_has_a_record_for_each_rate(out: Path) -> None:
     assert sorted(told) == [(w, d, lr) for w, d in ((16, 1), (16, 2), (32, 1)) for lr in (1e-3, 4e-3)]
     for record in records(out):
         assert 0 <= record["accuracy"] <= 1 and record["nll"] > 0 and record["seconds"] > 0
+
+
+def test_how_images_are_read_is_part_of_a_record() -> None:
+    one = RatesArguments(Path("x"), (1e-3,), methods=("ising",), widths=(64,), depths=(2,))
+    changes = ({"image_size": 32}, {"val_fraction": 0.3}, {"intensity": "percentile 1 99"}, {"groups": "p"})
+    told = [settings(next(iter(make_cells(replace(one, data=DataConfig(**change)))))) for change in ({}, *changes)]
+    assert "read" not in told[0] and all(a != b for i, a in enumerate(told) for b in told[:i])
+    elsewhere = DataConfig(data_root="there", cache="here", download=True)
+    assert settings(next(iter(make_cells(replace(one, data=elsewhere))))) == told[0]
 
 
 def test_it_resumes_and_adds(out: Path) -> None:

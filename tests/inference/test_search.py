@@ -188,6 +188,8 @@ def test_too_few_images_for_development(tmp_path: Path) -> None:
         ({"seed": True}, ["seed"]),
         ({"preset": "nope"}, ["nope", "paper-28"]),
         ({"dev_size": 0}, ["dev_size", "at least 1"]),
+        ({"init": "runs/a", "vit": {"depth": 7}}, ["init", "vit"]),
+        ({"init": "runs/a", "preset": "small"}, ["init", "preset"]),
     ],
 )
 def test_bad_trials_are_refused_by_name_before_anything_trains(change: dict, words: list[str], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pyro_isingvit import UserError, fit
 from pyro_isingvit.core.pretraining import PretrainConfig
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.data.images import InMemory
-from pyro_isingvit.data.load import load_data, load_unlabelled
+from pyro_isingvit.data.load import load_data, load_inputs, load_unlabelled
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.report.pretrain_figure import draw_guesses
 from pyro_isingvit.runs.pretrain import SETTINGS as FILE
@@ -196,6 +196,25 @@ def test_images_held_out_of_a_data_set_are_left_out_of_its_folder(tmp_path):
     found = {image.numpy().tobytes() for image in load_unlabelled(str(tmp_path), source=source)[:]}
     assert len(test) == 4 and len(found) == 16 and not test & found
     assert len(load_unlabelled(str(tmp_path))) == 20  # of no data set that is known
+    grouped = replace(source, groups=r"(\d)\.")
+    test = {image.numpy().tobytes() for image in load_data(source.dataset, groups=r"(\d)\.").test.images[:]}
+    found = {image.numpy().tobytes() for image in load_unlabelled(source.dataset, source=grouped)[:]}
+    assert test and not test & found
+
+
+def test_a_folder_that_has_grown_is_told_of(tmp_path, caplog):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for number in range(40):
+            Image.new("L", (8, 8), 5 * number + "ab".index(name)).save(tmp_path / name / f"{number}.png")
+    source = DataConfig(dataset=f"imagefolder:{tmp_path}")
+    info = load_data(source.dataset).info
+    load_inputs(source.dataset, info, source=source)
+    assert "other images than when" not in caplog.text
+    for number in range(40, 46):
+        Image.new("L", (8, 8), 5 * number).save(tmp_path / "a" / f"{number}.png")
+    load_inputs(source.dataset, info, source=source)
+    assert "other images than when the run was trained" in caplog.text
 
 
 def test_deep_images_and_settings_of_older_versions(tmp_path):

@@ -56,6 +56,17 @@ def test_every_method_predicts_the_same_bit_for_bit(method: str, data: ImageData
     )  # every script opens it
 
 
+def test_a_folder_with_files_of_those_names_is_refused(run: TrainedRun, tmp_path: Path) -> None:
+    (tmp_path / "paper" / "figures").mkdir(parents=True)
+    mine = [tmp_path / "paper" / name for name in ("figures/mine.png", "metrics.json")]
+    for path in mine:
+        path.write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"paper holds .*which would be replaced"):
+            run.save_pretrained(tmp_path / "paper", overwrite=overwrite)
+    assert all(path.read_text() == "mine" for path in mine) and len(list((tmp_path / "paper").iterdir())) == 2
+
+
 def test_phase_noise_and_temperature_come_along(run: TrainedRun, tmp_path: Path) -> None:
     again = TrainedRun.from_pretrained(run.save_pretrained(tmp_path / "shared"))
     assert float(again.temperature) == float(run.temperature) != 1
