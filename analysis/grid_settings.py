@@ -48,7 +48,7 @@ def between(cells: Cells, others: Cells, names: tuple[str, str]) -> list[str]:
     both = grids[0].keys() & grids[1].keys()
     alike = []
     for name, grid in zip(names, grids, strict=True):
-        for key in both:
+        for key in sorted(both):
             config = json.loads(grid[key]["config"]) | {"init": None}
             alike.append({**grid[key], "method": f"{grid[key]['method']}, {name}", "config": json.dumps(config)})
     found: dict[str, list[str]] = defaultdict(list)
