@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.random_state import undisturbed
 from pyro_isingvit.data.split import ImageData, Split
 from pyro_isingvit.predictive.metrics import classification_metrics
 
@@ -105,8 +106,7 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     need(name in CORRUPTIONS, f"unknown corruption {name!r}; known: {', '.join(CORRUPTIONS)}.")
     corruption = CORRUPTIONS[name]
     need(1 <= severity <= len(corruption.values), f"severity must be 1 to {len(corruption.values)}, got {severity}.")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with undisturbed(seed):
         return corruption.spoil(images, corruption.values[severity - 1])
 
 

@@ -18,6 +18,10 @@ from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.settings import ViTConfig
 from pyro_isingvit.data.split import ImageData, Split, check_division, divide
 from pyro_isingvit.experiment import fit
+from pyro_isingvit.ising.noise import USUAL_KEEP
+from pyro_isingvit.methods.base import method_class
+from pyro_isingvit.methods.ising import IsingMethod
+from pyro_isingvit.methods.registry import row
 from pyro_isingvit.predictive.draws import PredictiveDraws
 
 FEW = 5  # images of a class, below which none is spared for validation
@@ -125,6 +129,8 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         chosen = {"seed": seed, "samples": self.samples, **(self.settings or {})}
         if self.epochs is not None:
             chosen["epochs"] = self.epochs
+        if len(data.val) < 2 and asks_for_noise(self.method, chosen):
+            chosen["max_keep"] = USUAL_KEEP  # there are no images to choose it by
         with torch.random.fork_rng():
             self.run_ = fit(self._network(), data, method=self.method, progress=self.progress, **chosen)
         return self
@@ -240,6 +246,13 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         pool, names = Split(images, numbers), tuple(str(name) for name in self.classes_)
         none = pool.take(np.arange(0))
         return divide(pool, None, none, names, name="arrays", train_size=None, val_fraction=fraction, seed=seed)
+
+
+def asks_for_noise(method: str, chosen: dict[str, Any]) -> bool:
+    """Whether a training would choose the level of its masks' noise, though nobody asked for it."""
+    masks = issubclass(method_class(row(method).members_of or method), IsingMethod)
+    searched = row(method).ising.max_keep == "auto" and row(method).train.pilot_fraction < 1
+    return masks and searched and not {"max_keep", "ising"} & chosen.keys()
 
 
 def _axes(X: Any) -> int:

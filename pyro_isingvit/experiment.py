@@ -10,6 +10,7 @@ from typing import Any
 
 from pyro_isingvit.core.checkpoint import remove_leftovers
 from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.presets import preset
 from pyro_isingvit.core.processes import is_first, launched, on_first
 from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig, RunConfig, ViTConfig
@@ -186,7 +187,8 @@ def fit(
     given = model if isinstance(model, IsingViT) else None
     clash = "`model` is an IsingViT with mask settings of its own"
     need(given is None or ising is None, f"{clash}; leave out `ising`.")
-    teachers = [teacher] if isinstance(teacher, Run) else list(teacher)
+    teachers = [teacher] if isinstance(teacher, Run) else list(teacher or ())
+    need(all(isinstance(each, Run) for each in teachers), "`teacher` takes a trained run, or several.")
     parts: dict[str, Any] = {
         "train": train or usual.train,
         "ising": given.ising if given else ising or usual.ising,
@@ -197,6 +199,7 @@ def fit(
         fixed = given is not None and name == "ising" and own
         need(not fixed, f"{clash}; set {_named(own)} there.")
         parts[name] = replace(part, **own)
+        check_fields(parts[name])
     if given is not None:
         asked, frozen = parts["train"].frozen_blocks, given.vit.frozen
         need(
@@ -211,11 +214,18 @@ def fit(
         data=_source(data, parts["train"]), vit=_shape(model), **parts, version=__version__, method=method,
         preset=model if isinstance(model, str) else "custom", teacher=tuple(map(teacher_name, teachers)),
     )  # fmt: skip
+    check_fields(config)
+    if given is not None:
+        made, there = given.info, data.info
+        fits = (made.classes, made.image_shape, made.kind) == (there.classes, there.image_shape, there.kind)
+        told = f"images {made.image_shape} {made.kind} of {made.num_classes} classes"
+        need(fits, f"`model` was made for {told}; `data` has others: make the model for these data.")
     start = None
     if isinstance(model, Start):
         config, data, start = begun(config, data, model)
     elif given is not None and given.vit.centred:  # IsingViT.from_pretrained
-        config, data = replace(config, init="IsingViT.from_pretrained"), replace(data, info=given.info)
+        info = data.info.with_scale_of(given.info)
+        config, data = replace(config, init="IsingViT.from_pretrained"), replace(data, info=info)
     return _trained(Trainer(config, data, None, progress, given, start=start, teachers=teachers), data)
 
 

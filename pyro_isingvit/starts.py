@@ -55,8 +55,12 @@ def _folder(path: Path) -> Start:
     run = open_run(path)
     networks = run.method.trained_networks()
     need(len(networks) == 1, f"{path} was trained by {run.config.method}, which has several networks; start from one.")
-    vit, matrices = networks[0]
-    return _of(vit, dict(matrices.items()), run.info.scale, path)
+    [(vit, matrices)] = networks
+    trained: Weights = dict(matrices.items())
+    posterior = run.method.posterior
+    off_for_good = run.method.deployed() if posterior is None or posterior[1].phase == "frozen" else ()
+    [(vit, trained)] = off_for_good or [(vit, trained)]  # what was off while the rest was trained stays off
+    return _of(vit, trained, run.info.scale, path)
 
 
 def _of(vit: ViT, weights: Weights, scale: Scale, path: Path) -> Start:

@@ -145,6 +145,17 @@ def test_a_pickle_predicts_the_same(fitted, made) -> None:
     assert again.run_.history == fitted.run_.history
 
 
+def test_without_validation_images_the_noise_is_the_usual_one(made) -> None:
+    """One class has four images, so that none is spared."""
+    X, y = made
+    rare = np.unique(y)[0]
+    few = np.concatenate([np.flatnonzero(y == rare)[:4], np.flatnonzero(y != rare)])
+    for keep, wanted in ((None, 0.98), (0.9, 0.9)):
+        settings = {} if keep is None else {"max_keep": keep}
+        fitted = quick(epochs=8, settings=QUICK | settings).fit(X[few], y[few])
+        assert fitted.run_.config.ising.max_keep == wanted and fitted.run_.history[-1].get("max_keep", wanted) == wanted
+
+
 def test_validation_images_are_held_out_where_there_are_enough(made) -> None:
     images, names = made
     assert len(quick(epochs=1).fit(images, names).run_.val) == 9

@@ -120,6 +120,47 @@ def test_what_fit_refuses_is_named(images, model, settings: dict, words: str) ->
         fit(model, images, **QUICK | settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"posterior_scale": "per_weight"}, "posterior_scale"), ({"kappa_mask": "data"}, "kappa_mask"),
+        ({"empirical_tau_1": "no"}, "empirical_tau_1"), ({"J": float("nan")}, "J"), ({"tau_1": "1"}, "tau_1"),
+        ({"max_keep": "off"}, "max_keep"), ({"update_every": 2.5}, "update_every"), ({"members": "3"}, "members"),
+        ({"target_retention": np.float32(0.5)}, "target_retention"), ({"teacher": ["runs/a"]}, "teacher"),
+        ({"noise": "activations", "draws": 8}, "draws"), ({"granularity": 3}, "granularity"),
+    ],
+)  # fmt: skip
+def test_settings_of_another_kind_are_named(images, settings: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        fit(TINY, images, **{**QUICK, **settings})
+
+
+@pytest.mark.parametrize("change", [{"width": "8"}, {"pool": "avg"}, {"depth": np.int64(2)}, {"activation": "relu"}])
+def test_shapes_of_another_kind_are_named(images, change: dict) -> None:
+    with pytest.raises(UserError, match=next(iter(change))):
+        fit(replace(TINY, **change), images, **QUICK)
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu"])
+def test_lm_has_rules_for_gelu_alone(images, activation: str) -> None:
+    with pytest.raises(UserError, match=f"no rule for `activation` {activation}"):
+        fit(replace(TINY, activation=activation), images, saliency="lm", **QUICK)
+
+
+def test_a_model_is_for_data_as_it_was_made_for_and_begins_anew(images) -> None:
+    model = IsingViT(TINY, replace(INFO, classes=("a", "b", "c", "d")))
+    with pytest.raises(UserError, match=r"made for images .* of 4 classes; `data` has others"):
+        fit(model, images, **QUICK)
+    model = IsingViT(TINY, INFO)
+    model.temperature.fill_(2.5)
+    for name in model.layout.sites:
+        model.get_buffer(f"prior_logit_{name}").fill_(-3.0)
+    model.tau_1("qkv").fill_(7.0)
+    run = fit(model, images, **QUICK, calibrate=False)
+    assert run.model is model and float(run.temperature) == 1.0
+    assert float(model.tau_1("qkv").max()) == pytest.approx(run.config.ising.tau_1)
+
+
 def test_fit_wants_image_data() -> None:
     with pytest.raises(UserError, match="`data` must be an ImageData, not tuple: use `load_data`"):
         fit(TINY, (torch.zeros(9, 1, 4, 4), torch.zeros(9)))  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import INFO, TINY, make_pair, pixels, write_npz
+from torch import nn
 
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.errors import UserError
@@ -120,6 +121,14 @@ def test_the_first_layer_that_is_not_finite_is_named(kind: str, layer: int | Non
         t.fit()
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert state["epoch"] == 2 and all(torch.isfinite(x).all() for x in state["guide"].values() if torch.is_tensor(x))
+
+
+def test_a_number_for_each_layer_is_named_too() -> None:
+    """Such as the rates of concrete-dropout."""
+    network = nn.Module()
+    network.drop_logit = nn.ParameterDict({"qkv": nn.Parameter(torch.tensor([0.0, NAN]))})
+    found = not_finite(network)
+    assert found is not None and "qkv, layer 2" in found
 
 
 def test_the_last_step_of_an_epoch_is_looked_at_too(data, tmp_path) -> None:

@@ -74,6 +74,18 @@ def test_a_pruned_network_is_a_start_and_stays_pruned(run, digits, tmp_path):
     assert not left[empty].any()
 
 
+@pytest.mark.parametrize("method", ["magnitude", "ising-sparse"])
+def test_what_was_off_for_good_is_no_weight_to_start_from(method, digits, tmp_path):
+    run = fit(VIT, digits, method=method, epochs=8, finetune_epochs=1, device="cpu", progress=False, lr=1e-2,
+              target_retention=0.5, max_keep=0.9, update_every=1, mask_damping=0.5, sparsity=0.6)  # fmt: skip
+    start = load_start(str(run.save(tmp_path / method)))
+    kept = run.method.kept()
+    off = sum(int((pi <= 0.5).sum()) for kind, pi in kept.items() if kind != "head")
+    assert off > 0
+    for kind, weight in start.weights.items():
+        assert not weight[(kept[kind] <= 0.5).expand_as(weight)].any() and weight.any()
+
+
 def test_an_ensemble_is_no_start(digits, tmp_path):
     run = fit(VIT, digits, method="ensemble", members=2, epochs=1, device="cpu", progress=False)
     with pytest.raises(UserError, match="several networks"):

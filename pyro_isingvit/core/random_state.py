@@ -1,9 +1,29 @@
 """The state of torch's random numbers, to which a computation can go back."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@contextlib.contextmanager
+def undisturbed(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Random numbers from a seed, on the CPU and a device; afterwards these and all other GPUs go on as before.
+
+    Args:
+        seed: gives the numbers that ``torch.manual_seed`` gives.
+        device: where the block computes.
+    """
+    device = torch.device(device)
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU
+        for each in cuda:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 @dataclass(frozen=True)
@@ -12,7 +32,7 @@ class RandomState:
 
     Attributes:
         cpu: of the CPU's generator.
-        cuda: of the current GPU's; None where the computation is on the CPU.
+        cuda: of the GPU's; None where the computation is on the CPU.
     """
 
     cpu: Tensor
@@ -22,6 +42,11 @@ class RandomState:
     def now(cls, device: torch.device) -> "RandomState":
         """The present state, for a computation on ``device``."""
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+    def is_that_of(self, other: "RandomState") -> bool:
+        """Whether no random number was taken between the two."""
+        gpus = self.cuda is None or other.cuda is None or torch.equal(self.cuda, other.cuda)
+        return torch.equal(self.cpu, other.cpu) and gpus
 
     def restore(self, device: torch.device) -> None:
         """Goes back to it."""

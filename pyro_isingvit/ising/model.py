@@ -114,6 +114,15 @@ class IsingViT(nn.Module):
         for kind, shape in self.vit.matrix_shapes.items():
             self.register_buffer(f"tau_1_{kind}", torch.full((shape[0], 1, 1), self.ising.tau_1))
 
+    @torch.no_grad()
+    def begin_anew(self) -> None:
+        """Forgets what an earlier training has found of temperature, prior and slabs; the network stays."""
+        self.temperature.fill_(1.0)
+        for name in self.layout.sites:
+            self.get_buffer(f"prior_logit_{name}").fill_(CERTAIN)
+        for kind in self.vit.matrix_shapes:
+            self.get_buffer(f"tau_1_{kind}").fill_(self.ising.tau_1)
+
     @classmethod
     def for_data(cls, data: ImageData, vit: ViTConfig | str = "small", ising: IsingConfig | None = None) -> "IsingViT":
         """The model for a data set.

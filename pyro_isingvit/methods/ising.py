@@ -55,6 +55,8 @@ class IsingMethod(Method):
         settings = config.train
         centred, frozen = config.init is not None, settings.frozen_blocks
         self.model = model or IsingViT(config.vit, info, config.ising, centred=centred, frozen=frozen)
+        if guide is None:
+            self.model.begin_anew()
         self.guide = guide or IsingGuide(self.model, num_data)
         self.model.num_data, self.model.kappa_weights = num_data, self.guide.kappa_weights
         self.model.penalties, self.model.likelihood = self.penalties, self.likelihood
@@ -97,6 +99,9 @@ class IsingMethod(Method):
             else f"`mask_posterior` is {self.model.ising.mask_posterior}"
         )
         need(self.fused or settings.engine != "fused", f"`engine` fused cannot be used: {why}; set `engine` to auto.")
+        saliency, activation = self.model.ising.saliency, self.model.vit.config.activation
+        ruled = saliency != "lm" or activation == "gelu"
+        need(ruled, f"`saliency` lm has no rule for `activation` {activation}; set `saliency` to gnb.")
         for name, asked in (("compile", settings.compile), ("noise", settings.noise == "activations")):
             need(self.fused or not asked, f"`{name}` needs the fused engine, but {why}.")
         need(

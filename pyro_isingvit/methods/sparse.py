@@ -49,8 +49,8 @@ class SparseVD(Plain):
         return (self.log_variance[kind] - (self.loc[kind].pow(2) + 1e-8).log()).clamp(-8, 8)
 
     def before_step(self, x: Tensor, y: Tensor, phase: str, step: int, progress: float) -> None:
-        """The weight of the KL rises."""
-        self.risen = min(1.0, 2 * progress)
+        """The weight of the KL rises over the first half of the training, and stays in fine-tuning."""
+        self.risen = min(1.0, 2 * progress) if phase == "train" else 1.0
 
     def layer_rule(self, kind: str, layer: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Noise on the outputs, drawn for each token: N(x m, x^2 s^2)."""

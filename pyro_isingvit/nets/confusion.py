@@ -41,6 +41,8 @@ def column_weights(shares: Sequence[float]) -> Tensor:
     return weights / weights.mean()
 
 
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)
 def soft_confusion(logits: Tensor, labels: Tensor, drawn: Tensor) -> Tensor:
     """C of a batch, rows predicted, columns true.
 
@@ -52,6 +54,7 @@ def soft_confusion(logits: Tensor, labels: Tensor, drawn: Tensor) -> Tensor:
     Returns:
         (..., C, C), with zeros on the diagonal.
     """
+    logits = logits.float()
     z, p, classes = logits.detach(), logits.softmax(-1), logits.shape[-1]
     if labels.dim() == 1:
         belongs = F.one_hot(labels, classes).to(logits) / (drawn * len(labels))

@@ -37,7 +37,7 @@ def _places(name: str, value: Tensor) -> Iterator[tuple[int, int, str]]:
     if kind not in KINDS:
         yield -1, 0, kind
         return
-    layer = int(torch.isfinite(value.flatten(1)).all(1).int().argmin())
+    layer = int(torch.isfinite(value.reshape(len(value), -1)).all(1).int().argmin())
     depth = {"patch": -1, "head_hidden": value.numel(), "head": value.numel()}  # beyond any layer
     where = f"{WORDS.get(owner, owner)} of {kind}" + ("" if kind in depth else f", layer {layer + 1}")
     yield depth.get(kind, layer), KINDS.index(kind), where

@@ -44,6 +44,8 @@ def contributions(logits: Tensor, features: Tensor, probe: Tensor) -> Tensor:
     return torch.stack([row.view_as(features) * features for row in rows], dim=-2).float()
 
 
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)
 def rationale(reasons: Tensor, labels: Tensor, memory: dict[str, Tensor]) -> Tensor:
     """The term of a step, or of one of its parts.
 
@@ -55,6 +57,7 @@ def rationale(reasons: Tensor, labels: Tensor, memory: dict[str, Tensor]) -> Ten
     Returns:
         a scalar, or (S,); at least 0. Classes that were not seen before the step have no part in it.
     """
+    reasons = reasons.float()  # what is left of |R|^2 - 2 R M + |M|^2 is small
     share = F.one_hot(labels, reasons.shape[-2]) if labels.dim() == 1 else labels / labels.sum(-1, keepdim=True)
     share, mean = share.to(reasons), memory["mean"]
     known = share * memory["known"]

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.random_state import undisturbed
 from pyro_isingvit.data.augment import Augmentation
 from pyro_isingvit.data.batches import batches, count_steps
 from pyro_isingvit.data.images import Images
@@ -218,8 +219,7 @@ def distil_any(
                 yield F.cross_entropy(forward(x), target)
                 step += 1
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(how.seed)
+    with undisturbed(how.seed):
         optimise(network, losses(), steps, how.lr, progress)
 
 

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from pyro_isingvit.core.errors import need
-from pyro_isingvit.core.random_state import RandomState
+from pyro_isingvit.core.random_state import RandomState, undisturbed
 from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.predictive.metrics import entropy
@@ -154,8 +154,7 @@ def adapted(
             parameter.requires_grad_(False)
         for norm in norms:
             norm.requires_grad_(True)
-        with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []), torch.enable_grad():
-            torch.manual_seed(how.seed)
+        with undisturbed(how.seed, run.device), torch.enable_grad():
             done = _adapt(run, images, how, norms, start, progress)
         for norm in norms:
             norm.requires_grad_(False)

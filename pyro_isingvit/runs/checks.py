@@ -22,6 +22,10 @@ def check_asked(config: TrainConfig) -> None:
         config.margin is None or config.augment != "none",
         f"`margin` {config.margin} does nothing where `augment` is none; set `augment` too.",
     )
+    need(
+        config.noise != "activations" or config.draws is None,
+        f"`draws` {config.draws} does nothing where `noise` activations draws for every token; leave it out.",
+    )
     for name, kind in PENALTIES.items():
         need(
             not (getattr(config, name, 0) and config.checkpoint_activations and "attention" in kind.watches),

@@ -115,4 +115,4 @@ class NoiseSearch:
         mean = temper(probs, fit_temperature(probs, labels, self.run.balanced)).mean(0)
         mean = self.run.among(labels, mean)
         losses = -mean.gather(1, labels.to(mean.device).unsqueeze(1)).squeeze(1).log()
-        return averaged(losses.double()).cpu()  # all processes must choose alike
+        return averaged(losses.double().to(self.run.device)).cpu()  # all processes must choose alike

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.processes import gathered, own_rows
+from pyro_isingvit.core.random_state import RandomState, undisturbed
 from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.methods.base import Networks
 from pyro_isingvit.nets.margins import log_margins
@@ -75,9 +76,7 @@ def draw_predictive(
     group = 1 if run.device.type == "cpu" else max(1, min(chunk // max(batch, 1), num_samples))
     # Images that fit into one chunk are normalised once, others anew for every draw.
     ready = list(images.batches(chunk, run.info.normalise, run.device)) if len(images) <= chunk else None
-    cuda = [run.device] if run.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
+    with undisturbed(seed, run.device):
         if with_trunk(run.method):
             _images_first(run, images, probs, min(chunk, TRUNK_CHUNK), progress)
             return PredictiveDraws(gathered(probs, batch, 1, run.device))
@@ -103,24 +102,18 @@ class SameDraws:
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.states = run, list[tuple[Tensor, ...]]()
+        self.run, self.states = run, list[RandomState]()
 
     def network(self, s: int) -> Networks:
         """Draw s alone: normalised images (B, ...) -> logits (1, B, C) at T = 1."""
         if s == len(self.states):
-            self.states.append(self._state())
-        torch.set_rng_state(self.states[s][0])
-        for there in self.states[s][1:]:
-            torch.cuda.set_rng_state(there)
+            self.states.append(RandomState.now(self.run.device))
+        self.states[s].restore(self.run.device)
         return self.run.draw_networks(1, s)
 
     def is_unchanged(self, s: int) -> bool:
         """Whether nothing random has happened since draw s began."""
-        return all(map(torch.equal, self.states[s], self._state()))
-
-    def _state(self) -> tuple[Tensor, ...]:
-        cuda = self.run.device.type == "cuda"
-        return (torch.get_rng_state(), torch.cuda.get_rng_state()) if cuda else (torch.get_rng_state(),)
+        return self.states[s].is_that_of(RandomState.now(self.run.device))
 
 
 def _images_first(run: Run, images: Images, probs: Tensor, chunk: int, progress: bool) -> None:

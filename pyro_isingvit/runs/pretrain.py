@@ -36,6 +36,7 @@ from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.runs.folder import to_lines
 from pyro_isingvit.runs.optimiser import learning_rate_factor
+from pyro_isingvit.runs.steps import accelerator
 
 log = logging.getLogger(__name__)
 SETTINGS, CHECKPOINT, HISTORY, START = "pretrain.json", "checkpoint.pt", "metrics.jsonl", "start.safetensors"
@@ -123,7 +124,9 @@ class Pretraining:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(train.seed)).numpy()
         part = Split(images, torch.full((len(images),), UNLABELLED))
         self.fabric = lf.Fabric(
-            accelerator=train.device, devices=1, precision="bf16-mixed" if train.precision == "bf16" else "32-true"
+            accelerator=accelerator(train.device),
+            devices=1,
+            precision="bf16-mixed" if train.precision == "bf16" else "32-true",
         )
         self.split, self.held = part.take(order[held:]), part.take(order[:held])
         self.info = DataInfo.of(settings.source, ("no", "labels"), self.split.images, settings.intensity)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.random_state import undisturbed
 from pyro_isingvit.methods.base import Networks
 from pyro_isingvit.nets.trunk import keep_images, one_trunk, with_trunk
 from pyro_isingvit.predictive.draws import PredictiveDraws
@@ -76,10 +77,8 @@ class SequentialDraws:
             UserError: images that do not fit the run.
         """
         size = min(self.chunk, TRUNK_CHUNK) if with_trunk(self.run.method) else len(images)
-        cuda = [self.run.device] if self.run.device.type == "cuda" else []
         found: list[Drawn] = []
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(self.seed)
+        with undisturbed(self.seed, self.run.device):
             for start in range(0, len(images), size):
                 x = self.run.info.normalise(images[start : start + size].to(self.run.device))
                 with one_trunk(self.run.method):

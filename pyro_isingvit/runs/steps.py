@@ -46,10 +46,15 @@ def set_up_fabric(config: RunConfig) -> "lf.Fabric":
         strategy = DDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=learns, **silent)
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # every process would introduce itself
         kwargs = {"devices": here, "num_nodes": machines, "strategy": strategy}
-    fabric = lf.Fabric(accelerator=settings.device, precision=PRECISION[settings.precision], **kwargs)  # type: ignore[arg-type]
+    fabric = lf.Fabric(accelerator=accelerator(settings.device), precision=PRECISION[settings.precision], **kwargs)  # type: ignore[arg-type]
     if here * machines > 1:
         fabric.launch()
     return fabric
+
+
+def accelerator(device: str) -> str:
+    """``cuda`` or ``cpu``; auto is the first where there is one: other devices lack numbers of 64 bits."""
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def total(terms: Terms) -> Tensor:

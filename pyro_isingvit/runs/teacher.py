@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.pixels import Scale
 from pyro_isingvit.core.processes import own_rows
+from pyro_isingvit.core.random_state import undisturbed
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.runs.run import Run
 
@@ -137,8 +138,7 @@ class Teacher:
             return None
         mine, draws = own_rows(len(x)), self.settings.teacher_draws
         told = x.new_zeros(len(x), self.info.num_classes)
-        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-            torch.manual_seed(self.settings.seed * 1_000_003 + step)
+        with undisturbed(self.settings.seed * 1_000_003 + step, x.device):
             said = [mean_prediction(run, x[mine], self.info, draws, step) for run in self.runs]
         told[mine] = torch.stack(said).mean(0)
         return told

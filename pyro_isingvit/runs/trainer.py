@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pyro_isingvit.core.errors import ProcessLost, UserError, need, why
+from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.processes import averaged, is_first, is_lost, on_first, world
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.augment import Augmentation, group_size
@@ -88,6 +89,7 @@ class Trainer:
         start: Start | None = None,
         teachers: Sequence[Run] = (),
     ) -> None:
+        check_fields(config)
         check_training(config.train)
         if len(data.train) < 1:
             raise UserError("there are no training images.")

@@ -364,6 +364,15 @@ def test_runs_written_before_baselines_load() -> None:
     assert TrainConfig().engine == "auto"
 
 
+def test_the_kl_of_sparse_vd_stays_in_fine_tuning() -> None:
+    method = made("sparse-vd")
+    x, y, risen = torch.zeros(2, 1, 4, 4), torch.zeros(2).long(), []
+    for phase, progress in (("train", 0.0), ("train", 0.25), ("train", 1.0), ("finetune", 0.0), ("finetune", 0.1)):
+        method.before_step(x, y, phase, 0, progress)
+        risen.append(method.risen)
+    assert risen == [0.0, 0.5, 1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(("number", "wanted"), [("", 1.5), (":0.05", 1.5), (":0.1", 3.0), (":0.2", 3.0)])
 def test_dropout_at_higher_rates_decays_more(number: str, wanted: float) -> None:
     train = with_defaults(f"dropout{number}", RunConfig()).train

@@ -43,6 +43,21 @@ def test_the_term_by_hand() -> None:
     assert not memory["sums"].any() and not memory["counts"].any()
 
 
+def test_it_is_computed_in_32_bits_under_autocast() -> None:
+    """Of |R|^2 - 2 R M + |M|^2 little is left: in 16 bits it comes out below 0."""
+    labels, mean = torch.arange(40) % 10, torch.randn(10, 10, 64)
+    reasons = mean[labels] + 0.005 * torch.randn(40, 10, 64)
+    found = []
+    for bf16 in (False, True):
+        memory = first_rationales(10, 64)
+        memory["mean"].copy_(mean)
+        memory["known"].fill_(1.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            found.append(rationale(reasons, labels, memory))
+    assert float(found[0]) > 0
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_reasons_that_are_those_of_the_class_cost_nothing() -> None:
     memory, labels = first_rationales(3, 4), torch.arange(9) % 3
     reasons = torch.randn(3, 3, 4)[labels]

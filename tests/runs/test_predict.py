@@ -5,6 +5,7 @@ import torch
 from helpers import around, make_pair
 
 from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.random_state import RandomState, undisturbed
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.run import Run
@@ -59,6 +60,26 @@ def test_the_global_random_state_is_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(draw_predictive(run, IMAGES, num_samples=3, seed=1).probs, first)
     assert not torch.equal(draw_predictive(run, IMAGES, num_samples=3, seed=2).probs, first)
+
+
+def test_seeds_reach_no_other_device(monkeypatch) -> None:
+    """What draws on the CPU leaves the GPUs' random numbers alone, and gives those of torch.manual_seed."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("all GPUs were seeded"))
+    before = torch.get_rng_state()
+    with undisturbed(7):
+        found = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.default_generator.manual_seed(7)
+    assert torch.equal(found, torch.rand(3))
+
+
+def test_a_draw_notices_whether_random_numbers_were_taken() -> None:
+    state = RandomState.now(torch.device("cpu"))
+    assert state.is_that_of(RandomState.now(torch.device("cpu")))
+    torch.rand(1)
+    assert not state.is_that_of(RandomState.now(torch.device("cpu")))
+    state.restore(torch.device("cpu"))
+    assert state.is_that_of(RandomState.now(torch.device("cpu")))
 
 
 def test_uncertainty_decomposes() -> None:
