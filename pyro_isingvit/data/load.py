@@ -197,12 +197,12 @@ def load_inputs(
         last, classes = int(split.labels.max()), info.classes
         need(last < len(classes), f"{path} has label {last}, but the run has {len(classes)} classes.")
         split = split.resized(source.image_size, source.resize)
-    kind = split.images.kind
-    need(kind == info.kind, f"{spec} does not fit this run: its images are {kind}, those of the training {info.kind}.")
     try:
         info.normalise(split.images[:1])
     except UserError as error:
         raise UserError(f"{spec} does not fit this run: {error}") from error
+    kind = split.images.kind
+    need(kind == info.kind, f"{spec} does not fit this run: its images are {kind}, those of the training {info.kind}.")
     return split
 
 
