@@ -53,6 +53,9 @@ class Trial:
     def changes(self) -> dict[str, Any]:
         """Every setting that is not the method's own default, and the shape of the network."""
         chosen = row(self.config.method)
+        if chosen.knob is not None and chosen.from_number is not None:  # what comes with the number is no change
+            part, knob = chosen.knob
+            chosen = replace(chosen, train=chosen.with_number(str(getattr(getattr(self.config, part), knob))).train)
         usual = {"train": chosen.train, "ising": chosen.ising,
                  "baseline": chosen.baseline}  # fmt: skip
         own = {part: asdict(getattr(self.config, part)) for part in SETTINGS}

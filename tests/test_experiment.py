@@ -161,6 +161,11 @@ def test_a_model_is_for_data_as_it_was_made_for_and_begins_anew(images) -> None:
     assert float(model.tau_1("qkv").max()) == pytest.approx(run.config.ising.tau_1)
 
 
+def test_numbers_of_numpy_and_paths_say_which_images(tmp_path: Path) -> None:
+    data = load_data("digits", train_size=np.int64(60), val_fraction=np.float32(0.25), cache=tmp_path / "c")
+    assert fit(TINY.__class__(4, 8, 2, 1), data, **{**QUICK, "epochs": 1}).config.data.train_size == 60
+
+
 def test_fit_wants_image_data() -> None:
     with pytest.raises(UserError, match="`data` must be an ImageData, not tuple: use `load_data`"):
         fit(TINY, (torch.zeros(9, 1, 4, 4), torch.zeros(9)))  # type: ignore[arg-type]

@@ -9,21 +9,28 @@ from torch import Tensor
 
 
 @contextlib.contextmanager
-def undisturbed(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Random numbers from a seed, on the CPU and a device; afterwards these and all other GPUs go on as before.
+def undisturbed(seed: int, *devices: torch.device) -> Iterator[None]:
+    """Random numbers from a seed, on the CPU and devices; afterwards these and all other GPUs go on as before.
 
     Args:
         seed: gives the numbers that ``torch.manual_seed`` gives.
-        device: where the block computes.
+        devices: where the block computes.
     """
-    device = torch.device(device)
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU
-        for each in cuda:
-            with torch.cuda.device(each):
-                torch.cuda.manual_seed(seed)
+    with torch.random.fork_rng(devices={device for device in devices if device.type == "cuda"}):
+        seed_devices(seed, *devices)
         yield
+
+
+def seed_devices(seed: int, *devices: torch.device) -> None:
+    """``torch.manual_seed`` for the CPU and some devices alone; that seeds every GPU."""
+    seed = int(seed)
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        elif device.type != "cpu":
+            torch.manual_seed(seed)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.untrusted import printable
+from pyro_isingvit.data.decode import upright
 from pyro_isingvit.data.images import CHUNK, MOST_CHANNELS, Images, InMemory, as_images, from_numpy
 
 Channels = Literal["first", "last"] | None
@@ -96,9 +97,7 @@ def _items(dataset: Any) -> Iterator[Any]:
 
 def _picture(image: Any) -> np.ndarray:
     """A PIL image as (H, W) or (H, W, 3), upright and without an alpha channel."""
-    from PIL import ImageOps
-
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode in DEEP:
         return np.asarray(image)
     if image.mode == "P":

@@ -34,7 +34,7 @@ from pyro_isingvit.data.on_disk import SMALL, OnDisk
 from pyro_isingvit.data.parallel import in_parallel
 
 log = logging.getLogger(__name__)
-FORMAT = 2  # raised when files become other images than before
+FORMAT = 2  # raised when files become other images than before, or look otherwise
 IMAGES, SUMS, INDEX, PART = "images.bin", "sums.bin", "index.json", ".part"
 STEP = 256  # images between two notes of how far it is
 Rows = Callable[[int], Iterator[np.ndarray]]  # images (C, H, W) from this number on
@@ -124,7 +124,7 @@ class Cache:
         Raises:
             UserError: a file cannot be read.
         """
-        names = "\0".join([reading.pages, *(str(path.resolve()) for path in paths)])
+        names = "\0".join([str(FORMAT), reading.pages, *(str(path.resolve()) for path in paths)])
         digest = blake2b(names.encode(errors="surrogateescape"), digest_size=8).hexdigest()
         store, count = self.folder / f"seen-{digest}.npz", len(paths)
         touched = np.array([_touched(path) for path in paths], np.int64)  # (N, 4)

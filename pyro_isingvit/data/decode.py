@@ -26,6 +26,8 @@ TIFF, NPY = (".tif", ".tiff"), (".npy",)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", *TIFF, ".gif", ".ppm", ".pgm", *NPY)
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
+UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> Pillow's Image.Transpose that undoes it
+
 Pages = Literal["first", "channels"]
 
 
@@ -219,14 +221,14 @@ def _pixels(path: Path, pages: Pages, channels: int) -> np.ndarray:
         return _plain(np.array(_npy(path)))
     if path.suffix.lower() in TIFF and _odd_tiff(path, pages):
         return _plain(_tiff(path, pages))
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     with Image.open(path, formats=FORMATS) as image:
         _small(image.height, image.width)
         _whole_ppm(image)
         if _deep_png(path):
             return _png16(path)
-        picture: Image.Image = ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
+        picture: Image.Image = upright(image)
         if image.mode == "F" or image.mode.startswith("I"):
             array = np.asarray(picture)[..., None]
             return _plain(array) if image.mode == "F" or _signed(image) else _unsigned(array)
@@ -240,9 +242,23 @@ def _pixels(path: Path, pages: Pages, channels: int) -> np.ndarray:
 def _orientation(image: "Image.Image") -> int:
     """How a camera held the picture, 1 to 8, by EXIF in front of the pixels; from 5 on height and width change places.
 
-    Pillow turns a TIFF by itself.
+    1, upright, where EXIF does not say so plainly; Pillow turns a TIFF by itself.
     """
-    return int(image.getexif().get(274, 1)) if "exif" in image.info and image.format != "TIFF" else 1
+    if "exif" not in image.info or image.format == "TIFF":
+        return 1
+    try:
+        told = image.getexif().get(274)
+    except Exception:  # what is no EXIF makes Pillow raise almost anything
+        return 1
+    return told if isinstance(told, int) and told in UPRIGHT else 1
+
+
+def upright(image: "Image.Image") -> "Image.Image":
+    """A picture turned as its camera was held."""
+    from PIL import Image
+
+    told = _orientation(image)
+    return image.transpose(Image.Transpose(UPRIGHT[told])) if told > 1 else image
 
 
 def _whole_ppm(image: "Image.Image") -> None:

@@ -11,10 +11,12 @@ Shapes: N images, C channels, H height, W width; images are (N, C, H, W).
 """
 
 import logging
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -86,9 +88,12 @@ def load_data(
         (torch.Size([2, 1, 8, 8]), ('0', '1', '2'))
     """
     check_division(val_fraction, TEST_FRACTION, seed)
+    # As in a file of settings: numbers may be NumPy's, and folders a Path.
+    numbers: tuple[Any, ...] = (train_size, image_size)
+    size, side = (operator.index(n) if hasattr(n, "__index__") else n for n in numbers)
     source = DataConfig(
-        dataset, str(data_root), download, train_size, val_fraction, image_size, resize, intensity, pages, groups,
-        columns, cache,
+        dataset, str(data_root), download, size, float(val_fraction), side, resize, intensity, pages, groups,
+        columns, None if cache is None else str(cache),
     )  # fmt: skip
     return replace(load_divided(source, seed), source=(replace(source, download=False), seed))
 
@@ -175,7 +180,8 @@ def load_inputs(
         size = info.height if square else source.image_size
         asked = replace(source, dataset=spec, data_root=str(data_root), image_size=size, download=False)
         train, _, split, classes = load_parts(asked)
-        if is_own(spec, source) and source.train_size is None and has_grown(len(train), info, source.val_fraction):
+        whole = is_own(spec, source) and source.train_size is None and not train.groups  # those are rounded to groups
+        if whole and has_grown(len(train), info, source.val_fraction):
             log.warning(
                 "%s has other images than when the run was trained: what is now its test part may hold images that it "
                 "was trained on", spec,

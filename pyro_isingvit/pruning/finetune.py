@@ -219,7 +219,7 @@ def distil_any(
                 yield F.cross_entropy(forward(x), target)
                 step += 1
 
-    with undisturbed(how.seed):
+    with undisturbed(how.seed, *(run.device for run in teachers)):
         optimise(network, losses(), steps, how.lr, progress)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import need
-from pyro_isingvit.core.random_state import undisturbed
+from pyro_isingvit.core.random_state import seed_devices, undisturbed
 from pyro_isingvit.methods.base import Networks
 from pyro_isingvit.nets.trunk import keep_images, one_trunk, with_trunk
 from pyro_isingvit.predictive.draws import PredictiveDraws
@@ -115,5 +115,5 @@ class SequentialDraws:
         network = self.same.network(s)
         if self.same.is_unchanged(s):
             key = blake2b(repr((self.seed, number, start, s)).encode(), digest_size=7).digest()
-            torch.manual_seed(int.from_bytes(key))
+            seed_devices(int.from_bytes(key), self.run.device)
         return network

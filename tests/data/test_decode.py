@@ -9,10 +9,10 @@ import tifffile
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.data.decode import Look, Reading, common, converted, look, read, resized
+from pyro_isingvit.data.decode import Look, Reading, common, converted, look, read, resized, upright
 from pyro_isingvit.data.files import read_files
 
 RNG = np.random.default_rng(0)
@@ -86,7 +86,7 @@ def test_every_bit_is_kept(name, tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", *([".webp"] if features.check("webp") else [])])
 def test_photographs_stand_upright(orientation, suffix, tmp_path):
     """Each of the eight ways to hold a camera; the upper left corner is white afterwards, or where EXIF puts it."""
     upright = np.zeros((16, 24, 3), np.uint8)
@@ -104,6 +104,22 @@ def test_photographs_stand_upright(orientation, suffix, tmp_path):
     assert seen == Look(3, 16, 24, "uint8")
     got = read(tmp_path / f"a{suffix}", Reading(), seen).transpose(1, 2, 0).astype(int)
     assert got.shape == upright.shape and np.abs(got - upright).mean() < 6
+
+
+@pytest.mark.parametrize("said", [b"nonsense", 9, 0])
+def test_photographs_whose_exif_says_nothing_plain_stay_as_they_are(said, tmp_path):
+    picture = Image.fromarray(COLOURS.astype(np.uint8)[:8, :6])
+    exif: object = said
+    if said != b"nonsense":
+        exif = Image.Exif()
+        exif[274] = said
+    for suffix in (".jpg", ".png"):
+        picture.save(tmp_path / f"a{suffix}", exif=exif)
+        seen = look(tmp_path / f"a{suffix}", Reading())
+        assert (seen.height, seen.width) == (8, 6)
+        assert read(tmp_path / f"a{suffix}", Reading(), seen).shape == (3, 8, 6)
+        with Image.open(tmp_path / f"a{suffix}") as opened:
+            assert upright(opened) is opened
 
 
 def test_sixteen_bit_colours_of_a_ppm_are_refused(tmp_path):

@@ -16,11 +16,12 @@ from inference.regularisers import NONE, RECORDS, Cell, chosen, judge, measure
 from inference.regularisers import make_cells as cells_of
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.regularise import REGULARISERS
-from pyro_isingvit.core.settings import DataConfig, ViTConfig
+from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
 from pyro_isingvit.data.load import development_data
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.experiment import fit
 from pyro_isingvit.ising.layout import MaskLayout
+from pyro_isingvit.methods.registry import with_defaults
 from pyro_isingvit.runs.run import Run
 from pyro_isingvit.runs.teacher import Teacher
 
@@ -70,6 +71,17 @@ def test_a_cell_is_known_by_everything_that_it_sets() -> None:
         cells_of(plain(methods=("dropout",), train_sizes=(100,), seeds=(0,), data=elsewhere), [], 0.0)[0].key
         == bare.key
     )
+
+
+def test_what_comes_with_a_number_is_no_change() -> None:
+    """A cell of dropout:0.1 of version 0.12, where its decay was that of dropout, is measured again under its name."""
+    (cell,) = cells_of([("made", "dropout:0.1", with_defaults("dropout:0.1", RunConfig()))], [], 0.0)
+    assert "shrinkage" not in cell.trial["settings"] and cell.trial["settings"]["drop_rate"] == 0.1
+    assert cell.resolved()["shrinkage"] == 3.0
+    other = with_defaults("dropout:0.1", RunConfig())
+    other = replace(other, train=replace(other.train, shrinkage=1.5))
+    (cell,) = cells_of([("made", "dropout:0.1", other)], [], 0.0)
+    assert cell.trial["settings"]["shrinkage"] == 1.5
 
 
 def test_what_settings_rule_out_is_left_out_and_told(caplog) -> None:

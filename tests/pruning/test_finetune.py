@@ -221,8 +221,8 @@ def test_a_student_reads_its_own_scale_and_ends_without_a_temperature(
     [(x, info)] = seen
     pixels = data.train.images[:]
     found = (x * 0.7 + 0.3).sort(0).values
-    if run.config.train.augment == "none":
-        torch.testing.assert_close(found, (pixels / 255).sort(0).values)
+    assert run.config.train.augment == "none"
+    torch.testing.assert_close(found, (pixels / 255).sort(0).values)
     assert info.scale == model.config.scale and float(model.temperature) == 1.0
     model.temperature.fill_(1.7)
     finetune(model, data.train, 0)

@@ -1,5 +1,6 @@
 """Posterior predictive draws: against a manual loop, in chunks, and their decomposition."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import around, make_pair
@@ -71,6 +72,9 @@ def test_seeds_reach_no_other_device(monkeypatch) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     torch.default_generator.manual_seed(7)
     assert torch.equal(found, torch.rand(3))
+    for seed in (np.int64(7), torch.tensor(7)):
+        with undisturbed(seed):
+            assert torch.equal(found, torch.rand(3))
 
 
 def test_a_draw_notices_whether_random_numbers_were_taken() -> None:

@@ -217,6 +217,18 @@ def test_a_folder_that_has_grown_is_told_of(tmp_path, caplog):
     assert "other images than when the run was trained" in caplog.text
 
 
+def test_groups_that_have_not_grown_are_no_reason_to_warn(tmp_path, caplog):
+    """Whole groups are held out, which are not as many images as were asked for."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for number in range(250):
+            Image.new("L", (8, 8), number).save(tmp_path / name / f"{number // 5}_{number}.png")
+    source = DataConfig(dataset=f"imagefolder:{tmp_path}", groups=r"/(\d+)_")
+    info = load_data(source.dataset, groups=source.groups).info
+    load_inputs(source.dataset, info, source=source)
+    assert "other images than when" not in caplog.text
+
+
 def test_deep_images_and_settings_of_older_versions(tmp_path):
     """16 bits as they are; a folder without the newer settings means what it meant."""
     deep = InMemory((torch.rand(40, 1, 4, 4) * 60000).to(torch.uint16))
