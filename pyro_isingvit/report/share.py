@@ -14,9 +14,9 @@ from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.predictive.intervals import overall_intervals
 from pyro_isingvit.report import figures, style
-from pyro_isingvit.runs.folder import CHECKPOINT, METRICS, POSTERIOR, holds_run, need_folder
+from pyro_isingvit.runs.folder import CHECKPOINT, METRICS, POSTERIOR, SHARED, holds_run, need_folder
 from pyro_isingvit.runs.run import Run
-from pyro_isingvit.runs.shared import FIGURES, FILES, WEIGHTS, is_shared, write_shared
+from pyro_isingvit.runs.shared import FIGURES, FILES, is_shared, write_shared
 from pyro_isingvit.sharing.card import Card, check_license, write_card
 from pyro_isingvit.sharing.folder import README, staged
 from pyro_isingvit.sharing.names import is_path_free, shared_metrics, shared_name
@@ -89,7 +89,7 @@ def share_run(
                  if isinstance(known.get(f"{key}_size"), int)}  # fmt: skip
         card = Card(
             shared_name(info.dataset), info.classes, info.image_shape, info.kind, "TrainedRun", _kind(run),
-            {"training": num_data, **sizes}, run.method.num_parameters(), WEIGHTS, (place / WEIGHTS).stat().st_size,
+            {"training": num_data, **sizes}, run.method.num_parameters(), SHARED, (place / SHARED).stat().st_size,
             known, shown, ood, run.class_prior, run.config.version or __version__, license, intended_use, repo,
         )  # fmt: skip
         write_text(place / README, write_card(card))

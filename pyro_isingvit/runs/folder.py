@@ -16,6 +16,7 @@ CONFIG, CHECKPOINT, HISTORY, METRICS, POSTERIOR = (
 
 PREVIOUS = previous_of(Path(CHECKPOINT)).name
 FILES = (CONFIG, CHECKPOINT, PREVIOUS, HISTORY, METRICS, POSTERIOR)  # first what makes the folder a run
+SHARED = "model.safetensors"  # the tensors of a run that is shared
 REPORT = "report"  # folder of the page and its figures
 
 
@@ -60,6 +61,10 @@ def read_config(folder: Path) -> RunConfig:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder} holds no run: {CONFIG} is missing.")
+    if (folder / SHARED).is_file() and not (folder / CHECKPOINT).is_file():
+        raise UserError(
+            f"{folder} holds a shared run, which predicts; for what needs its training name its own folder."
+        )
     return RunConfig.from_json(path.read_text(errors="replace"), path)
 
 

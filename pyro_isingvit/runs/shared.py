@@ -15,14 +15,13 @@ from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.nets.penalties import PENALTIES
-from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, METRICS
+from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, METRICS, SHARED
 from pyro_isingvit.runs.run import Run, build_run, least_numbers
 from pyro_isingvit.sharing.folder import README
 from pyro_isingvit.sharing.names import shared_config, shared_name
 
-WEIGHTS = "model.safetensors"
 FIGURES = "figures"
-FILES = (CONFIG, WEIGHTS, METRICS, README, f"{FIGURES}/*.png")  # what a shared run is, as patterns
+FILES = (CONFIG, SHARED, METRICS, README, f"{FIGURES}/*.png")  # what a shared run is, as patterns
 TYPE = "pyro-isingvit-run"
 FORMAT = 1
 PARTS = ("model", "guide")
@@ -31,7 +30,7 @@ MOST = 2**28  # numbers that loss terms may remember: sizes alone must not fill 
 
 def is_shared(folder: Path) -> bool:
     """Whether a folder holds a shared run, and no run that can be resumed."""
-    return (folder / WEIGHTS).is_file() and not (folder / CHECKPOINT).exists()
+    return (folder / SHARED).is_file() and not (folder / CHECKPOINT).exists()
 
 
 def write_shared(run: Run, num_data: int, folder: Path) -> None:
@@ -59,7 +58,7 @@ def write_shared(run: Run, num_data: int, folder: Path) -> None:
         "state": {name: value for name, value in state.items() if name not in tensors},
     }  # fmt: skip
     content = save(tensors, {"format": "pt"})  # in memory first: safetensors reports a full disk as an error of its own
-    write_atomically(folder / WEIGHTS, lambda temporary: temporary.write_bytes(content))
+    write_atomically(folder / SHARED, lambda temporary: temporary.write_bytes(content))
     write_json(folder / CONFIG, settings)
 
 
@@ -72,7 +71,7 @@ def open_shared(folder: Path, device: str = "cpu") -> Run:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    for name in (CONFIG, WEIGHTS):
+    for name in (CONFIG, SHARED):
         need((folder / name).is_file(), f"{folder} holds no shared run: {name} is missing; share a run into it again.")
     try:
         raw = json.loads((folder / CONFIG).read_text(errors="replace"))
@@ -80,7 +79,7 @@ def open_shared(folder: Path, device: str = "cpu") -> Run:
         need(raw["format"] == FORMAT, f"{CONFIG} is of format {raw['format']}, this version reads {FORMAT}")
         config = RunConfig.from_json(json.dumps(raw["run"]), folder / CONFIG)
         info, num_data, kept = DataInfo.from_dict(raw["info"]), raw["num_data"], dict(raw["state"])
-        tensors = load((folder / WEIGHTS).read_bytes())
+        tensors = load((folder / SHARED).read_bytes())
         held = sum(x.numel() for x in tensors.values())
         need(least_numbers(config, info) <= held, "the network is larger than what the file holds")
         remembers = any(getattr(config.train, name, 0) for name in PENALTIES)

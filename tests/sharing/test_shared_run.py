@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONFIG, here, write_npz
+from helpers import CONFIG, here, refused, write_npz
 from safetensors.torch import load, load_file, save_file
 
 from pyro_isingvit import CompactViT, TrainedRun, compact, load_run
@@ -65,6 +65,12 @@ def test_a_folder_with_files_of_those_names_is_refused(run: TrainedRun, tmp_path
         with pytest.raises(UserError, match=r"paper holds .*which would be replaced"):
             run.save_pretrained(tmp_path / "paper", overwrite=overwrite)
     assert all(path.read_text() == "mine" for path in mine) and len(list((tmp_path / "paper").iterdir())) == 2
+
+
+def test_scripts_that_need_the_training_say_so(run: TrainedRun, tmp_path: Path) -> None:
+    folder = run.save_pretrained(tmp_path / "shared")
+    for words in (("analysis.report", "--run", folder), ("inference.train", "--resume", folder)):
+        refused(here(*words), "holds a shared run", "its own folder")
 
 
 def test_phase_noise_and_temperature_come_along(run: TrainedRun, tmp_path: Path) -> None:
