@@ -20,9 +20,13 @@ def unequal(cells: Cells) -> list[str]:
     Args:
         cells: rows of results.json; those without settings, of version 0.2 and before, are not looked at.
     """
+    return _unequal(_done(cells))
+
+
+def _unequal(cells: Cells) -> list[str]:
     columns: dict[tuple[str, int], Cells] = defaultdict(list)
-    for cell in _done(cells):
-        columns[cell["dataset"], cell["train_size"]].append({**cell, "config": json.loads(cell["config"])})
+    for cell in cells:
+        columns[cell["dataset"], cell["train_size"]].append(cell)
     found: list[str] = []
     for (dataset, size), column in sorted(columns.items()):
         where = f"{plain(dataset)}, {size:,} images"
@@ -49,11 +53,11 @@ def between(cells: Cells, others: Cells, names: tuple[str, str]) -> list[str]:
     alike = []
     for name, grid in zip(names, grids, strict=True):
         for key in sorted(both):
-            config = json.loads(grid[key]["config"]) | {"init": None}
-            alike.append({**grid[key], "method": f"{grid[key]['method']}, {name}", "config": json.dumps(config)})
+            cell = grid[key]
+            alike.append({**cell, "method": f"{cell['method']}, {name}", "config": {**cell["config"], "init": None}})
     found: dict[str, list[str]] = defaultdict(list)
     for key in sorted(both):
-        first, second = (_own({**grid[key], "config": json.loads(grid[key]["config"])}) for grid in grids)
+        first, second = (_own(grid[key]) for grid in grids)
         told = [
             f"`{plain(name)}` {plain(str(second[name]))} instead of {plain(str(first[name]))}"
             for name in second
@@ -63,7 +67,7 @@ def between(cells: Cells, others: Cells, names: tuple[str, str]) -> list[str]:
             where = f"{plain(str(key[0]))} {key[1]:,}"
             seen = found[f"`{plain(str(key[2]))}`, {names[1]}: {', '.join(told)}"]
             seen += [] if where in seen else [where]
-    return unequal(alike) + [f"{text} ({'; '.join(where)})." for text, where in found.items()]
+    return _unequal(alike) + [f"{text} ({'; '.join(where)})." for text, where in found.items()]
 
 
 def _key(cell: dict[str, Any]) -> tuple[Any, ...]:
@@ -71,11 +75,13 @@ def _key(cell: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _done(cells: Cells) -> Cells:
-    return [cell for cell in cells if cell["status"] == "done" and "config" in cell]
+    """Finished cells that have settings, which are read."""
+    done = (cell for cell in cells if cell["status"] == "done" and "config" in cell)
+    return [{**cell, "config": json.loads(cell["config"])} for cell in done]
 
 
 def _shared(cell: dict[str, Any]) -> dict[str, Any]:
-    config, found = cell["config"], {"epochs": cell["epochs"], "version": _minor(cell["config"].get("version", ""))}
+    config, found = cell["config"], {"epochs": cell["epochs"], "version": minor(cell["config"].get("version", ""))}
     for part, names in SHARED.items():
         values = config.get(part, {}) if part else config
         found |= {name: values.get(name) for name in (values if names is None else names)}
@@ -88,7 +94,8 @@ def _own(cell: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in (*APART, *known)}
 
 
-def _minor(version: str) -> str:
+def minor(version: str) -> str:
+    """0.13 of 0.13.0."""
     return ".".join(version.split(".")[:2])
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis.comparison_tables import MISSING, to_table
+from analysis.grid_settings import minor
 from inference.search_trials import key_of, read_records
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.untrusted import plain
@@ -58,7 +59,7 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
         "flipped": float(trial["flipped"]), "epochs": int(trial["epochs"]), "method": plain(trial["method"]),
         "regulariser": plain(trial["regulariser"]), "seed": int(trial["seed"]), "told": told,
         "setup": json.dumps(same, sort_keys=True), "machine": str(record.get("machine")),
-        "version": plain(".".join(str(record.get("version", "?")).split(".")[:2])),
+        "version": plain(minor(str(record.get("version", "?")))),
         **{name: math.nan if record.get(name) is None else float(record[name]) for name in numbers},
     }  # fmt: skip
 

@@ -38,6 +38,7 @@ def share(arguments: ShareArguments) -> None:
     from pyro_isingvit.pruning import card
     from pyro_isingvit.pruning.shapes import CONFIG
     from pyro_isingvit.runs import shared
+    from pyro_isingvit.runs.folder import is_shared
     from pyro_isingvit.sharing.card import check_license
     from pyro_isingvit.sharing.hub import check_repo, upload
 
@@ -51,7 +52,7 @@ def share(arguments: ShareArguments) -> None:
     files = card.FILES if is_compact else shared.FILES
     if out is None:
         need(repo is not None, "name the folder for others with `out`, or a repository with `repo`.")
-        ready = shared.is_shared(run) or (is_compact and _names_no_folder(run))
+        ready = is_shared(run) or (is_compact and _names_no_folder(run))
         need(ready, f"{run} is not for others yet: name a folder for that with `out`.")
         told = "the folder is sent as it is; `{}` belongs to `out`."
         for name in ("license", "intended_use"):

@@ -214,7 +214,6 @@ def fit(
         data=_source(data, parts["train"]), vit=_shape(model), **parts, version=__version__, method=method,
         preset=model if isinstance(model, str) else "custom", teacher=tuple(map(teacher_name, teachers)),
     )  # fmt: skip
-    check_fields(config)
     if given is not None:
         made, there = given.info, data.info
         fits = (made.classes, made.image_shape, made.kind) == (there.classes, there.image_shape, there.kind)

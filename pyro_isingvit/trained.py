@@ -25,13 +25,13 @@ from pyro_isingvit.runs.folder import (
     clear_run,
     holds_run,
     is_evaluated,
+    is_shared,
     need_folder,
     to_lines,
 )
 from pyro_isingvit.runs.load import open_run
 from pyro_isingvit.runs.predict import CHUNK, draw_predictive
 from pyro_isingvit.runs.run import Run, build_run
-from pyro_isingvit.runs.shared import is_shared
 from pyro_isingvit.runs.validation import validation_of
 from pyro_isingvit.shareable import Shareable
 

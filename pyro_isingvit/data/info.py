@@ -106,6 +106,10 @@ class DataInfo:
         """The fields, ready for JSON."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
+    def has_counts_of(self, other: "DataInfo") -> bool:
+        """Whether the classes have as many training images as another's, or those are not known."""
+        return other.counts in ((), self.counts)
+
     def is_that_of(self, raw: Any) -> bool:
         """Whether ``raw``, which ``to_dict`` wrote, describes these data; before version 0.7 it had fewer fields."""
         before = {"kind": "uint8", "low": [], "high": [], "counts": list(self.counts)}

@@ -14,9 +14,9 @@ from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.predictive.intervals import overall_intervals
 from pyro_isingvit.report import figures, style
-from pyro_isingvit.runs.folder import CHECKPOINT, METRICS, POSTERIOR, SHARED, holds_run, need_folder
+from pyro_isingvit.runs.folder import CHECKPOINT, METRICS, POSTERIOR, SHARED, holds_run, is_shared, need_folder
 from pyro_isingvit.runs.run import Run
-from pyro_isingvit.runs.shared import FIGURES, FILES, is_shared, write_shared
+from pyro_isingvit.runs.shared import FIGURES, FILES, write_shared
 from pyro_isingvit.sharing.card import Card, check_license, write_card
 from pyro_isingvit.sharing.folder import README, staged
 from pyro_isingvit.sharing.names import is_path_free, shared_metrics, shared_name

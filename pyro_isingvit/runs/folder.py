@@ -50,6 +50,11 @@ def clear_run(folder: Path) -> None:
     shutil.rmtree(folder / REPORT, ignore_errors=True)
 
 
+def is_shared(folder: Path) -> bool:
+    """Whether a folder holds a shared run, and no run that can be resumed."""
+    return (folder / SHARED).is_file() and not (folder / CHECKPOINT).exists()
+
+
 def read_config(folder: Path) -> RunConfig:
     """The settings of a run folder.
 
@@ -61,7 +66,7 @@ def read_config(folder: Path) -> RunConfig:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder} holds no run: {CONFIG} is missing.")
-    if (folder / SHARED).is_file() and not (folder / CHECKPOINT).is_file():
+    if is_shared(folder):
         raise UserError(
             f"{folder} holds a shared run, which predicts; for what needs its training name its own folder."
         )

@@ -8,9 +8,9 @@ from torch import Tensor
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.data.info import DataInfo
-from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, read_config
+from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, is_shared, read_config
 from pyro_isingvit.runs.run import Run, build_run, least_numbers
-from pyro_isingvit.runs.shared import is_shared, open_shared
+from pyro_isingvit.runs.shared import open_shared
 
 
 def open_run(folder: str | Path, device: str = "cpu") -> Run:

@@ -15,7 +15,7 @@ from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.nets.penalties import PENALTIES
-from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, METRICS, SHARED
+from pyro_isingvit.runs.folder import CONFIG, METRICS, SHARED
 from pyro_isingvit.runs.run import Run, build_run, least_numbers
 from pyro_isingvit.sharing.folder import README
 from pyro_isingvit.sharing.names import shared_config, shared_name
@@ -26,11 +26,6 @@ TYPE = "pyro-isingvit-run"
 FORMAT = 1
 PARTS = ("model", "guide")
 MOST = 2**28  # numbers that loss terms may remember: sizes alone must not fill the memory
-
-
-def is_shared(folder: Path) -> bool:
-    """Whether a folder holds a shared run, and no run that can be resumed."""
-    return (folder / SHARED).is_file() and not (folder / CHECKPOINT).exists()
 
 
 def write_shared(run: Run, num_data: int, folder: Path) -> None:

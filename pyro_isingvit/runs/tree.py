@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.random import fork_rng
 
 from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.random_state import undisturbed
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.ising.layout import head_sites
 from pyro_isingvit.nets.margins import least_margins
@@ -174,8 +175,7 @@ def _posterior(run: Run, samples: int, full: bool, seed: int) -> xr.Dataset:
         log.info("storing every mask and weight of %d draws: %.1f MB before compression", samples, size)
     stored: Weights = {}
     cuda = [run.device] if run.device.type == "cuda" else []
-    with fork_rng(devices=cuda):
-        torch.manual_seed(seed)
+    with undisturbed(seed, run.device):
         for s in range(samples):
             with fork_rng(devices=cuda):  # guide.draw starts from the same random state, with the same masks
                 masks = guide.masks.draw()

@@ -81,8 +81,7 @@ def _own_data(run: Run, data_root: str | Path | None, told: str) -> ImageData:
         data = load_data(**asdict(replace(source, download=False, data_root=root)), seed=run.config.train.seed)
     except UserError as error:
         raise UserError(f"{told}. Its data cannot be loaded: {error}") from error
-    counts = data.info.counts if run.info.counts else ()  # not known before version 0.7
-    now = data.info.classes, data.info.image_shape, counts
-    same = now == (run.info.classes, run.info.image_shape, run.info.counts)
+    same = (data.info.classes, data.info.image_shape) == (run.info.classes, run.info.image_shape)
+    same = same and data.info.has_counts_of(run.info)
     need(same, f"{told}. {source.dataset} has other classes or images now than in training.")
     return data

@@ -20,9 +20,10 @@ from pyro_isingvit.data.load import load_data
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.report.share import OOD
+from pyro_isingvit.runs.folder import is_shared
 from pyro_isingvit.runs.load import open_run
 from pyro_isingvit.runs.run import build_run
-from pyro_isingvit.runs.shared import is_shared, open_shared, write_shared
+from pyro_isingvit.runs.shared import open_shared, write_shared
 from pyro_isingvit.shareable import Shareable
 from pyro_isingvit.sharing.folder import MARK
 from pyro_isingvit.sharing.names import is_path_free, shared_config, shared_metrics, shared_name
