@@ -265,7 +265,7 @@ def optimise(network: nn.Module, losses: Iterator[Tensor], steps: int, lr: float
     """
     trained = list(network.parameters())
     alive = [value.detach() != 0 for value in trained]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     bar = tqdm(losses, desc="distil", total=steps, unit="step", disable=not progress, dynamic_ncols=True)
     for loss in bar:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_isingvit.ising.lean import LARGE
 from pyro_isingvit.nets.vit import ViT
 
 Networks = Iterable[tuple[ViT, nn.ParameterDict]]
@@ -96,9 +95,7 @@ class LayerwiseAdamW(torch.optim.AdamW):
                         self._centres[view] = start
             for level, params in sorted(by_level.items()):
                 made.append({**group, "params": params, "lr": group.get("lr", lr) * layer_decay**level})
-        # Of a large network, the fast form that needs no room for copies of all parameters.
-        large = sum(p.numel() for group in made for p in group["params"]) >= LARGE
-        super().__init__(made, lr=lr, foreach=None if large else True, fused=True if large else None)
+        super().__init__(made, lr=lr, fused=True)
 
     def _view(self, whole: nn.Parameter, row: int) -> nn.Parameter:
         view = nn.Parameter(whole.detach()[row])  # the same memory

@@ -13,7 +13,7 @@ from pyro_isingvit.runs.layerwise import LayerwiseAdamW, Networks
 
 
 def make_optimizer(groups: list[dict[str, Any]], settings: TrainConfig, networks: Networks = ()) -> torch.optim.AdamW:
-    """AdamW at the peak learning rate, in its fast form on every device; the numbers are those of the slow one.
+    """AdamW at the peak learning rate, one kernel for each parameter on every device; its numbers up to rounding.
 
     Args:
         groups: of parameters, as ``Method.parameter_groups`` gives them.
@@ -23,7 +23,7 @@ def make_optimizer(groups: list[dict[str, Any]], settings: TrainConfig, networks
     """
     if settings.layer_decay != 1 or any(vit.centred or vit.frozen for vit, _ in networks):
         return LayerwiseAdamW(groups, networks, settings.lr, settings.layer_decay)
-    return torch.optim.AdamW(groups, lr=settings.lr, foreach=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainConfig, steps: int) -> LambdaLR:

@@ -155,7 +155,7 @@ class Pretraining:
         groups.append({"params": others, "weight_decay": 0.0})
         for group in groups:
             group["params"] = [p for p in group["params"] if p.requires_grad]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=(0.9, 0.95), foreach=True)
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=(0.9, 0.95), fused=True)
 
     def run(self) -> Start:
         """Trains from the current epoch to the last, and keeps the start.

@@ -56,22 +56,24 @@ def test_shrinkage_is_what_is_left_of_a_weight_without_a_gradient(changes) -> No
     assert with_decay(replace(settings, weight_decay=0.1), STEPS) == replace(settings, weight_decay=0.1)
 
 
-def test_the_fast_form_has_the_numbers_of_the_slow_one() -> None:
+def test_the_fast_form_has_the_numbers_of_the_slow_one_up_to_rounding() -> None:
     generator = torch.Generator().manual_seed(0)
     starts = [torch.randn(shape, generator=generator) for shape in ((7, 5), (3,), (2, 4, 4))]
     gradients = [[torch.randn(p.shape, generator=generator) for p in starts] for _ in range(20)]
-    results = []
-    for fast in (True, False):
-        parameters = [torch.nn.Parameter(p.clone()) for p in starts]
+    results = {}
+    for form, dtype in (("fast", torch.float32), ("slow", torch.float32), ("exact", torch.float64)):
+        parameters = [torch.nn.Parameter(p.to(dtype, copy=True)) for p in starts]
         groups = [
             {"params": parameters[:1], "weight_decay": 0.05},
             {"params": parameters[1:], "weight_decay": 0.0, "lr": 0.1},
         ]
+        fast = form == "fast"
         made = make_optimizer(groups, SETTINGS) if fast else torch.optim.AdamW(groups, lr=SETTINGS.lr, foreach=False)
-        assert made.param_groups[0]["foreach"] is fast
+        assert bool(made.param_groups[0]["fused"]) is fast
         for each in gradients:
             for parameter, gradient in zip(parameters, each, strict=True):
-                parameter.grad = gradient.clone()
+                parameter.grad = gradient.to(dtype, copy=True)
             made.step()
-        results.append(parameters)
-    assert all(torch.equal(fast, slow) for fast, slow in zip(*results, strict=True))
+        results[form] = torch.cat([p.detach().double().flatten() for p in parameters])
+    error = {form: float((results[form] - results["exact"]).abs().max()) for form in ("fast", "slow")}
+    assert error["slow"] < 1e-5 and error["fast"] < 2 * error["slow"]
