@@ -36,7 +36,7 @@ from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.runs.folder import to_lines
 from pyro_isingvit.runs.optimiser import learning_rate_factor
-from pyro_isingvit.runs.steps import accelerator
+from pyro_isingvit.runs.steps import make_fabric
 
 log = logging.getLogger(__name__)
 SETTINGS, CHECKPOINT, HISTORY, START = "pretrain.json", "checkpoint.pt", "metrics.jsonl", "start.safetensors"
@@ -114,8 +114,6 @@ class Pretraining:
     """
 
     def __init__(self, settings: PretrainSettings, images: Images, folder: Path | None, progress: bool = True) -> None:
-        import lightning_fabric as lf
-
         train = settings.train
         settings.check()
         self.settings, self.train, self.folder, self.progress = settings, train, folder, progress
@@ -123,11 +121,7 @@ class Pretraining:
         need(len(images) - held >= 2, f"{len(images)} images are too few to pretrain on.")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(train.seed)).numpy()
         part = Split(images, torch.full((len(images),), UNLABELLED))
-        self.fabric = lf.Fabric(
-            accelerator=accelerator(train.device),
-            devices=1,
-            precision="bf16-mixed" if train.precision == "bf16" else "32-true",
-        )
+        self.fabric = make_fabric(train.device, train.precision, devices=1)
         self.split, self.held = part.take(order[held:]), part.take(order[:held])
         self.info = DataInfo.of(settings.source, ("no", "labels"), self.split.images, settings.intensity)
         views = TrainConfig(augment=train.augment, margin=train.margin)

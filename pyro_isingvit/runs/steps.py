@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import os
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,6 @@ def set_up_fabric(config: RunConfig) -> "lf.Fabric":
     Raises:
         UserError: fewer GPUs than processes.
     """
-    import lightning_fabric as lf
     from lightning_fabric.strategies import DDPStrategy
 
     settings, (here, machines) = config.train, launched()
@@ -46,15 +46,21 @@ def set_up_fabric(config: RunConfig) -> "lf.Fabric":
         strategy = DDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=learns, **silent)
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # every process would introduce itself
         kwargs = {"devices": here, "num_nodes": machines, "strategy": strategy}
-    fabric = lf.Fabric(accelerator=accelerator(settings.device), precision=PRECISION[settings.precision], **kwargs)  # type: ignore[arg-type]
+    fabric = make_fabric(settings.device, settings.precision, **kwargs)
     if here * machines > 1:
         fabric.launch()
     return fabric
 
 
-def accelerator(device: str) -> str:
-    """``cuda`` or ``cpu``; auto is the first where there is one: other devices lack numbers of 64 bits."""
-    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+def make_fabric(device: str, precision: str, **kwargs: Any) -> "lf.Fabric":
+    """Fabric as settings name a device and a precision; "auto" is CUDA where it is: others lack numbers of 64 bits."""
+    import lightning_fabric as lf
+
+    gpu = torch.cuda.is_available()
+    if not gpu:  # importing Fabric sets it: each step of an optimiser would look for NVIDIA's library for 0.1 ms
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+    accelerator = device if device != "auto" else "cuda" if gpu else "cpu"
+    return lf.Fabric(accelerator=accelerator, precision=PRECISION[precision], **kwargs)  # type: ignore[arg-type]
 
 
 def total(terms: Terms) -> Tensor:

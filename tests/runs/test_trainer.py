@@ -256,3 +256,15 @@ def test_shrinkage_sets_the_decay_of_every_step(data) -> None:
     assert decays[0] == pytest.approx(decays[1] / 2, rel=0.1)
     with pytest.raises(UserError, match="`shrinkage` must not be negative"):
         trainer(data, shrinkage=-1.0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is something to look for")
+def test_without_a_gpu_no_step_looks_for_one(data, monkeypatch) -> None:
+    looks: list[None] = []
+    fit(IsingViT.for_data(data, TINY), data, epochs=1, progress=False)  # the first training imports Fabric
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as that import leaves it
+    monkeypatch.setattr(torch.cuda, "_raw_device_count_nvml", lambda: looks.append(None) or -1)
+    made = trainer(data, epochs=3, batch_size=10)
+    looks.clear()
+    made.fit()
+    assert not looks
