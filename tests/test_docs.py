@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from pyro_isingvit.core.presets import PRESETS
+from pyro_isingvit.methods.registry import METHODS
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
@@ -69,3 +72,16 @@ def test_what_counts_as_a_wrong_citation() -> None:
 
 def test_the_method_is_cited() -> None:
     assert sum("docs/method.md, " in path.read_text() for path in SOURCES) >= 8  # or the tests above look at nothing
+
+
+def test_usage_lists_every_method_and_preset() -> None:
+    rows = re.findall(r"^\| (`[^|]+) \|(.*)\|$", (ROOT / "docs" / "usage.md").read_text(), re.MULTILINE)
+    listed = {name: rest for names, rest in rows for name in re.findall(r"`([\w-]+)`", names)}
+    assert set(METHODS) <= set(listed) and set(PRESETS) <= set(listed)
+    numbered = {name for name, row in METHODS.items() if row.knob}
+    assert {name for name in METHODS if listed[name].split("|")[-1].strip()} == numbered
+    for name in PRESETS:
+        if not name.startswith("paper"):
+            shape = PRESETS[name]
+            patch, width, depth = (int(re.match(r"\d+", cell.strip())[0]) for cell in listed[name].split("|")[:3])
+            assert (patch, width, depth) == (shape.patch_size, shape.width, shape.depth)
