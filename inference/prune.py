@@ -223,7 +223,7 @@ def data_of(run: "Run", data_root: str | None) -> "ImageData":
     if run.config.init is not None:  # images are normalised as those were from which training started
         data = dataclasses.replace(data, info=data.info.with_scale_of(run.info))
     same = data.info.has_counts_of(run.info) and len(data.train) == run.method.num_data
-    same = same and dataclasses.replace(data.info, counts=run.info.counts) == run.info
+    same = same and dataclasses.replace(data.info, counts=run.info.counts, weighted=run.info.weighted) == run.info
     need(same, f"{source['dataset']} is no longer the data that the run was trained on; prune with the same data.")
     need(len(data.test), f"{data.info.dataset} has no test part to evaluate on.")
     return data

@@ -126,7 +126,7 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         low_high = None if X.dtype == np.uint8 else (float(X.min()), float(X.max()))
         self.pixel_range_ = low_high
         data = self._data(self._pixels(X), torch.from_numpy(numbers.astype(np.int64)), seed)
-        chosen = {"seed": seed, "samples": self.samples, **(self.settings or {})}
+        chosen = {"seed": seed, "samples": self.samples, **self._settings()}
         if self.epochs is not None:
             chosen["epochs"] = self.epochs
         if len(data.val) < 2 and asks_for_noise(self.method, chosen):
@@ -178,6 +178,14 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
             return validate_data(self, X, reset=False)
         return check_array(X, allow_nd=True, estimator=self, input_name="X")
 
+    def _settings(self) -> dict[str, Any]:
+        """``settings``, which are those of ``fit`` that the classifier has no arguments for."""
+        settings = {} if self.settings is None else self.settings
+        need(isinstance(settings, dict), f"`settings` must be a dict of settings of `fit`, not {settings!r}.")
+        taken = [name for name in ("method", "progress", "data", "vit") if name in settings]
+        need(not taken, f"`settings` has {', '.join(taken)}; give it to {type(self).__name__} itself.")
+        return dict(settings)
+
     def _seed(self) -> int:
         if isinstance(self.random_state, Integral):
             return int(self.random_state)
@@ -185,6 +193,17 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
 
     def _shape(self, X: np.ndarray) -> tuple[int, int, int]:
         """(H, W, C) of the images."""
+        wanted = self.image_shape
+        need(
+            wanted is None or (isinstance(wanted, tuple | list) and len(wanted) in (2, 3)),
+            f"`image_shape` must be (H, W) or (H, W, C), not {wanted!r}.",
+        )
+        found = self._own_shape(X)
+        told = f"`image_shape` {wanted} is not that of `X`, whose images are {found}: (H, W, C)."
+        need(wanted is None or tuple(wanted) in (found, found[: len(wanted)]), told)
+        return found
+
+    def _own_shape(self, X: np.ndarray) -> tuple[int, int, int]:
         if X.ndim == 3:
             return X.shape[1], X.shape[2], 1
         if X.ndim == 4:

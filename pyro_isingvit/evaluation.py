@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_isingvit.core.checkpoint import write_json
+from pyro_isingvit.core.checkpoint import uninterrupted, write_json
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.data.split import UNLABELLED, Split
 from pyro_isingvit.predictive.by_class import class_metrics
@@ -114,7 +114,7 @@ def evaluate(
 
 
 def write_evaluation(run: Run, evaluation: Evaluation, folder: Path, full: bool = False) -> None:
-    """Writes posterior.nc, then metrics.json, each atomically.
+    """Writes posterior.nc, then metrics.json, each atomically; Ctrl-C waits for both, which belong together.
 
     Args:
         run: the run that was judged.
@@ -131,8 +131,9 @@ def write_evaluation(run: Run, evaluation: Evaluation, folder: Path, full: bool 
     tree = run_to_datatree(
         run, evaluation.split, evaluation.draws, full=full, seed=evaluation.seed, validation=evaluation.validation
     )
-    save_datatree(tree, folder / POSTERIOR)
-    write_json(folder / METRICS, evaluation.metrics)
+    with uninterrupted():
+        save_datatree(tree, folder / POSTERIOR)
+        write_json(folder / METRICS, evaluation.metrics)
 
 
 def _fit(val_draws: PredictiveDraws | None, labels: Tensor | None, balanced: bool) -> float:

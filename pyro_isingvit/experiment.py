@@ -23,7 +23,7 @@ from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.registry import row, started
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.runs.checks import check_asked
-from pyro_isingvit.runs.folder import FILES, clear_run, need_folder
+from pyro_isingvit.runs.folder import FILES, clear_run, need_folder, need_room
 from pyro_isingvit.runs.load import open_run, read_info
 from pyro_isingvit.runs.run import Run
 from pyro_isingvit.runs.teacher import IN_MEMORY, teacher_name
@@ -65,6 +65,7 @@ def train_run(
     """
     need_folder(folder)
     if not resume:
+        need_room(folder)
         check_asked(config.train)
     source = config.data
     if source.download and launched() != (1, 1):
@@ -194,7 +195,9 @@ def fit(
         "ising": given.ising if given else ising or usual.ising,
         "baseline": baseline or usual.baseline,
     }
+    kinds = {"train": TrainConfig, "ising": IsingConfig, "baseline": BaselineConfig}
     for name, part in parts.items():
+        need(isinstance(part, kinds[name]), f"`{name}` must be a {kinds[name].__name__}, not {part!r:.60}.")
         own = {each.name: settings.pop(each.name) for each in dataclasses.fields(part) if each.name in settings}
         fixed = given is not None and name == "ising" and own
         need(not fixed, f"{clash}; set {_named(own)} there.")

@@ -25,6 +25,10 @@ class Shareable(Run):
         """What a checkpoint holds besides the network."""
         raise NotImplementedError
 
+    def _has_folder(self, folder: Path) -> bool:
+        """Whether a folder is the run's own and still holds it."""
+        raise NotImplementedError
+
     def save_pretrained(
         self,
         folder: str | Path,
@@ -75,7 +79,7 @@ class Shareable(Run):
         if evaluation is not None:
             metrics = evaluation.metrics
             probs, labels = evaluation.draws.mean.numpy(), evaluation.split.labels.cpu().numpy()
-        elif own is not None and is_evaluated(own):
+        elif own is not None and self._has_folder(own) and is_evaluated(own):
             metrics, (probs, labels) = read_metrics(own), kept_predictions(own)
         share_run(
             self, folder, num_data=self._rest()["num_data"], metrics=metrics, probs=probs, labels=labels,

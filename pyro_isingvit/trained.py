@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint, write_atomically, write_text
+from pyro_isingvit.core.checkpoint import fingerprint, load_checkpoint, save_checkpoint, write_atomically, write_text
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.given import Labelled, labelled, pixels
@@ -22,11 +22,12 @@ from pyro_isingvit.runs.folder import (
     HISTORY,
     METRICS,
     POSTERIOR,
-    clear_run,
+    clear_report,
     holds_run,
     is_evaluated,
     is_shared,
     need_folder,
+    need_room,
     to_lines,
 )
 from pyro_isingvit.runs.load import open_run
@@ -34,6 +35,7 @@ from pyro_isingvit.runs.predict import CHUNK, draw_predictive
 from pyro_isingvit.runs.run import Run, build_run
 from pyro_isingvit.runs.validation import validation_of
 from pyro_isingvit.shareable import Shareable
+from pyro_isingvit.sharing.folder import staged
 
 
 class TrainedRun(Shareable):
@@ -52,6 +54,7 @@ class TrainedRun(Shareable):
     evaluation: Evaluation | None
     _training: dict[str, Any] | None  # what a checkpoint holds besides the network; None: read it from the folder
     _kept: Evaluation | None  # the evaluation that the folder holds
+    _seen: tuple[int, bytes]  # the checkpoint of the folder, as it was when it held this run
 
     @classmethod
     def of(cls, run: Run, training: dict[str, Any] | None = None, val: Split | None = None) -> "TrainedRun":
@@ -66,6 +69,7 @@ class TrainedRun(Shareable):
         vars(trained).update(vars(run))
         trained._training, trained.val = training, val
         trained.evaluation = trained._kept = None
+        trained._seen = trained._found()
         return trained
 
     def __repr__(self) -> str:
@@ -76,7 +80,7 @@ class TrainedRun(Shareable):
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is built from the settings and takes the state: modules hold functions that cannot be pickled."""
         state = {**self._rest(), **self.state()}
-        return _rebuilt, (self.config, state, self.folder, self.val, self.evaluation, self._kept)
+        return _rebuilt, (self.config, state, self.folder, self.val, self.evaluation, self._kept, self._seen)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Saves the run to a folder that ``load_run`` and every script can open.
@@ -95,7 +99,7 @@ class TrainedRun(Shareable):
             the folder.
 
         Raises:
-            UserError: the folder holds a run, cannot be written to, or is a file.
+            UserError: the folder holds a run or other files of these names, cannot be written to, or is a file.
 
         Examples:
             >>> import tempfile
@@ -111,25 +115,27 @@ class TrainedRun(Shareable):
             True
         """
         folder = Path(folder)
-        need_folder(folder)
+        need_room(folder)
         self.config.check_kept()
         own, held = self._has_folder(folder), holds_run(folder)
         need(own or overwrite or not held, f"{folder} holds a run; name another `folder` or pass `overwrite=True`.")
         if not own or overwrite:
             state = {**self._rest(), **self.state()}
+            with staged(folder, () if own else (METRICS, POSTERIOR)) as new:
+                write_text(new / CONFIG, self.config.to_json())
+                for _ in range(2):  # checkpoint.previous.pt holds the same state: either will do
+                    save_checkpoint(new / CHECKPOINT, state)
+                write_text(new / HISTORY, to_lines(self.history))
             if held and not own:
-                clear_run(folder)
-            write_text(folder / CONFIG, self.config.to_json())
-            for _ in range(2):  # checkpoint.previous.pt holds the same state: either will do
-                save_checkpoint(folder / CHECKPOINT, state)
-            write_text(folder / HISTORY, to_lines(self.history))
+                clear_report(folder)
+        if self.folder is None or self.folder.resolve() == folder.resolve():
+            self.folder, self._seen = self.folder or folder, fingerprint(folder / CHECKPOINT)
         self._save_evaluation(folder, own, overwrite)
-        self.folder = self.folder or folder
         return folder
 
     def _save_evaluation(self, folder: Path, own: bool, overwrite: bool) -> None:
         if self.evaluation is None:
-            if not own and self.folder is not None and is_evaluated(self.folder):
+            if not own and self.folder is not None and self._has_folder(self.folder) and is_evaluated(self.folder):
                 for name in (POSTERIOR, METRICS):
                     write_atomically(folder / name, partial(shutil.copyfile, self.folder / name))
             return
@@ -138,18 +144,25 @@ class TrainedRun(Shareable):
         told = f"{folder} holds another evaluation; name another `folder` or pass `overwrite=True`."
         need(overwrite or not is_evaluated(folder), told)
         write_evaluation(self, self.evaluation, folder)
-        if own or self.folder is None:
+        if self._has_folder(folder):
             self._kept = self.evaluation
 
     def _has_folder(self, folder: Path) -> bool:
-        """Whether a folder is the run's own and holds it."""
-        return self.folder is not None and self.folder.resolve() == folder.resolve() and holds_run(folder)
+        """Whether a folder is the run's own and still holds it."""
+        own = self.folder is not None and self.folder.resolve() == folder.resolve()
+        return own and holds_run(folder) and self._seen == self._found()
+
+    def _found(self) -> tuple[int, bytes]:
+        """The checkpoint that the run's folder has now."""
+        return (0, b"") if self.folder is None else fingerprint(self.folder / CHECKPOINT)
 
     def _rest(self) -> dict[str, Any]:
         """What a checkpoint holds besides the network."""
         if self._training is not None:
             return self._training
         assert self.folder is not None  # a run without a folder was trained in this process
+        told = f"{self.folder} is not as it was when the run was loaded from it; load the run again."
+        need(self._seen == self._found(), told)
         return load_checkpoint(self.folder / CHECKPOINT)
 
     def evaluate(
@@ -168,8 +181,8 @@ class TrainedRun(Shareable):
         Args:
             data: a part of a data set such as ``data.test``, (images, labels) as ``predict`` and
                 ``ImageData.from_arrays`` take them, or an ``ImageData``, of which the test part counts.
-            val: validation images, for the metrics ``*_calibrated`` and ``*_rel_u``; None: those of training, while
-                the run knows them.
+            val: validation images, for the metrics ``*_calibrated`` and ``*_rel_u``; None: those of training, or where
+                the run does not know them any more, those of an ``ImageData``.
             num_samples: S, draws; None: ``samples`` of the run's settings.
             seed: of the draws; None: the run's.
             progress: show a progress bar.
@@ -189,8 +202,8 @@ class TrainedRun(Shareable):
             >>> metrics["accuracy"] > 0.8, metrics["test_size"]
             (True, 360)
         """
-        if isinstance(data, ImageData) and val is None:
-            val = data.val
+        if isinstance(data, ImageData) and val is None and self.val is None and len(data.val):
+            val = data
         training = self._rest()
         self.evaluation = evaluate(
             self, labelled(data, self.info, "data"), self.val if val is None else labelled(val, self.info, "val"),
@@ -351,11 +364,12 @@ def _rebuilt(
     val: Split | None,
     evaluation: Evaluation | None,
     kept: Evaluation | None,
+    seen: tuple[int, bytes],
 ) -> TrainedRun:
     run = build_run(config, DataInfo.from_dict(state["info"]), state["num_data"], folder)
     run.load_state(state)
     trained = TrainedRun.of(run, {name: value for name, value in state.items() if name not in run.state()}, val)
-    trained.evaluation, trained._kept = evaluation, kept
+    trained.evaluation, trained._kept, trained._seen = evaluation, kept, seen
     return trained
 
 

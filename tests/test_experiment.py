@@ -166,6 +166,11 @@ def test_numbers_of_numpy_and_paths_say_which_images(tmp_path: Path) -> None:
     assert fit(TINY.__class__(4, 8, 2, 1), data, **{**QUICK, "epochs": 1}).config.data.train_size == 60
 
 
+def test_parts_of_the_settings_are_of_their_kind(images) -> None:
+    with pytest.raises(UserError, match=r"`train` must be a TrainConfig, not {'epochs': 3}"):
+        fit(TINY, images, train={"epochs": 3}, progress=False)
+
+
 def test_fit_wants_image_data() -> None:
     with pytest.raises(UserError, match="`data` must be an ImageData, not tuple: use `load_data`"):
         fit(TINY, (torch.zeros(9, 1, 4, 4), torch.zeros(9)))  # type: ignore[arg-type]
@@ -292,6 +297,17 @@ def test_what_cannot_be_judged_is_named(run, images, data, words) -> None:
     with pytest.raises(UserError, match=words):
         run.evaluate(data(images))
     assert run.evaluation is None
+
+
+@pytest.mark.parametrize("count", [3.0, 0, "5"])
+def test_a_number_of_draws_is_a_whole_one(run, images, count) -> None:
+    with pytest.raises(UserError, match="`num_samples` must be a whole number and at least 1"):
+        run.predict(images.test.images[:2], count)
+
+
+def test_a_share_to_keep_is_a_number(run) -> None:
+    with pytest.raises(UserError, match=r"`keep` must be a number strictly between 0 and 1, not '0.5'"):
+        run.prune(keep="0.5")
 
 
 def test_predictions_of_every_layout_are_the_same(run, images) -> None:

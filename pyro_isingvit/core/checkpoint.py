@@ -4,6 +4,7 @@ A checkpoint is torch's zip file, then the SHA-256 of its bytes, then SEAL. The 
 """
 
 import contextlib
+import glob
 import hashlib
 import io
 import json
@@ -23,6 +24,7 @@ from pyro_isingvit.core.errors import UserError, why
 
 log = logging.getLogger(__name__)
 SEAL = b"IsingViT"  # the last bytes of a checkpoint that has a checksum
+RANDOM = 8  # characters that mkstemp puts into a name
 ZIP_END = 22  # bytes of the record that ends a zip file, which starts with PK 5 6
 
 
@@ -111,8 +113,20 @@ def _flush_names(folder: Path) -> None:
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
     """Removes temporary files of ``names`` that a killed process left behind."""
     for name in names:
-        for path in folder.glob(f".{name}.*"):
+        pattern = f".{glob.escape(name)}.{'?' * RANDOM}{glob.escape(Path(name).suffix)}"  # as mkstemp names them
+        for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
+
+
+def fingerprint(path: Path) -> tuple[int, bytes]:
+    """Size and last bytes of a file, of a checkpoint with its checksum; (0, b"") where there is none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(-min(size, 64), io.SEEK_END)
+            return size, file.read()
+    except OSError:
+        return 0, b""
 
 
 def previous_of(path: Path) -> Path:

@@ -132,7 +132,7 @@ class Augmentation:
     def __init__(self, settings: TrainConfig, info: DataInfo) -> None:
         self.kind, self.info, self.margin = settings.augment, info, settings.margin
         self.smoothing, self.clean = settings.label_smoothing, slice(None, None, 2 if settings.mix == "regmixup" else 1)
-        self.weights = class_weights(info.counts) if settings.balance == "loss" else None
+        self.weights = class_weights(info.sizes) if settings.balance == "loss" else None
         side = min(info.height, info.width)
         need(
             self.kind == "none" or self.margin is None or self.margin < side,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def class_weights(counts: Sequence[int]) -> Tensor:
+def class_weights(counts: Sequence[float]) -> Tensor:
     """w_c = N / (C n_c), the weight of an image of class c: every class weighs N / C, the mean image 1; (C,).
 
     Examples:

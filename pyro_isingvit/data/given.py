@@ -4,16 +4,18 @@ Shapes: N images, C channels, H height, W width.
 """
 
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.data.arrays import class_numbers, label_array, to_pixels
 from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.data.info import DataInfo
-from pyro_isingvit.data.split import ImageData, Split
+from pyro_isingvit.data.split import UNLABELLED, ImageData, Split
 
 MANY = 256  # images that are looked at
 Labelled = Split | tuple[Any, Any] | ImageData
@@ -60,8 +62,8 @@ def labelled(data: Labelled, info: DataInfo, name: str) -> Split:
     """A part of a data set with labels.
 
     Args:
-        data: a part, (images, labels), or a data set, of which the test part is taken for ``data`` and the validation
-            part for ``val``.
+        data: a part, whose labels are the numbers of the run's classes; (images, labels); or a data set, of which the
+            test part is taken for ``data`` and the validation part for ``val``, and whose classes count by their names.
         info: the images that the network was trained on.
         name: of the argument: ``data`` or ``val``.
 
@@ -69,7 +71,15 @@ def labelled(data: Labelled, info: DataInfo, name: str) -> Split:
         UserError: something else, or images or labels that do not fit.
     """
     if isinstance(data, ImageData):
-        return data.val if name == "val" else data.test
+        part, own = data.val if name == "val" else data.test, data.info.classes
+        if own == info.classes:
+            return part
+        unknown = [text for text in own if text not in info.classes]
+        told = f"`{name}` has the class {', '.join(unknown[:3])}; the run knows {', '.join(info.classes[:10])}."
+        need(not unknown, told)
+        numbers = torch.tensor([info.classes.index(text) for text in own], device=part.labels.device)
+        there = numbers[part.labels.clamp(min=0)]
+        return replace(part, labels=torch.where(part.labels == UNLABELLED, part.labels, there))
     if isinstance(data, Split):
         return data
     if not (isinstance(data, tuple | list) and len(data) == 2):

@@ -34,6 +34,7 @@ class DataInfo:
     low: tuple[float, ...] = ()  # (C,), pixels that become 0; empty: 0, or no change for floats
     high: tuple[float, ...] = ()  # (C,), pixels that become 1; empty: the largest whole number
     counts: tuple[int, ...] = ()  # training images of each class; () where they are not known, as before version 0.7
+    weighted: tuple[float, ...] = ()  # sum of the training images' weights in each class; () where all count alike
 
     @classmethod
     def of(cls, dataset: str, classes: tuple[str, ...], images: Images, intensity: str = "full") -> "DataInfo":
@@ -78,9 +79,14 @@ class DataInfo:
 
     @property
     def shares(self) -> tuple[float, ...] | None:
-        """Share of each class in the training part; None where ``counts`` is not known."""
-        total = sum(self.counts)
-        return tuple(count / total for count in self.counts) if total else None
+        """Share of each class in the training loss; None where ``counts`` is not known."""
+        total = sum(self.sizes)
+        return tuple(size / total for size in self.sizes) if total else None
+
+    @property
+    def sizes(self) -> tuple[float, ...]:
+        """Training images of each class, each as often as its weight says; () where they are not known."""
+        return self.weighted or self.counts
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -112,7 +118,7 @@ class DataInfo:
 
     def is_that_of(self, raw: Any) -> bool:
         """Whether ``raw``, which ``to_dict`` wrote, describes these data; before version 0.7 it had fewer fields."""
-        before = {"kind": "uint8", "low": [], "high": [], "counts": list(self.counts)}
+        before = {"kind": "uint8", "low": [], "high": [], "counts": list(self.counts), "weighted": list(self.weighted)}
         return isinstance(raw, dict) and before | raw == self.to_dict()
 
     @classmethod
@@ -129,6 +135,8 @@ class DataInfo:
             texts = all(isinstance(name, str) for name in (info.dataset, *info.classes))
             counted = not info.counts or len(info.counts) == len(info.classes)
             counted = counted and all(type(n) is int and 0 <= n < 2**53 for n in info.counts)
+            counted = counted and (not info.weighted or len(info.weighted) == len(info.classes))
+            counted = counted and all(type(w) is float and 0 <= w < 2**53 for w in info.weighted)
             if not (sizes and texts and counted and info.scale.fits(info.channels)):
                 raise TypeError("sizes, names, counts or pixel statistics that cannot be")
             return info

@@ -130,7 +130,8 @@ class ImageData:
         train: what the posterior is fitted to, N images.
         val: what is watched in training and sets mask noise and temperature; may be empty.
         test: what the trained run is evaluated on.
-        info: classes, image shape and pixel statistics of the training part; images of each class are counted here.
+        info: classes, image shape and pixel statistics of the training part; images of each class are counted here,
+            and their weights summed.
         source: settings and seed that ``load_data`` divides it by again; None for images that were given in memory.
     """
 
@@ -144,8 +145,10 @@ class ImageData:
         """Counts the training images of each class, unless ``info`` has the counts."""
         labels = self.train.labels
         if not self.info.counts and len(labels) and int(labels.min()) >= 0:
-            counts = torch.bincount(labels, minlength=self.info.num_classes)
-            object.__setattr__(self, "info", replace(self.info, counts=tuple(counts.tolist())))
+            counts, weights = torch.bincount(labels, minlength=self.info.num_classes), self.train.weights
+            sums = None if weights is None else torch.bincount(labels, weights.double(), self.info.num_classes)
+            weighted = () if sums is None else tuple(sums.tolist())
+            object.__setattr__(self, "info", replace(self.info, counts=tuple(counts.tolist()), weighted=weighted))
 
     @classmethod
     def from_arrays(

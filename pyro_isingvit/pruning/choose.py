@@ -6,6 +6,7 @@ Shapes: S samples, B batch, C classes.
 """
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -75,7 +76,8 @@ def choose_masks(
     told = " and ".join(f"`{name}`" for name in given)
     need(len(given) <= 1, f"{told} contradict each other; give one of them.")
     for name, value in given.items():
-        need(0 < value < 1, f"`{name}` must lie strictly between 0 and 1, not {value}.")
+        inside = isinstance(value, Real) and 0 < value < 1
+        need(inside, f"`{name}` must be a number strictly between 0 and 1, not {value!r}.")
     retention = {name: guide.retention(name).cpu() for name in guide.layout.sites}
     if macs is not None:
         return _within(run, *_ranked(guide, retention), macs)

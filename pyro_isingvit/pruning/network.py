@@ -27,8 +27,9 @@ from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.nets.shape import ACTIVATIONS, patch_grid
 from pyro_isingvit.nets.stem import ConvStem
-from pyro_isingvit.pruning.card import FILES, WEIGHTS, write_compact_card
+from pyro_isingvit.pruning.card import FILES, METRICS, WEIGHTS, write_compact_card
 from pyro_isingvit.pruning.shapes import CONFIG, CompactConfig, LayerShape, PosteriorShape
+from pyro_isingvit.runs.folder import holds_run
 from pyro_isingvit.sharing.card import check_license
 from pyro_isingvit.sharing.folder import temporary_folder
 from pyro_isingvit.sharing.hub import check_repo, locate, upload
@@ -334,12 +335,17 @@ class CompactViT(nn.Module):
             repo: "owner/name" for the card, where it will be found.
 
         Raises:
-            UserError: the folder cannot be written to; no such licence or name.
+            UserError: the folder holds a run, or cannot be written to; no such licence or name.
         """
         from safetensors.torch import save
 
         folder = Path(folder)
         check_license(license)
+        if repo is not None:
+            check_repo(repo)
+        need(not holds_run(folder), f"{folder} holds a run; name another folder for the compact network.")
+        if metrics is None and (folder / CONFIG).exists():  # those of an earlier network
+            (folder / METRICS).unlink(missing_ok=True)
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         content = save(state, {"format": "pt"})  # in memory first: safetensors has errors of its own for a full disk
         write_atomically(folder / WEIGHTS, lambda path: path.write_bytes(content))

@@ -26,6 +26,7 @@ def attention_margins(
     shown: int = 6,
     narrow: bool = False,
     stride: int | None = None,
+    cls: bool = True,
 ) -> Figure:
     """Distribution of the attention margins in each layer, and the images with the smallest, patch outlined.
 
@@ -33,10 +34,11 @@ def attention_margins(
         margins: (B, L, T), positive.
         pixels: (B, channels, height, width) uint8, 1 or 3 channels.
         names: (B,) numbers of the images.
-        patch: side of a patch, in pixels; one token more than patches: a CLS token in front.
+        patch: side of a patch, in pixels; tokens before those of the patches are CLS and registers.
         shown: images.
         narrow: lay out for a phone.
         stride: from one patch to the next, in pixels; None: ``patch``.
+        cls: the first token is the CLS token.
     """
     least = margins.min((1, 2))
     chosen = np.argsort(least, kind="stable")[:shown]
@@ -59,7 +61,7 @@ def attention_margins(
         image = chosen[place]
         layer, token = np.unravel_index(margins[image].argmin(), margins[image].shape)
         show_image(ax, pixels[image])
-        where = _outline(ax, int(token), margins.shape[2], pixels.shape[2:], patch, stride or patch)
+        where = _outline(ax, int(token), margins.shape[2], pixels.shape[2:], patch, stride or patch, cls)
         ax.set_title(f"image {names[image]}: {least[image]:.2g}\nlayer {layer}, {where}", fontsize=8.5, pad=3)
     return figure
 
@@ -87,14 +89,14 @@ def _histograms(figure: SubFigure, margins: np.ndarray) -> None:
     axes[-1].set_xlabel("margin |det(I − ΣA)|, least of the heads")
 
 
-def _outline(ax: Axes, token: int, tokens: int, size: tuple[int, ...], patch: int, stride: int) -> str:
+def _outline(ax: Axes, token: int, tokens: int, size: tuple[int, ...], patch: int, stride: int, cls: bool) -> str:
     """Outlines the token's patch; returns what the token is called."""
     height, width = size
     grid, _ = patch_grid(height, width, patch, stride)
     number = token - (tokens - grid[0] * grid[1])
     if number < 0:
         ax.add_patch(Rectangle((-0.5, -0.5), width, height, fill=False, color=RED, linewidth=2, linestyle="--"))
-        return "CLS token"
+        return "CLS token" if cls and token == 0 else f"register {token - cls}"
     top, left = stride * (number // grid[1]), stride * (number % grid[1])
     box = (min(patch, width - left), min(patch, height - top))
     ax.add_patch(Rectangle((left - 0.5, top - 0.5), *box, fill=False, color=RED, linewidth=2, clip_on=False))

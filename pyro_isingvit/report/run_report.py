@@ -318,6 +318,7 @@ def _margins(tree: xr.DataTree, vit: ViTConfig) -> Callable[..., Figure] | None:
         names,
         vit.patch_size,
         stride=vit.stride,
+        cls=vit.pool == "cls",
     )
 
 

@@ -18,6 +18,7 @@ PREVIOUS = previous_of(Path(CHECKPOINT)).name
 FILES = (CONFIG, CHECKPOINT, PREVIOUS, HISTORY, METRICS, POSTERIOR)  # first what makes the folder a run
 SHARED = "model.safetensors"  # the tensors of a run that is shared
 REPORT = "report"  # folder of the page and its figures
+COMPACT = "compact.json"  # what makes a folder a compact network
 
 
 def holds_run(folder: Path) -> bool:
@@ -31,12 +32,19 @@ def is_evaluated(folder: Path) -> bool:
 
 
 def need_folder(folder: Path) -> None:
-    """Raises UserError where a path cannot be a run's folder: there is a file."""
+    """Raises UserError where a path cannot be a folder: there is a file."""
     need(not folder.exists() or folder.is_dir(), f"{folder} is a file; a run needs a folder.")
 
 
+def need_room(folder: Path) -> None:
+    """Raises UserError where a run cannot be written: there is a file, or files of a run's names that are no run's."""
+    need_folder(folder)
+    others = [] if holds_run(folder) else [name for name in (*FILES, REPORT, COMPACT) if (folder / name).exists()]
+    need(not others, f"{folder} holds {', '.join(others)} but no run, which would replace them; name another folder.")
+
+
 def clear_run(folder: Path) -> None:
-    """Removes an earlier run's files, and those alone.
+    """Removes an earlier run's files, and those alone; ``need_room`` says whether they are a run's.
 
     Raises:
         UserError: they cannot be removed.
@@ -44,9 +52,14 @@ def clear_run(folder: Path) -> None:
     try:
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
-        remove_leftovers(folder, FILES)
+        clear_report(folder)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}.") from error
+
+
+def clear_report(folder: Path) -> None:
+    """Removes an earlier run's report, and temporary files that a killed process left behind."""
+    remove_leftovers(folder, FILES)
     shutil.rmtree(folder / REPORT, ignore_errors=True)
 
 

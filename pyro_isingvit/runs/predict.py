@@ -3,12 +3,14 @@
 Shapes: S samples, B batch, C classes.
 """
 
+from numbers import Integral
+
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.processes import gathered, own_rows
 from pyro_isingvit.core.random_state import RandomState, undisturbed
 from pyro_isingvit.data.images import Images, as_images
@@ -64,8 +66,9 @@ def draw_predictive(
         >>> draws.probs.shape
         torch.Size([5, 3, 10])
     """
-    if num_samples < 1 or chunk < 1:
-        raise UserError(f"`num_samples` ({num_samples}) and `chunk` ({chunk}) must be at least 1.")
+    for name, count in (("num_samples", num_samples), ("chunk", chunk)):
+        whole = isinstance(count, Integral) and count >= 1
+        need(whole, f"`{name}` must be a whole number and at least 1, not {count!r}.")
     images = as_images(images)
     run.info.normalise(images[:1])  # refuses images that do not fit before any work
     batch, classes, chunk = len(images), run.info.num_classes, min(chunk, images.chunk)

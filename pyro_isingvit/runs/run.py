@@ -19,6 +19,7 @@ from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.base import Method, Networks, method_class
 from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.methods.registry import row
+from pyro_isingvit.nets.shape import patch_grid
 from pyro_isingvit.nets.vit import Weights
 from pyro_isingvit.predictive.calibration import with_shares_of
 
@@ -195,7 +196,8 @@ def build_run(
 def least_numbers(config: RunConfig, info: DataInfo) -> int:
     """Numbers that the network needs at least: a small JSON file must not fill the memory."""
     vit, patch = config.vit, config.vit.patch_size
-    tokens = -(-info.height // patch) * -(-info.width // patch)
+    rows, columns = patch_grid(info.height, info.width, patch, vit.stride)[0]
+    tokens = rows * columns + vit.prefix + vit.registers  # their positions, and the registers themselves
     blocks = vit.depth * (4 + 2 * vit.mlp_ratio) * vit.width
     networks = getattr(config.baseline, row(config.method).networks or "", 1)
     return networks * vit.width * (blocks + tokens + info.channels * patch**2)

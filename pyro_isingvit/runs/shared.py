@@ -21,7 +21,8 @@ from pyro_isingvit.sharing.folder import README
 from pyro_isingvit.sharing.names import shared_config, shared_name
 
 FIGURES = "figures"
-FILES = (CONFIG, SHARED, METRICS, README, f"{FIGURES}/*.png")  # what a shared run is, as patterns
+PICTURES = f"{FIGURES}/calibration.png", f"{FIGURES}/ood-[0-9]*.png"
+FILES = (CONFIG, SHARED, METRICS, README, *PICTURES)  # what a shared run is, as patterns
 TYPE = "pyro-isingvit-run"
 FORMAT = 1
 PARTS = ("model", "guide")

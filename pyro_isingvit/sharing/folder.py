@@ -14,7 +14,7 @@ MARK = "<!-- Written by pyro-isingvit. Remove this line to keep changes of your 
 
 @contextmanager
 def staged(folder: Path, replaces: Sequence[str]) -> Iterator[Path]:
-    """A new folder beside ``folder``; when the block is done, its files move there.
+    """A new folder in or beside ``folder``; when the block is done, its files move there.
 
     Args:
         folder: made if it is not there.
@@ -26,7 +26,8 @@ def staged(folder: Path, replaces: Sequence[str]) -> Iterator[Path]:
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        place = folder if folder.is_dir() else folder.parent  # of a folder that is there, the one above may be closed
+        temporary = Path(tempfile.mkdtemp(dir=place, prefix=f".{folder.name}."))
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}.") from error
     try:

@@ -32,7 +32,9 @@ def shared_config(config: RunConfig) -> RunConfig:
     plain = DataConfig()
     data = replace(config.data, dataset=shared_name(config.data.dataset), data_root=plain.data_root, cache=plain.cache,
                    groups=plain.groups, download=plain.download)  # fmt: skip
-    init = config.init and "@".join(last_part(part) for part in config.init.split("@"))
+    library = config.init is not None and config.init.startswith(("timm:", "torchvision:"))
+    parts = (config.init or "").split("@", 1) if library else [config.init or ""]  # an architecture, and a file of it
+    init = config.init and "@".join(map(last_part, parts))
     return replace(config, data=data, init=init, teacher=tuple(map(last_part, config.teacher)))
 
 
