@@ -79,7 +79,6 @@ class FusedELBO(nn.Module):
         self.part = (0, 1)
         self._seen: tuple[tuple[int, int], ...] = ()
         self._constant, self._retention = (torch.zeros(()), torch.zeros(())), dict[str, Tensor]()
-        self._pull = dict[str, Tensor]()  # kind -> pi / tau_1^2, of scales that are frozen
 
     def forward(self, x: Tensor, y: Tensor, rows: Tensor | None = None) -> Tensor:
         """The loss of a batch, the sum of its ``terms``."""
@@ -99,20 +98,19 @@ class FusedELBO(nn.Module):
         model, guide, layout = self.model, self.guide, self.guide.layout
         mask_kl, kl = self.constant_kl()
         layers = dict[str, Layers]()  # of a large network
-        products: list[Tensor] = []
         for kind in guide.kinds:
+            tau_1 = model.tau_1(kind)
             pi = layout.expand(kind, self._retention)
             if guide.log_scale[kind].requires_grad:
-                kl = kl + (pi * slab_kl(guide.moved(model, kind), guide.scale(kind), model.tau_1(kind))).sum()
+                kl = kl + (pi * slab_kl(guide.moved(model, kind), guide.scale(kind), tau_1)).sum()
             elif guide.lean:
-                moving, layers[kind] = apart(guide.loc[kind], model.centre(kind), pi, model.tau_1(kind))
+                moving, layers[kind] = apart(guide.loc[kind], model.centre(kind), pi, tau_1)
                 kl = kl + moving
             else:  # pi (m - m0)^2 / (2 tau_1^2), whose gradient is the pull: half the product with it
                 loc = guide.moved(model, kind)
-                products.append(torch.dot((self._pull[kind] * loc.detach()).flatten(), loc.flatten()))
-        if products:
-            product = torch.stack(products).sum()
-            kl = kl + product - 0.5 * product.detach()
+                pull = (pi * loc.detach()).div_(tau_1**2)
+                product = torch.dot(pull.flatten(), loc.flatten())
+                kl = kl + product - 0.5 * product.detach()
         path: Callable[..., Tensor] = self._by_activations if self.noise == "activations" else self._by_weights
         if self.draws == "image":
             path = partial(self._by_images, layers if self._in_place else {})
@@ -214,9 +212,8 @@ class FusedELBO(nn.Module):
             masks = torch.stack([bernoulli_kl(q, p).sum() for q, p in pairs]).sum()
             total = torch.zeros_like(masks)
             for kind, (_, tau_1) in zip(frozen, slabs, strict=True):
-                scale, pi = guide.scale(kind), layout.expand(kind, self._retention)
-                self._pull[kind] = pi / tau_1**2
-                cost = pi * slab_kl(torch.zeros_like(scale), scale, tau_1)
+                scale = guide.scale(kind)
+                cost = layout.expand(kind, self._retention) * slab_kl(torch.zeros_like(scale), scale, tau_1)
                 total = total + cost.expand(guide.loc[kind].shape).sum()
             self._constant, self._seen = (masks, total), () if torch.is_inference_mode_enabled() else state
         return self._constant
@@ -242,7 +239,7 @@ def draw_masks(pi: Tensor, draws: int, own: slice = slice(None)) -> Tensor:
     as fast on a CPU; pi is then rounded to a multiple of 2^-16.
     """
     if draws == 1:
-        return torch.gt(torch.rand_like(pi), 1.0 - pi, out=torch.empty_like(pi))
+        return torch.ge(torch.rand_like(pi), 1.0 - pi, out=torch.empty_like(pi))
     words = torch.empty(-(-draws // 4), *pi.shape, dtype=torch.int64, device=pi.device).random_(-(2**63), None)
     numbers = words.view(torch.int16).view(-1, *pi.shape)[:draws][own]  # uniform on -2^15 .. 2^15 - 1
     if len(numbers) == 1:

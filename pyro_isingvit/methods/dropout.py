@@ -71,11 +71,12 @@ class ConcreteDropout(Plain):
         return linear(x * (1 - drop) / (1 - logit.sigmoid()), weight, bias)
 
     def penalty(self) -> Tensor:
-        """-log prior and entropy terms, nats over all images."""
+        """-log prior and entropy terms, nats over all images; frozen layers have no part in it."""
         total = torch.zeros((), device=self.temperature.device)
-        for kind, logit in self.drop_logit.items():
+        means = self.moving(dict(self.loc.items()))
+        for kind, logit in self.moving(dict(self.drop_logit.items())).items():
             p = logit.sigmoid()  # (layers,)
-            squares = self.loc[kind].pow(2).sum((1, 2))
+            squares = means[kind].pow(2).sum((1, 2))
             entropy = torch.special.entr(p) + torch.special.entr(1 - p)
             total = total + (self.settings.length_scale**2 / (2 * (1 - p)) * squares).sum()
             total = total - self.loc[kind].shape[2] * entropy.sum()

@@ -72,7 +72,9 @@ class LastLayerLaplace(Plain):
             self.heads[:, -len(self.likelihood.shift) :] -= self.likelihood.shift
 
     def draw_networks(self, count: int, first: int = 0) -> Networks:
-        """``count`` of the kept last layers, in a cycle; all read the same features."""
+        """``count`` of the kept last layers, in a cycle, before there are some the trained one; all read the same."""
+        if not self.heads.any():
+            return super().draw_networks(count, first)
         chosen = self.heads[torch.arange(first, first + count, device=self.heads.device) % len(self.heads)]
         classes, width = self.loc["head"].shape[1:]
         weight, bias = chosen[:, : classes * width].view(-1, classes, width), chosen[:, classes * width :]

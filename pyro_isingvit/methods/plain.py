@@ -53,6 +53,10 @@ class Plain(Method):
         """The matrices that a training step uses."""
         return dict(self.loc.items())
 
+    def moving(self, matrices: Weights) -> Weights:
+        """Of matrices or what else is stacked over layers, those of the layers that are not frozen."""
+        return {kind: each[self.vit.frozen_layers(kind) :] for kind, each in matrices.items()}
+
     def layer_rule(self, kind: str, layer: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """What stands for a linear layer in training."""
         return linear(x, weight, bias)
@@ -112,6 +116,11 @@ class Plain(Method):
         """``count`` passes whose noise is drawn in the layers, separately for every image."""
         weights = dict(self.loc.items())
         return lambda x: torch.stack([self.vit(weights, x, layer_rule=rule).float() for _ in range(count)])
+
+    def num_parameters(self) -> int:
+        """Without what only the noise or a reparametrisation has."""
+        apart = [p for name in self.fast for p in getattr(self, name).parameters()] + gains(self.loc)
+        return super().num_parameters() - sum(p.numel() for p in apart)
 
     def draw_weights(self) -> Weights:
         """The matrices of one network for prediction."""

@@ -66,7 +66,7 @@ class HyperSparse(Magnitude):
         """The loss on top, nats over all images; its value is 0."""
         if not self.weight:
             return torch.zeros((), device=self.temperature.device)
-        return self.num_data * self.weight * hypersparse(self.weights(), self.settings.sparsity)
+        return self.num_data * self.weight * hypersparse(self.moving(self.weights()), self.settings.sparsity)
 
 
 class Lobster(Magnitude):

@@ -58,8 +58,9 @@ class SparseVD(Plain):
         return linear(x, weight, bias) + (variance + 1e-8).sqrt() * torch.randn_like(variance)
 
     def penalty(self) -> Tensor:
-        """The KL at its present weight, nats over all images."""
-        total = torch.stack([sparse_vd_kl(self.log_alpha(kind)).sum() for kind in self.loc]).sum()
+        """The KL at its present weight, nats over all images; frozen layers have no part in it."""
+        alpha = self.moving({kind: self.log_alpha(kind) for kind in self.loc})
+        total = torch.stack([sparse_vd_kl(each).sum() for each in alpha.values()]).sum()
         return self.risen * self.settings.kl_weight * total
 
     def draw_weights(self) -> Weights:
@@ -109,9 +110,9 @@ class L0(Plain):
         return linear(x * self.sample_gate(self.log_a[kind][layer], len(x)).unsqueeze(1), weight, bias)
 
     def penalty(self) -> Tensor:
-        """Expected number of weights that are on, times its price in nats."""
-        shift = self.BETA * math.log(-self.GAMMA / self.ZETA)
-        active = [(a - shift).sigmoid().sum() * self.loc[kind].shape[1] for kind, a in self.log_a.items()]
+        """Expected number of weights that are on, times its price in nats; frozen layers cost nothing."""
+        shift, gates = self.BETA * math.log(-self.GAMMA / self.ZETA), self.moving(dict(self.log_a.items()))
+        active = [(a - shift).sigmoid().sum() * self.loc[kind].shape[1] for kind, a in gates.items()]
         return self.settings.l0_penalty * torch.stack(active).sum()
 
     def draw_weights(self) -> Weights:
@@ -128,6 +129,7 @@ class Magnitude(Plain):
     """Train, drop the smallest weights of the whole network, fine-tune the rest (Han et al. 2015).
 
     Masks only grow: what is dropped counts as 0 from then on, whatever the optimiser does to the number under it.
+    Frozen layers stay whole, and the share is one of the others.
     """
 
     def __init__(self, config: RunConfig, info: DataInfo, num_data: int) -> None:
@@ -138,14 +140,15 @@ class Magnitude(Plain):
     @torch.no_grad()
     def drop(self, share: float) -> None:
         """Drops the smallest weights of the network until ``share`` of all are dropped; those that are stay so."""
-        sizes = torch.cat([weight.abs().flatten() for weight in self.weights().values()])
+        left, masks = self.moving(self.weights()), self.moving(self.kept())
+        sizes = torch.cat([weight.abs().flatten() for weight in left.values()])
         rank = int(share * len(sizes))
-        gone = len(sizes) - sum(int(kept.count_nonzero()) for kept in self.kept().values())
+        gone = len(sizes) - sum(int(kept.count_nonzero()) for kept in masks.values())
         if rank <= gone:
             return
         limit = sizes.kthvalue(rank).values
-        for kind, weight in self.weights().items():
-            self.get_buffer(f"mask_{kind}").copy_(weight.abs() > limit)
+        for kind, weight in left.items():
+            masks[kind].copy_(weight.abs() > limit)  # views of the buffers
 
     def begin(self, phase: str) -> None:
         """Prunes before fine-tuning."""

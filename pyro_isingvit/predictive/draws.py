@@ -113,9 +113,14 @@ def labelled_probs(predictions: Predictions, labels: Tensor | np.ndarray) -> tup
     """``mean_probs`` of labelled images, and their labels (B,) int64.
 
     Raises:
-        UserError: as ``mean_probs``; no images, counts that differ, or labels outside 0..C-1.
+        UserError: as ``mean_probs``; no images, counts that differ, or labels that are no class numbers 0..C-1.
     """
-    probs, y = mean_probs(predictions), np.asarray(labels, dtype=np.int64)
+    probs = mean_probs(predictions)
+    given = labels.numpy(force=True) if isinstance(labels, Tensor) else np.asarray(labels)
+    need(given.ndim == 1, f"labels must be class numbers of shape (n,), not {given.shape}.")
+    whole = given.dtype.kind in "biuf" and bool(np.isfinite(given).all() and (given == np.floor(given)).all())
+    need(whole, "labels must be whole numbers.")
+    y = given.astype(np.int64)
     need(0 < len(probs) == len(y), f"need as many labels as predictions, and one at least: {len(y)}, {len(probs)}.")
     need(y.min() >= 0 and y.max() < probs.shape[1], f"labels must lie in 0..{probs.shape[1] - 1}.")
     return probs, y

@@ -157,7 +157,7 @@ class PyroSVIConverter:
                 sites = self._sample_predictions(other_args, other_kwargs)
                 self.pred_dims = self._named(sites, extra_event_dims, dims, pred_dims)
             if log_likelihood:
-                self.log_likelihood = self._log_likelihood()
+                self.log_likelihood = self._log_likelihood(trace)
 
     @staticmethod
     def _named(sites, extra_event_dims, *given):
@@ -218,16 +218,16 @@ class PyroSVIConverter:
         self.predictions = self._sample(free, wanted, trace, args, kwargs)
         return wanted
 
-    def _log_likelihood(self):
-        """Compute the log likelihood of every observation under every draw."""
-        poutine = pyro.poutine
+    def _log_likelihood(self, trace):
+        """Compute the log likelihood of every observation of the posterior's trace under every draw."""
+        poutine, part = pyro.poutine, _subsamples(trace)
         observed = [k for k, v in self._all.items() if v["is_observed"] and k not in self._derived]
         data = {name: [] for name in observed}
         for i in range(self.num_samples):
-            draw = {name: values[i] for name, values in self._draws.items()}
-            trace = poutine.trace(poutine.condition(self.model, draw)).get_trace(*self._args, **self._kwargs)
+            draw = {name: values[i] for name, values in self._draws.items()} | part
+            seen = poutine.trace(poutine.condition(self.model, draw)).get_trace(*self._args, **self._kwargs)
             for name in observed:
-                site = trace.nodes[name]
+                site = seen.nodes[name]
                 data[name].append(site["fn"].log_prob(site["value"]))
         return {name: torch.stack(values) for name, values in data.items()}
 

@@ -86,7 +86,8 @@ def classification_metrics(probs: Tensor, labels: Tensor) -> dict[str, Any]:
         labels: (B,), class numbers.
 
     Returns:
-        accuracy, precision_macro, recall_macro, f1_macro, fpr_macro (false positive rate), nll (nats per image, of
+        accuracy, precision_macro, recall_macro, f1_macro (a class without images counts as 0 in these three, unlike in
+        ``balanced_accuracy``), fpr_macro (false positive rate), nll (nats per image, of
         probabilities of at least 1e-12), brier (sum over classes, 0 to 2), ece (15 bins of equal width), ece_adaptive
         (15 of equal mass), aurc, auroc_right_wrong (the chance that a right image has a higher top probability than a
         wrong one; None where all are right or all are wrong). All but the last are floats.

@@ -11,9 +11,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.runs.layerwise import LayerwiseAdamW, Networks
 
+FORM: dict[str, Any] = {"fused": True}  # one kernel for each parameter
+
 
 def make_optimizer(groups: list[dict[str, Any]], settings: TrainConfig, networks: Networks = ()) -> torch.optim.AdamW:
-    """AdamW at the peak learning rate, one kernel for each parameter on every device; its numbers up to rounding.
+    """AdamW at the peak learning rate, in its fastest form on every device; up to rounding, its numbers are those of all.
 
     Args:
         groups: of parameters, as ``Method.parameter_groups`` gives them.
@@ -23,7 +25,7 @@ def make_optimizer(groups: list[dict[str, Any]], settings: TrainConfig, networks
     """
     if settings.layer_decay != 1 or any(vit.centred or vit.frozen for vit, _ in networks):
         return LayerwiseAdamW(groups, networks, settings.lr, settings.layer_decay)
-    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, **FORM)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainConfig, steps: int) -> LambdaLR:

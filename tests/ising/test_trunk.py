@@ -16,11 +16,15 @@ from pyro_isingvit.ising.fused import FusedELBO
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.base import method_class
+from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.methods.rates import rate_factors
+from pyro_isingvit.methods.registry import METHODS
+from pyro_isingvit.methods.sparse import Magnitude
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.nets.trunk import one_trunk, with_trunk
 from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.runs import predict
+from pyro_isingvit.runs.run import build_run
 
 SHAPE = replace(TINY, depth=3, pool="cls", registers=1, norm_pre=True)
 TRAIN = {"epochs": 4, "batch_size": 20, "device": "cpu", "progress": False, "max_keep": 0.9, "target_retention": 0.9,
@@ -180,6 +184,37 @@ def test_frozen_blocks_stay(method, blocks, data):
         assert_close(own[name], start.others[name], rtol=0, atol=0)
     assert_close(own["norm_gain"][:4], start.others["norm_gain"][:4], rtol=0, atol=0)
     assert not torch.equal(own["norm_gain"][4:], start.others["norm_gain"][4:])
+
+
+EVERY = [name for name, row in METHODS.items() if not row.networks and name not in ("laplace", "temperature")]
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_whatever_a_method_keeps_of_frozen_blocks_stays(method, data):
+    """No gate of a frozen block closes, no rate or variance of it grows, none of its weights is pruned."""
+    start = Start.of(vit(), vit().initial_weights(), INFO.scale, "made")
+    masked = "bayesian_blocks" if issubclass(method_class(method), IsingMethod) else None
+    settings = {masked: 1, "max_keep": 0.9} if masked else {}
+    config = {"epochs": 6, "batch_size": 20, "device": "cpu", "progress": False, "lr": 0.05}
+    run = fit(start, data, method=method, frozen_blocks=2, **settings, **config)
+    fresh = build_run(replace(run.config, init="made"), run.info, 60)
+    fresh.method.start_from(start)
+    if masked:  # those blocks have no masks at all
+        assert {len(kept) for kept in run.kept().values()} == {1}
+        return
+    before, after = fresh.kept(), run.kept()
+    for kind, kept in after.items():
+        layers = slice(0, run.method.vit.frozen_layers(kind))
+        assert torch.equal(kept[layers], before[kind][layers]), kind
+    for noise in run.method.fast:
+        for kind, parameter in getattr(run.method, noise).items():
+            layers = slice(0, run.method.vit.frozen_layers(kind))
+            if noise != "log_a":  # starts at random
+                assert torch.equal(parameter[layers], getattr(fresh.method, noise)[kind][layers]), (noise, kind)
+    pruning = [kept[run.method.vit.frozen_layers(kind) :] for kind, kept in after.items()]
+    if isinstance(run.method, Magnitude):  # the share is one of what is not frozen
+        left = sum(float(kept.sum()) for kept in pruning) / sum(kept.numel() for kept in pruning)
+        assert left == pytest.approx(1 - run.config.baseline.sparsity, abs=0.01)
 
 
 def test_blocks_that_cannot_be(data):

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import INFO, TINY
+from helpers import CONFIG, INFO, TINY
 from scipy import integrate, stats
 
+from pyro_isingvit import fit
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import BaselineConfig, RunConfig
 from pyro_isingvit.core.train_settings import TrainConfig
@@ -379,3 +380,30 @@ def test_dropout_at_higher_rates_decays_more(number: str, wanted: float) -> None
     assert train == replace(METHODS["dropout"].train, shrinkage=wanted)
     started = with_defaults(f"dropout{number}", RunConfig(init="made")).train
     assert started.shrinkage == wanted and started.layer_decay < 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"method": name} for name in ("sparse-vd", "l0", "concrete-dropout", "ising")),
+        {"method": "deterministic", "sigma_reparam": 1.0},
+    ],
+)
+def test_parameters_are_those_of_the_network_alone(data: ImageData, settings: dict) -> None:
+    counts = {
+        fit(TINY, data, epochs=1, progress=False, **chosen).method.num_parameters()
+        for chosen in ({"method": "deterministic"}, settings)
+    }
+    assert len(counts) == 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # laplace-torch's
+def test_laplace_is_validated_by_the_trained_head_until_it_has_draws(data: ImageData, monkeypatch) -> None:
+    monkeypatch.setattr("pyro_isingvit.methods.laplace._import_laplace", lambda: None)
+    method = method_class("laplace")(replace(CONFIG, method="laplace"), INFO, 60)
+    x = torch.randn(4, 1, 4, 4)
+    drawn = method.draw_networks(2)(x)
+    assert torch.equal(drawn[0], drawn[1])
+    torch.testing.assert_close(drawn[0], method.vit(dict(method.loc.items()), x))
+    method.heads.normal_()
+    assert not torch.equal(*method.draw_networks(2)(x))

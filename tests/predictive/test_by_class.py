@@ -16,6 +16,7 @@ from sklearn.metrics import (
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.predictive.by_class import class_metrics, weighted_ranking
+from pyro_isingvit.predictive.intervals import overall_intervals
 
 NAMES = ("a", "b", "c", "d")
 
@@ -128,3 +129,14 @@ def test_it_is_fast_and_the_same_twice(caplog) -> None:
 def test_counts_that_differ_are_refused() -> None:
     with pytest.raises(UserError, match="labels for all images"):
         class_metrics(torch.full((2, 2), 0.5), torch.tensor([0]), ("a", "b"))
+
+
+def test_what_no_resample_changes_has_no_interval() -> None:
+    """All images right: how far balanced accuracy lies from 1 cannot be told; a single image tells nothing."""
+    labels = torch.arange(3).repeat(10)
+    found = class_metrics(torch.eye(3)[labels], labels, ("a", "b", "c"))
+    assert found["balanced_accuracy"] == found["auroc_macro"] == 1.0
+    for name in ("balanced_accuracy", "auroc_macro", "average_precision_macro"):
+        assert found["intervals"][name] is None
+    assert found["intervals"]["worst_class_sensitivity"][0] < 0.75
+    assert set(overall_intervals(torch.tensor([[0.7, 0.3]]), torch.tensor([0]))) == {"accuracy"}

@@ -234,6 +234,23 @@ class TestDataPyro:
         idata = from_pyro_svi(model=model, guide=guide, num_samples=6, extra_event_dims={"double": ["group"]})
         assert idata.posterior["double"].dims == ("sample", "group")
 
+    def test_log_likelihood_of_a_subsample(self):
+        """Every row is of the observations that are in the group of observed data."""
+        y = torch.linspace(-3.0, 3.0, 50)
+
+        def model(y):
+            mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", 50, subsample_size=5) as rows:
+                pyro.sample("obs", dist.Normal(mu, 1.0), obs=y[rows])
+
+        def guide(y):
+            pyro.sample("mu", dist.Normal(0.5, 0.1))
+
+        idata = from_pyro_svi(model=model, guide=guide, model_args=(y,), num_samples=8, log_likelihood=True)
+        mu, seen = idata.posterior["mu"].values[:, None], idata.observed_data["obs"].values
+        expected = -0.5 * (seen - mu) ** 2 - 0.5 * np.log(2 * np.pi)
+        np.testing.assert_allclose(idata.log_likelihood["obs"], expected, rtol=1e-4)
+
     def test_errors(self, eight_schools_params):
         guide = autoguide.AutoNormal(eight_schools)
         for kwargs, text in (

@@ -4,11 +4,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from made import real_predictions
 from scipy.stats import beta
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.predictive.metrics import area_under_risk_coverage
+from pyro_isingvit.predictive.prevalence import estimate_prevalence
 from pyro_isingvit.predictive.selective import acceptance, risk_coverage
 
 
@@ -111,3 +113,24 @@ def test_the_curve_is_that_of_the_area() -> None:
 def test_numbers_out_of_range(limit: float, certainty: float) -> None:
     with pytest.raises(UserError, match=r"must lie in \(0, 1\)"):
         acceptance(*real_predictions(), limit, certainty)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda y: y[:, None], r"shape \(n,\), not \(400, 1\)"),
+        (lambda y: y + 0.7, "whole numbers"),
+        (lambda y: y.astype(str), "whole numbers"),
+        (lambda y: y[:5], "as many labels"),
+    ],
+)
+def test_labels_that_are_no_column_of_class_numbers_are_refused(change, words: str) -> None:
+    """A column (n, 1) would be compared with every prediction, and every image be accepted."""
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.5, 1.0, 400)
+    probs, labels = two_classes(confidence, rng.random(400) < confidence)
+    for ask in (lambda y: acceptance(probs, y, 0.2), lambda y: risk_coverage(probs, y),
+                lambda y: estimate_prevalence(probs, probs, y)):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            ask(change(labels))
+    assert acceptance(probs, torch.from_numpy(labels), 0.2) == acceptance(probs, labels.astype(float), 0.2)
