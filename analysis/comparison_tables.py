@@ -77,19 +77,21 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 def against_best(frame: pd.DataFrame, ours: str = OURS) -> pd.DataFrame:
     """Our method against the best other single network, by data set, size and metric.
 
-    The best has the best mean. ``difference`` is ours minus best. Its standard error and the p-value are those of a
-    paired t-test over the seeds that both have. ``behind`` is by how much ours is worse; 0 if it leads.
+    The best has the best mean over the seeds that it shares with ours. ``difference`` is ours minus best. Its standard
+    error and the p-value are those of a paired t-test over these seeds.
     """
     rows = []
     for (dataset, size), cell in frame.groupby(["dataset", "train_size"]):
         for metric in TARGET:
             table = cell.pivot_table(index="seed", columns="method", values=metric)
-            others = [m for m in table if m != ours and str(m).split(":")[0] not in SEVERAL]
-            if ours not in table or not others:
+            singles = [m for m in table if m != ours and str(m).split(":")[0] not in SEVERAL]
+            shared = {m: table[[ours, m]].dropna() for m in singles if ours in table}  # on the seeds that both have
+            others = [m for m, pair in shared.items() if len(pair)]
+            if not others:
                 continue
             sign = SHOWN[metric][2]
-            best = max(others, key=lambda method: sign * table[method].mean())
-            pair = table[[ours, best]].dropna()
+            best = max(others, key=lambda method: sign * shared[method][method].mean())
+            pair = shared[best]
             difference = pair[ours] - pair[best]
             several = len(pair) > 1 and difference.std() > 0
             error = float(difference.std() / np.sqrt(len(pair))) if several else float("nan")
@@ -121,7 +123,8 @@ def markdown(frame: pd.DataFrame) -> str:
     lines = []
     for (dataset, size), cell in summary.groupby(level=["dataset", "train_size"]):
         cell = cell.droplevel(["dataset", "train_size"])
-        seeds = int(cell[("accuracy", "count")].max())
+        counts = cell[("accuracy", "count")].astype(int)
+        seeds = f"{counts.max()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
         epochs = sorted(set(frame[(frame.dataset == dataset) & (frame.train_size == size)].epochs))
         lines += [
             f"### {dataset}, {size:,} training images", "",

@@ -106,6 +106,8 @@ def cross_fit(
     """
     for name, value in (("samples", samples), ("jobs", jobs)):
         need(value >= 1, f"`{name}` must be at least 1, not {value}.")
+    told = "the run learned from a `teacher`, which has seen the labels that are to be checked"
+    need(not config.teacher, f"{told}; check a run without one.")
     data = source()
     if jobs == 1:  # no other process needs to read them again
         source = partial(replace, data)

@@ -91,7 +91,7 @@ def decisions(arguments: Arguments) -> None:
     print_columns(
         f"error rate limited to {limit['max_error']:g} with certainty {CERTAINTY:g}",
         ("splits", "share accepted", "error rate among them", "splits above the limit"),
-        [(arguments.splits, limit["accepted"], limit["error"], limit["broken"])],
+        [(arguments.splits, limit["accepted"], "-" if limit["error"] is None else limit["error"], limit["broken"])],
     )  # fmt: skip
     print(f"results: {results}")
 
@@ -196,7 +196,8 @@ def many_splits(probs: "np.ndarray", y: "np.ndarray", val: "Validation", argumen
             sizes[name].append(float(sets.sum(1).mean()))
         stands = acceptance(probs[known], y[known], arguments.max_error, CERTAINTY).accepts(probs[new]).numpy()
         accepted.append(float(stands.mean()))
-        errors.append(float(wrong[new][stands].mean()) if stands.any() else 0.0)
+        if stands.any():
+            errors.append(float(wrong[new][stands].mean()))
     rank = int(np.ceil(round((size + 1) * level, 9)))
     expected = float(betabinom.std(len(y) - size, rank, size + 1 - rank) / (len(y) - size))
     low, high = coverage_band(len(val), level, len(y))
@@ -212,8 +213,9 @@ def many_splits(probs: "np.ndarray", y: "np.ndarray", val: "Validation", argumen
         "class_wise_left_out": told,
         "validation_to_test": {"coverage": float(own[np.arange(len(y)), y].mean()), "low": low, "high": high},
         "limit": {
-            "max_error": arguments.max_error, "accepted": float(np.mean(accepted)), "error": float(np.mean(errors)),
-            "broken": float(np.mean([error > arguments.max_error for error in errors])),
+            "max_error": arguments.max_error, "accepted": float(np.mean(accepted)),
+            "error": float(np.mean(errors)) if errors else None,  # of the splits in which something is accepted
+            "broken": sum(error > arguments.max_error for error in errors) / arguments.splits,
         },
     }  # fmt: skip
 

@@ -63,7 +63,7 @@ def _rows(own: dict[str, Any], teacher: dict[str, Any] | None, label: str | None
         rows[f"teacher, {teacher['samples']} draws"] = teacher.get("macs", own["dense_macs"]), teacher
     macs = own.get("run_macs", own["macs"])  # before version 0.13 not written
     rows[f"the run that was cut, {own['samples']} draws"] = macs, {metric: own[f"full_{metric}"] for metric in METRICS}
-    rows["cut and distilled, one pass"] = own["macs"], own
+    rows["cut and distilled, one pass" if own.get("distil_epochs", 1) else "cut, one pass"] = own["macs"], own
     rows |= {PEERS.get(name, name): (peer["macs"], peer) for name, peer in own.get("peers", {}).items()}
     return [
         {**shared, "what": name, "macs": macs} | {metric: scores[metric] for metric in METRICS}

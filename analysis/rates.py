@@ -6,16 +6,19 @@ python -m analysis.rates --results analysis/results
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from inference.cli import run_script
 from inference.rates import RESULTS, best_rate, read_records
+from pyro_isingvit.core.errors import need
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURE = "rates.png"
-Curve = dict[float, dict[str, Any]]  # rate -> record
+VARIED = ("method", "rule", "width", "depth", "rate", "seed")  # settings that a figure compares, or averages
+Curve = dict[float, dict[str, float]]  # rate -> scores
 Curves = dict[tuple[str, str, int, int], Curve]  # method, rule, width, depth
 
 
@@ -28,12 +31,19 @@ class Arguments:
 
 
 def curves(records: list[dict[str, Any]]) -> Curves:
-    """The records by network, and for each by ascending rate. Data, epochs and seed should be the same for all."""
-    found: Curves = defaultdict(dict)
+    """The records by network, and for each by ascending rate; the NLL is the mean over seeds.
+
+    Raises:
+        UserError: records of different data or trainings, which one figure cannot compare.
+    """
+    shared = [{name: value for name, value in record["settings"].items() if name not in VARIED} for record in records]
+    differ = sorted({name for one in shared for name in one | shared[0] if one.get(name) != shared[0].get(name)})
+    need(not differ, f"the records differ in {', '.join(differ)}; name a folder of its own (`out`) for each.")
+    each: dict[Any, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in sorted(records, key=lambda record: record["settings"]["rate"]):
         told = record["settings"]
-        found[told["method"], told["rule"], told["width"], told["depth"]][told["rate"]] = record
-    return dict(sorted(found.items()))
+        each[told["method"], told["rule"], told["width"], told["depth"]][told["rate"]].append(record["nll"])
+    return {key: {rate: {"nll": mean(values)} for rate, values in found.items()} for key, found in sorted(each.items())}
 
 
 def best_of(curve: Curve) -> float:

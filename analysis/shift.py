@@ -54,15 +54,20 @@ def load_runs(folders: Sequence[Path], device: str) -> dict[str, Run]:
     runs = {name: open_run(folder, place) for name, folder in zip(names, folders, strict=True)}
     first, *others = runs.items()
     for name, run in others:
-        same = _data_of(run.info) == _data_of(first[1].info)
+        same = _data_of(run) == _data_of(first[1])
         need(
-            same, f"{first[0]} and {name} were trained on different data: {first[1].info.dataset}, {run.info.dataset}."
+            same,
+            f"{first[0]} and {name} were trained on different data, or on data that were read or divided otherwise: "
+            f"{first[1].info.dataset}, {run.info.dataset}.",
         )
     return runs
 
 
-def _data_of(info: DataInfo) -> tuple[object, ...]:
-    return info.dataset, info.classes, info.channels, info.height, info.width
+def _data_of(run: Run) -> tuple[object, ...]:
+    """What must be the same for runs to have one test part, images as the same network reads them included."""
+    info, data = run.info, run.config.data
+    read = data.groups, data.columns, data.image_size, data.resize, data.pages, data.intensity
+    return info.dataset, info.classes, info.channels, info.height, info.width, *read
 
 
 def own_test_part(run: Run, data_root: str | None, max_images: int, seed: int) -> Split:

@@ -63,10 +63,13 @@ def table(records: list[dict[str, Any]], score: str, cells: int = 1) -> str:
     epochs: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
     for record in records:
         epochs[place(record["trial"])][record["trial"].get("epochs", 0)] += 1
+    shapes = [{name: record["trial"].get(name) for name in ("preset", "vit")} for record in records]
+    shaped = [name for name in ("preset", "vit") if any(shape[name] != shapes[0][name] for shape in shapes)]
     groups: dict[Any, dict[tuple[str, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record.get(score) is not None:
             where, settings = place(record["trial"]), told(record["trial"])
+            settings |= {name: record["trial"].get(name) for name in shaped}  # other networks, other rows
             if settings.get("epochs", 0) == epochs[where].most_common(1)[0][0]:
                 settings.pop("epochs", None)
             key = tuple(sorted((name, f"{value}") for name, value in settings.items()))

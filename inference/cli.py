@@ -12,7 +12,9 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -147,10 +149,35 @@ def results_file(folder: Path, name: str, overwrite: bool) -> Path:
     Raises:
         UserError: ``folder`` is a file, or it already holds such results and they must not be replaced.
     """
-    need(not folder.exists() or folder.is_dir(), f"{folder} is a file; --out takes a folder.")
     path = folder / name
     need(overwrite or not path.exists(), f"{path} exists; choose another --out, or replace it with --overwrite.")
+    check_place(folder)
     return path
+
+
+def check_place(folder: Path) -> None:
+    """Whether a folder can be made or written to, before any work is done; nothing is left there.
+
+    Raises:
+        UserError: it cannot, or is a file.
+    """
+    need(not folder.exists() or folder.is_dir(), f"{folder} is a file; --out takes a folder.")
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another --out.") from error
+
+
+def show_results(module: str, flag: str, folder: Path, what: str) -> None:
+    """Lets a script of analysis/, which those of this folder do not import, draw what a folder holds.
+
+    Raises:
+        UserError: it could not.
+    """
+    done = subprocess.run([sys.executable, "-m", module, flag, str(folder)], check=False)
+    need(done.returncode == 0, f"{what} of {folder} could not be made, for the reason above; all else is kept.")
 
 
 def earlier_records(path: Path, check: Callable[[dict[str, Any]], object]) -> list[dict[str, Any]]:

@@ -10,9 +10,9 @@ With --regularisers the grid is another: every regulariser against none, on deve
 (inference/regularisers.py).
 """
 
+import contextlib
 import json
 import logging
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -20,12 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from inference.cli import in_flags, run_script
+from inference.cli import in_flags, run_script, show_results
 from inference.workers import outcomes, threads_of
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.presets import default_preset, preset
-from pyro_isingvit.core.settings import DataConfig, RunConfig
+from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
 from pyro_isingvit.methods.registry import OURS, row, with_defaults
 from pyro_isingvit.version import __version__
 
@@ -78,6 +78,8 @@ class CompareArguments:
     """Compare these with none, for every method, on images of the training files alone: NAME, NAME:STRENGTH, or all."""
     flipped: float = 0.0
     """With regularisers: share of the training and validation labels that are moved to another class."""
+    overwrite: bool = False
+    """Train finished cells of the folder anew where their settings are others now; their runs are replaced."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,10 @@ def make_cells(arguments: CompareArguments) -> list[Cell]:
         need(len(values) > 0 and len(set(values)) == len(values), f"--{name.replace('_', '-')} needs distinct values.")
     need(0 <= arguments.flipped < 1, f"`flipped` is a share, at least 0 and below 1, not {arguments.flipped}.")
     need(not arguments.flipped or arguments.regularisers, "`flipped` goes with `regularisers`.")
+    need(arguments.data.train_size is None, "--train-size is not for a grid; give the numbers to --train-sizes.")
+    shaped = [key for key in ("preset", "depth", "patch_size", "width") if getattr(arguments, key) is not None]
+    told = ", ".join("--" + key.replace("_", "-") for key in shaped)
+    need(arguments.init is None or not shaped, f"--init brings the shape of its network; leave out {told}.")
     need(len(arguments.epochs) in (1, len(arguments.train_sizes)), "--epochs takes one number, or one for each size.")
     need(min(*arguments.epochs, arguments.jobs, *arguments.train_sizes, arguments.samples) >= 1,
          "epochs, jobs, train sizes and samples must be at least 1.")  # fmt: skip
@@ -163,10 +169,10 @@ def _same_settings(cell: Cell) -> bool:
     """Whether the cell's folder holds a run with the cell's settings, whichever version wrote it."""
     from pyro_isingvit.runs.folder import read_config
 
-    found = replace(read_config(cell.folder), version="")
+    found = _portable(read_config(cell.folder))
     if cell.config.init is not None:  # the start has brought its own shape
         found = replace(found, vit=cell.config.vit)
-    return found == replace(cell.config, version="")
+    return found == _portable(cell.config)
 
 
 def finished(cell: Cell) -> dict[str, Any] | None:
@@ -190,13 +196,19 @@ def recorded(cell: Cell, results: Results) -> bool:
         config = RunConfig.from_json(found["config"], RESULTS)
     except UserError:  # of a version that had other settings
         return False
-    return replace(config, version="") == replace(anywhere(cell), version="")
+    return _portable(config) == anywhere(cell)
 
 
 def anywhere(cell: Cell) -> RunConfig:
-    """The settings of a cell without what belongs to a machine: where the data are, and the device."""
-    data = replace(cell.config.data, dataset=cell.dataset, data_root=DataConfig.data_root, download=False)
-    return replace(cell.config, data=data, train=replace(cell.config.train, device="auto"))
+    """The settings of a cell as results.json has them, whichever machine trained it."""
+    return _portable(replace(cell.config, data=replace(cell.config.data, dataset=cell.dataset)))
+
+
+def _portable(config: RunConfig) -> RunConfig:
+    """Settings without what belongs to a machine, which is where the data are and the device, and to a version."""
+    here = DataConfig()
+    data = replace(config.data, data_root=here.data_root, download=here.download, cache=here.cache)
+    return replace(config, data=data, train=replace(config.train, device="auto"), version="")
 
 
 def _version(cell: Cell) -> str:
@@ -228,12 +240,14 @@ def run_cell(cell: Cell, threads: int) -> dict[str, Any]:
     import torch
 
     from pyro_isingvit.experiment import train_run
-    from pyro_isingvit.runs.folder import CHECKPOINT
+    from pyro_isingvit.runs.folder import CHECKPOINT, read_config
 
     torch.set_num_threads(threads)
-    trained = sibling(cell)
+    trained, config = sibling(cell), cell.config
     resume = trained is None and (cell.folder / CHECKPOINT).exists() and _same_settings(cell)
-    return train_run(cell.config, cell.folder, resume=resume, progress=False, trained=trained)
+    if resume and config.init is not None:
+        config = replace(config, vit=read_config(cell.folder).vit)
+    return train_run(config, cell.folder, resume=resume, progress=False, trained=trained)
 
 
 def sibling(cell: Cell) -> Path | None:
@@ -265,6 +279,7 @@ def run_grid(cells: list[Cell], jobs: int) -> Iterator[tuple[Cell, dict[str, Any
 def compare(arguments: CompareArguments) -> None:
     """Train a grid of methods, sizes and seeds, and compare them."""
     from pyro_isingvit.data.load import load_parts
+    from pyro_isingvit.runs.folder import METRICS
 
     cells = make_cells(arguments)
     if arguments.regularisers:
@@ -286,6 +301,9 @@ def compare(arguments: CompareArguments) -> None:
             if earlier.get("status") == DONE and "config" in earlier:
                 earlier["status"] = ASIDE  # with other settings, until this call has trained it
             todo.append(cell)
+    others = [] if arguments.overwrite else [cell.folder.name for cell in todo if (cell.folder / METRICS).exists()]
+    told = f"{len(others)} finished cells of {arguments.out} have other settings than now: {', '.join(others[:3])}"
+    need(not others, f"{told}; name another --out, or train them anew with --overwrite.")
     _set_aside(results, cells)
     log.info("%d cells, %d of them done already", len(cells), len(cells) - len(todo))
     if todo:
@@ -296,9 +314,8 @@ def compare(arguments: CompareArguments) -> None:
     except KeyboardInterrupt as stop:
         stop.args = ("interrupted; finished cells and epochs are kept; re-run the same command to resume",)
         raise
-    # Figures and tables belong to analysis/, which scripts of this folder do not import.
     if any(row["status"] == DONE for row in results.values()):
-        subprocess.run([sys.executable, "-m", "analysis.comparison", "--results", str(arguments.out)], check=True)
+        show_results("analysis.comparison", "--results", arguments.out, "tables and figures")
     print(f"grid: {arguments.out}, {len(cells) - failed} cells done, {failed} failed")
     if failed:
         raise UserError(f"{failed} cells failed (their status is in {arguments.out / RESULTS}); run again to retry.")
@@ -342,7 +359,7 @@ def _record(results: Results, cell: Cell, outcome: dict[str, Any] | Exception, v
     row: dict[str, Any] = {
         "dataset": cell.dataset, "train_size": cell.train_size, "method": cell.method, "seed": cell.seed,
         "run": cell.folder.name, "epochs": cell.config.train.epochs + cell.config.train.finetune_epochs,
-        "vit": asdict(cell.config.vit), "config": json.dumps(asdict(replace(anywhere(cell), version=version))),
+        "vit": asdict(_trained_vit(cell)), "config": json.dumps(asdict(replace(anywhere(cell), version=version))),
     }  # fmt: skip
     if isinstance(outcome, Exception):
         text = in_flags(str(outcome), None) or repr(outcome)  # a cell's settings are not flags of the grid
@@ -353,6 +370,16 @@ def _record(results: Results, cell: Cell, outcome: dict[str, Any] | Exception, v
         }  # the run has all
         row |= {"status": DONE, "metrics": plain}
     results[cell.key] = row
+
+
+def _trained_vit(cell: Cell) -> ViTConfig:
+    """The shape of a cell's network: where it starts from a trained one, that of the run's folder."""
+    from pyro_isingvit.runs.folder import read_config
+
+    if cell.config.init is not None:
+        with contextlib.suppress(UserError):  # it failed before there was one
+            return read_config(cell.folder).vit
+    return cell.config.vit
 
 
 def _write(out: Path, results: Results) -> None:

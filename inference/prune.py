@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from inference.cli import run_script
+from inference.cli import check_place, run_script
 from pyro_isingvit.core.errors import need
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def prune(arguments: PruneArguments) -> None:
     if arguments.peers:
         from inference.prune_peers import check_peers
 
-        check_peers(run.config.vit)
+        check_peers(run.config)
     searched = arguments.max_accuracy_drop is not None
     masks = None if searched else choose_masks(run, arguments.threshold, arguments.keep, arguments.macs)
     data = data_of(run, arguments.data_root)
@@ -186,7 +186,7 @@ def check_work(finetune: int, distil: int, repeats: int) -> None:
 
 def check_out(run: Path, out: Path, overwrite: bool) -> None:
     """Raises UserError where a compact network cannot be written to ``out``."""
-    need(not out.exists() or out.is_dir(), f"{out} is a file; --out takes a folder.")
+    check_place(out)
     need(out.resolve() != run.resolve(), "--out is the run's own folder; name another.")
     need(not run.resolve().is_relative_to(out.resolve()), f"{out} holds the run; name another --out.")
     need(not (out / "config.json").exists(), f"{out} holds a run; name another --out.")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from inference.prune_tuning import Tuning
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.core.settings import ViTConfig
+from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.split import ImageData, Split
 from pyro_isingvit.methods.plain import Plain
 from pyro_isingvit.methods.registry import with_defaults
@@ -33,14 +33,17 @@ STEPS = 50  # pruning ratios that are tried
 MOST = 0.95  # share of a layer that may go
 
 
-def check_peers(config: ViTConfig) -> None:
+def check_peers(config: RunConfig) -> None:
     """Checks before any work.
 
     Raises:
         UserError: Torch-Pruning is not installed, or the comparison does not support this network.
     """
     need_peers()
-    need(config.plain, "the comparison with peers is written for mean pooling and a linear head; leave out `peers`.")
+    plain = config.vit.plain
+    need(plain, "the comparison with peers is written for mean pooling and a linear head; leave out `peers`.")
+    told = "peers are trained from random weights, this run from a trained network; leave out `peers`."
+    need(config.init is None, told)
 
 
 def need_peers() -> None:
@@ -120,7 +123,7 @@ def compare_peers(
     Raises:
         UserError: Torch-Pruning is missing, or the network has a CLS token or a two-layer head.
     """
-    check_peers(run.config.vit)
+    check_peers(run.config)
     import torch_pruning as tp
 
     torch.manual_seed(run.config.train.seed)

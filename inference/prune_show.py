@@ -1,12 +1,9 @@
 """What inference.prune prints: networks that could be taken, and the cost and quality of the one that was."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inference.cli import print_table
-from pyro_isingvit.core.errors import need
+from inference.cli import print_table, show_results
 
 if TYPE_CHECKING:
     from pyro_isingvit.pruning.frontier import Point
@@ -66,9 +63,8 @@ def show(metrics: dict[str, Any], out: Path, plot: bool) -> None:
 
         print_deploy(metrics["deploy"])
     print(f"compact network: {out}\nreport: python -m analysis.report --run {out}")
-    if plot:  # scripts of this folder do not import analysis/
-        done = subprocess.run([sys.executable, "-m", "analysis.report", "--run", str(out)], check=False)
-        need(done.returncode == 0, f"the network is written, its report is not: see above ({out}).")
+    if plot:
+        show_results("analysis.report", "--run", out, "the report")
 
 
 def _milliseconds(metrics: dict[str, Any], batch: int) -> str:

@@ -15,11 +15,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from inference.cli import earlier_records, run_script
+from inference.cli import check_place, earlier_records, run_script
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
-from pyro_isingvit.methods.registry import with_defaults
+from pyro_isingvit.methods.registry import row, with_defaults
 from pyro_isingvit.version import __version__
 
 RESULTS = "rates.json"
@@ -63,7 +63,8 @@ def make_cells(arguments: RatesArguments) -> Iterator[RunConfig]:
         UserError: nothing to train, an unknown method, or a width without whole heads.
     """
     for name in ("rates", "rules", "methods", "widths", "depths"):
-        need(getattr(arguments, name), f"`{name}` needs at least one value.")
+        values = getattr(arguments, name)
+        need(0 < len(values) == len(set(values)), f"`{name}` needs distinct values, and one at least.")
     for width in arguments.widths:
         need(width > 0 and width % HEAD == 0, f"`widths` must be multiples of {HEAD}, and {width} is none.")
     first = arguments.widths[0], arguments.depths[0]
@@ -84,6 +85,7 @@ def make_cells(arguments: RatesArguments) -> Iterator[RunConfig]:
 def find_rates(arguments: RatesArguments) -> None:
     """Find the best learning rate for networks of several widths and depths."""
     cells, path = [*make_cells(arguments)], arguments.out / RESULTS
+    check_place(arguments.out)
     from pyro_isingvit.core.checkpoint import write_json
 
     records = read_records(path)  # of this command and of others
@@ -101,11 +103,21 @@ def settings(config: RunConfig) -> dict[str, Any]:
     vit, train, usual = config.vit, config.train, DataConfig()
     read = {n: v for n, v in asdict(config.data).items() if n not in ELSEWHERE and v != getattr(usual, n)}
     return {
-        "data": Path(config.data.dataset).name, "train_size": config.data.train_size, "method": config.method,
+        "data": Path(config.data.dataset).name, "train_size": config.data.train_size, "method": spec_of(config),
         "width": vit.width, "depth": vit.depth, "patch_size": vit.patch_size, "rate": train.lr,
         "rule": train.rate_rule, "epochs": train.epochs, "average": train.average, "seed": train.seed,
         **({"read": read} if read else {}),
     }  # fmt: skip
+
+
+def spec_of(config: RunConfig) -> str:
+    """The method as it was asked for: with its number, where that is not the default."""
+    usual = row(config.method)
+    if usual.knob is None:
+        return config.method
+    part, knob = usual.knob
+    value = getattr(getattr(config, part), knob)
+    return config.method if value == getattr(getattr(usual, part), knob) else f"{config.method}:{value:g}"
 
 
 def score(config: RunConfig) -> dict[str, float]:

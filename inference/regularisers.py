@@ -15,7 +15,6 @@ refused, error                 alone: the method does not go with the regularise
 
 import json
 import logging
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inference.cli import in_flags
+from inference.cli import in_flags, show_results
 from inference.workers import outcomes, threads_of
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.regularise import REGULARISERS, regularised
@@ -177,8 +176,7 @@ def ablate(
         stop.args = ("interrupted; finished cells are kept; re-run the same command to resume",)
         raise
     if any("accuracy" in record for record in records.values()):
-        # Tables belong to analysis/, which scripts of this folder do not import.
-        subprocess.run([sys.executable, "-m", "analysis.regularisers", "--results", str(out)], check=True)
+        show_results("analysis.regularisers", "--results", out, "the table")
     print(f"records: {path}, {len(cells) - failed} cells done, {failed} failed")
     if failed:
         raise UserError(f"{failed} cells failed, which are not recorded; run again to retry.")

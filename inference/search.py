@@ -18,7 +18,7 @@ Re-run the same command to resume an interrupted search: trials that have a reco
 import logging
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +30,9 @@ from pyro_isingvit.version import __version__
 
 if TYPE_CHECKING:  # what stands on torch is imported when a search begins
     from inference.search_trials import Trial
+    from pyro_isingvit.core.settings import ViTConfig
     from pyro_isingvit.data.split import ImageData
+    from pyro_isingvit.nets.start import Start
     from pyro_isingvit.trained import TrainedRun
 
 SCORES = ("accuracy", "nll", "brier", "ece")
@@ -126,8 +128,12 @@ def run_trial(trial: "Trial") -> dict[str, Any]:
     data = development_data(config.data, trial.dev_size, config.train.seed)
     start = time.monotonic()
     try:
+        shape: ViTConfig | Start = config.vit
+        if config.init is not None:  # which brings all but the head
+            begun = load_start(config.init)
+            shape = replace(begun, vit=replace(begun.vit, head=config.vit.head))
         run = fit(
-            config.vit if config.init is None else load_start(config.init), data, method=config.method,
+            shape, data, method=config.method,
             train=config.train, ising=config.ising, baseline=config.baseline, progress=False,
         )  # fmt: skip
     except TrainingDiverged as error:
@@ -192,11 +198,11 @@ def place(given: dict[str, Any]) -> str:
     return f"{given.get('label', given['dataset'])}, n = {'all' if size is None else f'{size:,}'}"
 
 
-def title(given: dict[str, Any]) -> str:
-    """The name of a trial, or its method and settings."""
+def title(given: dict[str, Any], preset: bool = False) -> str:
+    """The name of a trial, or its method and settings; ``preset``: that too."""
     if "name" in given:
         return str(given["name"])
-    told = {"dataset", "label", "train_size", "seed", "method", "preset", "vit", "settings"}
+    told = {"dataset", "label", "train_size", "seed", "method", "vit", "settings", *(() if preset else ("preset",))}
     rest = {name: value for name, value in given.items() if name not in told}
     words = {**given.get("vit", {}), **given.get("settings", {}), **rest}
     return " ".join([given.get("method", "ising"), *(f"{name}={value}" for name, value in words.items())])
@@ -209,10 +215,11 @@ def print_tables(done: "list[tuple[Trial, dict[str, Any]]]") -> None:
 
     console = Console(markup=False, emoji=False, width=None if sys.stdout.isatty() else WIDTH)
     tables: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    several = len({trial.given.get("preset") for trial, _ in done}) > 1
     for trial, record in done:
         rows = tables.setdefault(place(trial.given), {})
         same = {name: value for name, value in trial.given.items() if name != "seed"}
-        rows.setdefault(repr(sorted(same.items())), []).append({"title": title(trial.given), **record})
+        rows.setdefault(repr(sorted(same.items())), []).append({"title": title(trial.given, several), **record})
     for where, rows in tables.items():
         shown = [name for name in COLUMNS if any(name in record for records in rows.values() for record in records)]
         table = Table(title=printable(where), title_justify="left")

@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inference.cli import print_table, run_script
+from inference.cli import check_place, print_table, run_script
 from pyro_isingvit.core.errors import UserError, need
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def cost(arguments: CostArguments) -> None:
     from pyro_isingvit.core.checkpoint import write_json
 
     need(arguments.overwrite or not arguments.out.exists(), f"{arguments.out} exists; add --overwrite to replace it.")
+    check_place(arguments.out.parent)
     need(min(arguments.batch_size, arguments.repeats, arguments.draws) >= 1 and arguments.classes >= 2,
          "--batch-size, --repeats and --draws must be at least 1, --classes at least 2.")  # fmt: skip
     need(arguments.init.partition(":")[0] in ("timm", "torchvision"), "--init takes timm:NAME or torchvision:NAME.")

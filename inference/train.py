@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from inference.cli import REPORTS, print_table, resumes, run_script, with_clear_errors, with_interval
-from pyro_isingvit.core.errors import ProcessLost, UserError
+from pyro_isingvit.core.errors import ProcessLost, UserError, need
 from pyro_isingvit.core.launcher import by_torchrun
 from pyro_isingvit.core.presets import PRESETS, default_preset, preset
 from pyro_isingvit.core.regularise import regularised
@@ -22,6 +22,8 @@ from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig,
 from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.methods.registry import METHODS, OURS, row, started
 from pyro_isingvit.version import __version__
+
+SHAPED = "--init brings the shape of the network with it; leave --preset and the flags of the shape out."
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,9 @@ def train(arguments: TrainArguments) -> None:
         teacher=tuple(map(str, arguments.teacher)),
     )  # fmt: skip
     usual = replace(preset(arguments.preset), head=arguments.vit.head)
-    if arguments.init is not None and arguments.vit != usual:
-        raise UserError(
-            "--init brings the shape of the network with it; leave --preset and the flags of the shape out."
-        )
-
+    if arguments.init is not None:
+        need(arguments.vit == usual, SHAPED)
+        config = replace(config, preset="custom")
     if holds_run(arguments.out) and not arguments.overwrite:
         raise UserError(
             f"{arguments.out} already holds a run; continue it with --resume {arguments.out} alone, or replace it with "
@@ -141,7 +141,12 @@ def main(argv: list[str] | None = None) -> None:
     peek.add_argument("--init", default=None)
     known, _ = peek.parse_known_args(argv)
     name = known.preset or default_preset(known.dataset)
-    with_clear_errors(lambda: (preset(name), row(known.method)), TrainArguments)
+
+    def check() -> None:
+        need(not (known.init and known.preset), SHAPED)
+        preset(name), row(known.method)
+
+    with_clear_errors(check, TrainArguments)
     usual = started(row(known.method), known.init)
     default = TrainArguments(
         out=tyro.MISSING, preset=name, method=known.method, vit=preset(name), ising=usual.ising, train=usual.train,

@@ -87,12 +87,17 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def trained_alike(first: RunConfig, second: RunConfig) -> bool:
-    """Whether two runs, apart from their methods, were trained the same: data, shape, and settings of training.
+    """Whether two runs, apart from their methods, were trained the same: data, start, shape, and settings of training.
 
-    What follows the last epoch may differ: temperature, draws of the evaluation.
+    What follows the last epoch may differ: temperature, draws of the evaluation. A start brings its shape, but for the
+    head, so that of one whose training has not begun is not known.
     """
-    ours, theirs = (replace(config.train, calibrate=True, samples=1) for config in (first, second))
-    return (ours, first.vit, first.data, first.teacher) == (theirs, second.vit, second.data, second.teacher)
+
+    def trained(config: RunConfig) -> tuple[Any, ...]:
+        shape = config.vit if config.init is None else config.vit.head
+        return replace(config.train, calibrate=True, samples=1), shape, config.data, config.init, config.teacher
+
+    return trained(first) == trained(second)
 
 
 def to_lines(history: list[dict[str, Any]]) -> str:

@@ -15,7 +15,7 @@ FORM: dict[str, Any] = {"fused": True}  # one kernel for each parameter
 
 
 def make_optimizer(groups: list[dict[str, Any]], settings: TrainConfig, networks: Networks = ()) -> torch.optim.AdamW:
-    """AdamW at the peak learning rate, in its fastest form on every device; up to rounding, its numbers are those of all.
+    """AdamW at the peak learning rate, in its fastest form on every device; up to rounding, all forms agree.
 
     Args:
         groups: of parameters, as ``Method.parameter_groups`` gives them.
