@@ -105,7 +105,13 @@ def _told(where: str, cells: list[tuple[str, dict[str, Any]]]) -> list[str]:
     for name in dict.fromkeys(name for _, settings in cells for name in settings):
         values = [(who, f"{settings[name]}") for who, settings in cells if name in settings]
         (usual, _), *others = Counter(value for _, value in values).most_common()
+        cells_of, with_value = Counter(who for who, _ in values), Counter(values)
+        told = []
         for value, _ in others:
-            names = ", ".join(dict.fromkeys(f"`{plain(who)}`" for who, own in values if own == value))
-            found.append(f"{where}: `{plain(name)}` is {plain(usual)}, but {plain(value)} for {names}.")
+            whose = [who for who in cells_of if with_value[who, value]]
+            parts = {who: f" ({with_value[who, value]} of {cells_of[who]} seeds)" for who in whose
+                     if with_value[who, value] < cells_of[who]}  # fmt: skip
+            told.append(f"{plain(value)} for {', '.join(f'`{plain(who)}`{parts.get(who, "")}' for who in whose)}")
+        if told:
+            found.append(f"{where}: `{plain(name)}` is {plain(usual)}, but {'; '.join(told)}.")
     return found

@@ -245,8 +245,8 @@ def test_settings_that_differ_within_a_column_are_told(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps([*results.values()]))
     frame = load_results(tmp_path / "results.json")
     text = page_tables(frame)
-    assert "digits, 60 images: `batch_size` is 64, but 20 for `dropout`." in text
-    assert "digits, 60 images: `augment` is none, but crop for `dropout`." in text
+    assert "digits, 60 images: `batch_size` is 64, but 20 for `dropout` (1 of 2 seeds)." in text
+    assert "digits, 60 images: `augment` is none, but crop for `dropout` (1 of 2 seeds)." in text
     assert re.search(r"`version` is \S+, but 0\.9 for `dropout`", text)
     assert re.search(r"digits, 60 images, dropout: `lr` is [\d.]+, but 0\.5 for `seed 1`", text)
 
