@@ -19,6 +19,7 @@ from pyro_isingvit.runs.folder import POSTERIOR
 PALETTE = (BLUE, ORANGE, "#009E73", RED, "#CC79A7", SKY, "#000000", GREY)
 DASHES = ("-", "--", ":", "-.")
 MARKS = "os^Dv<>PX*"
+PLAIN_MARKS, ARROWS = "s^DvoPX*ph" * 3, "<>"
 OURS_WIDTH = 2.6
 PANELS = 12  # reliability and entropy panels of one figure
 Predictions = dict[str, tuple[np.ndarray, np.ndarray]]  # method -> probabilities (B, C), labels (B,)
@@ -74,6 +75,68 @@ def curves(frame: pd.DataFrame, ours: str) -> Figure:
                 ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))  # all nine labels would overlap
                 ax.yaxis.set_minor_locator(NullLocator())
                 ax.yaxis.set_major_formatter("{x:g}")
+    _legend_of_all(figure)
+    return figure
+
+
+def paired(cell: pd.DataFrame, metric: str, ours: str, relative: bool) -> dict[str, tuple[float, float]]:
+    """Mean and standard error over the shared seeds of each other method's difference to ours.
+
+    Args:
+        cell: of one data set and size.
+        metric: a column.
+        ours: the method that is subtracted.
+        relative: divide by ours: a share, not a number.
+    """
+    table = cell.pivot_table(index="seed", columns="method", values=metric)
+    found = {}
+    for method in table.columns.drop(ours, errors="ignore") if ours in table else ():
+        pair = table[[ours, method]].dropna()
+        differences = pair[method] / pair[ours] - 1 if relative else pair[method] - pair[ours]
+        if len(pair):
+            error = float(differences.std() / np.sqrt(len(pair))) if len(pair) > 1 else 0.0
+            found[str(method)] = float(differences.mean()), error
+    return found
+
+
+@styled
+def differences(frame: pd.DataFrame, ours: str) -> Figure:
+    """How far each method is from ours, a line for each data set and size; bars: standard error over shared seeds.
+
+    What is too far away to be drawn is an arrow at the edge.
+
+    Args:
+        frame: a row per finished cell.
+        ours: the method that is 0.
+    """
+    cells = list(frame.groupby(["dataset", "train_size"]))
+    others = {m: look for m, look in looks(list(frame.method.unique()), ours).items() if m != ours}
+    figure = Figure((WIDE, 1.3 + 0.55 * len(cells)), layout="constrained")
+    panels = zip(figure.subplots(1, 2, sharey=True), (("accuracy", False, 0.025), ("nll", True, 0.15)), strict=True)
+    for ax, (metric, relative, most) in panels:
+        for line, (_, cell) in enumerate(cells):
+            found = paired(cell, metric, ours, relative)
+            for place, (method, look) in enumerate(others.items()):
+                if method not in found:
+                    continue
+                value, error = found[method]
+                y = line + 0.6 * ((place + 0.5) / len(others) - 0.5)
+                far, shown = abs(value) > most, {"color": look["color"], "markersize": look["markersize"]}
+                shown |= {"marker": ARROWS[value > 0]} if far else {"marker": PLAIN_MARKS[place], "label": method}
+                ax.errorbar(np.clip(value, -most, most), y, xerr=None if far else error, linestyle="", **shown)
+        for line in range(1, len(cells)):
+            ax.axhline(line - 0.5, color=GREY, linewidth=0.4, alpha=0.5)
+        ax.axvline(0, color=looks([ours], ours)[ours]["color"], linewidth=OURS_WIDTH, zorder=1)
+        ax.set(xlim=(-1.05 * most, 1.05 * most), ylim=(len(cells) - 0.5, -0.5))
+        unit = " %" if relative else ""
+        ax.xaxis.set_major_formatter(lambda x, _, unit=unit: f"{100 * x:+.3g}{unit}" if abs(x) > 1e-9 else "0")
+        sides = ("worse", "better") if metric == "nll" else ("better", "worse")
+        for x, word in zip((0.25, 0.75), sides, strict=True):
+            ax.text(x, 1.01, f"{ours} is {word}", transform=ax.transAxes, ha="center", va="bottom", fontsize=9)
+    left, right = figure.axes
+    left.set_yticks(range(len(cells)), [f"{dataset} {size:,}" for (dataset, size), _ in cells])
+    left.set(xlabel=f"accuracy above that of {ours}, points")
+    right.set(xlabel=f"NLL above that of {ours}")
     _legend_of_all(figure)
     return figure
 
@@ -182,6 +245,8 @@ def write_figures(frame: pd.DataFrame, folder: Path, ours: str) -> list[Path]:
         the files written.
     """
     made = {"accuracy-nll": curves(frame, ours), "pruned-accuracy": pruning(frame, ours)}
+    if frame.method.nunique() > 1 and ours in set(frame.method):
+        made["differences"] = differences(frame, ours)
     for (dataset, size), cell in frame.groupby(["dataset", "train_size"]):
         predictions = load_predictions(folder, cell)
         shown = dict(sorted(predictions.items(), key=lambda item: item[0] != ours)[:PANELS])

@@ -17,6 +17,7 @@ from helpers import ROOT, here, refused, script
 from kills import untimed
 from scipy import stats
 
+from analysis.comparison_figures import differences, paired
 from analysis.comparison_tables import (
     MARKERS,
     SHOWN,
@@ -84,7 +85,7 @@ def test_tables_and_figures_are_there(grid: Path) -> None:
     text = (grid / "table.md").read_text()
     assert "| ising |" in text and "against the best other single network" in text and "against the ensemble" in text
     names = {path.stem for path in grid.glob("*.png")}
-    assert names == {"accuracy-nll", "pruned-accuracy", "reliability-digits-n60", "entropy-digits-n60"}
+    assert names == {"accuracy-nll", "differences", "pruned-accuracy", "reliability-digits-n60", "entropy-digits-n60"}
 
 
 def test_a_second_call_trains_nothing_and_a_killed_grid_goes_on(grid: Path) -> None:
@@ -454,3 +455,20 @@ def test_readme_and_page_show_the_published_grid() -> None:
     assert markdown(frame) in (folder / "table.md").read_text()
     for page, tables in (("docs/comparison.md", page_tables), ("README.md", short_table)):
         assert f"{MARKERS[0]}\n\n{tables(frame)}\n\n{MARKERS[1]}" in (ROOT / page).read_text()
+
+
+def test_differences_are_paired_and_far_ones_are_arrows() -> None:
+    frame = table()
+    found = paired(frame, "nll", "ising", relative=True)
+    ours, theirs = (frame[frame.method == m].nll.to_numpy() for m in ("ising", "dropout:0.1"))
+    assert found["dropout:0.1"] == pytest.approx(((theirs / ours - 1).mean(), (theirs / ours - 1).std(ddof=1) / 2))
+    points = paired(frame, "accuracy", "ising", relative=False)
+    assert points["deterministic"][0] == pytest.approx((0.5 - 0.9) / 3) and "ising" not in points
+    assert paired(frame[frame.method != "ising"], "nll", "ising", relative=True) == {}
+    left, right = differences(frame, "ising").axes
+    assert [text.get_text() for text in right.texts] == ["ising is worse", "ising is better"]
+    shown = {bars.get_label(): bars.lines[0] for bars in right.containers}
+    assert shown["dropout:0.1"].get_xdata()[0] == pytest.approx(found["dropout:0.1"][0])
+    assert "deterministic" not in shown  # 80% above: an arrow without a label
+    (arrow,) = [line for line in right.lines if line.get_marker() == ">"]
+    assert arrow.get_xdata()[0] == 0.15 and len(left.containers) == 3
