@@ -1,6 +1,7 @@
 """The documents name tests and files that exist."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,9 @@ def test_usage_lists_every_method_and_preset() -> None:
             shape = PRESETS[name]
             patch, width, depth = (int(re.match(r"\d+", cell.strip())[0]) for cell in listed[name].split("|")[:3])
             assert (patch, width, depth) == (shape.patch_size, shape.width, shape.depth)
+
+
+def test_usage_lists_every_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    listed = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs" / "usage.md").read_text(), re.MULTILINE)
+    assert set(extras) - {"test"} <= set(listed)
