@@ -2,9 +2,9 @@
 
 python -m analysis.trials --records analysis/results/dev/records.jsonl --methods ising --cells 8
 
-Settings that all rows share are said once, above the table; epochs are told where they are not the usual number of
-their column. Numbers are means over the seeds, with the number of seeds where there are several; rows with few seeds
-are not strictly comparable with others, which ``--seeds`` cures.
+Settings that all rows share are said once, above the table; epochs and the shape of the network are told where they are
+not the usual ones of their column. Numbers are means over the seeds, with the number of seeds where there are several;
+rows with few seeds are not strictly comparable with others, which ``--seeds`` cures.
 """
 
 from collections import Counter, defaultdict
@@ -49,6 +49,11 @@ def told(trial: dict[str, Any]) -> dict[str, Any]:
     return {"method": trial.get("method", "ising"), **rest, **trial.get("settings", {})}
 
 
+def _by_place(trial: dict[str, Any]) -> dict[str, Any]:
+    """What is told only where it is not the usual value of a column: epochs, and the shape of the network."""
+    return {"epochs": trial.get("epochs", 0), "preset": trial.get("preset"), "vit": trial.get("vit")}
+
+
 def table(records: list[dict[str, Any]], score: str, cells: int = 1) -> str:
     """The table in Markdown, below the settings that all rows share.
 
@@ -60,18 +65,18 @@ def table(records: list[dict[str, Any]], score: str, cells: int = 1) -> str:
     Raises:
         UserError: no row is left.
     """
-    epochs: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
+    usual: dict[tuple[str, int], dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for record in records:
-        epochs[place(record["trial"])][record["trial"].get("epochs", 0)] += 1
-    shapes = [{name: record["trial"].get(name) for name in ("preset", "vit")} for record in records]
-    shaped = [name for name in ("preset", "vit") if any(shape[name] != shapes[0][name] for shape in shapes)]
+        for name, value in _by_place(record["trial"]).items():
+            usual[place(record["trial"])][name][f"{value}"] += 1
     groups: dict[Any, dict[tuple[str, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record.get(score) is not None:
             where, settings = place(record["trial"]), told(record["trial"])
-            settings |= {name: record["trial"].get(name) for name in shaped}  # other networks, other rows
-            if settings.get("epochs", 0) == epochs[where].most_common(1)[0][0]:
-                settings.pop("epochs", None)
+            for name, value in _by_place(record["trial"]).items():
+                settings.pop(name, None)
+                if f"{value}" != usual[where][name].most_common(1)[0][0]:
+                    settings[name] = value
             key = tuple(sorted((name, f"{value}") for name, value in settings.items()))
             groups[key][where].append(float(record[score]))
     kept = {key: row for key, row in groups.items() if len(row) >= cells}

@@ -130,6 +130,8 @@ def make_cells(arguments: CompareArguments) -> list[Cell]:
         need(len(values) > 0 and len(set(values)) == len(values), f"--{name.replace('_', '-')} needs distinct values.")
     need(0 <= arguments.flipped < 1, f"`flipped` is a share, at least 0 and below 1, not {arguments.flipped}.")
     need(not arguments.flipped or arguments.regularisers, "`flipped` goes with `regularisers`.")
+    need(not (arguments.overwrite and arguments.regularisers), "`overwrite` is not for `regularisers`, whose cells are "
+         "measured again where their settings are others.")  # fmt: skip
     need(arguments.data.train_size is None, "--train-size is not for a grid; give the numbers to --train-sizes.")
     shaped = [key for key in ("preset", "depth", "patch_size", "width") if getattr(arguments, key) is not None]
     told = ", ".join("--" + key.replace("_", "-") for key in shaped)

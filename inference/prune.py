@@ -186,10 +186,12 @@ def check_work(finetune: int, distil: int, repeats: int) -> None:
 
 def check_out(run: Path, out: Path, overwrite: bool) -> None:
     """Raises UserError where a compact network cannot be written to ``out``."""
+    from pyro_isingvit.runs.folder import holds_run
+
     check_place(out)
     need(out.resolve() != run.resolve(), "--out is the run's own folder; name another.")
     need(not run.resolve().is_relative_to(out.resolve()), f"{out} holds the run; name another --out.")
-    need(not (out / "config.json").exists(), f"{out} holds a run; name another --out.")
+    need(not holds_run(out), f"{out} holds a run; name another --out.")
     held = (out / "compact.json").exists()
     need(not held or overwrite, f"{out} already holds a compact network; name another --out or --overwrite.")
 

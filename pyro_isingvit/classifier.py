@@ -182,8 +182,10 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         """``settings``, which are those of ``fit`` that the classifier has no arguments for."""
         settings = {} if self.settings is None else self.settings
         need(isinstance(settings, dict), f"`settings` must be a dict of settings of `fit`, not {settings!r}.")
-        taken = [name for name in ("method", "progress", "data", "vit") if name in settings]
+        taken = [name for name in ("method", "progress", "vit") if name in settings]
         need(not taken, f"`settings` has {', '.join(taken)}; give it to {type(self).__name__} itself.")
+        made = [name for name in ("model", "data") if name in settings]
+        need(not made, f"`settings` has {', '.join(made)}, which {type(self).__name__} makes of `vit`, X and y.")
         return dict(settings)
 
     def _seed(self) -> int:
@@ -193,14 +195,14 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
 
     def _shape(self, X: np.ndarray) -> tuple[int, int, int]:
         """(H, W, C) of the images."""
-        wanted = self.image_shape
+        wanted = None if self.image_shape is None else tuple(np.atleast_1d(self.image_shape).tolist())
         need(
-            wanted is None or (isinstance(wanted, tuple | list) and len(wanted) in (2, 3)),
-            f"`image_shape` must be (H, W) or (H, W, C), not {wanted!r}.",
+            wanted is None or len(wanted) in (2, 3),
+            f"`image_shape` must be (H, W) or (H, W, C), not {self.image_shape!r}.",
         )
         found = self._own_shape(X)
         told = f"`image_shape` {wanted} is not that of `X`, whose images are {found}: (H, W, C)."
-        need(wanted is None or tuple(wanted) in (found, found[: len(wanted)]), told)
+        need(wanted is None or wanted in (found, found[: len(wanted)]), told)
         return found
 
     def _own_shape(self, X: np.ndarray) -> tuple[int, int, int]:

@@ -15,6 +15,7 @@ from pyro_isingvit.core.presets import preset
 from pyro_isingvit.core.processes import is_first, launched, on_first
 from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig, RunConfig, ViTConfig
 from pyro_isingvit.core.train_settings import TrainConfig
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.load import load_data
 from pyro_isingvit.data.sources import DATASETS, PREFIXES
 from pyro_isingvit.data.split import ImageData
@@ -78,10 +79,12 @@ def train_run(
     here = config.data.dataset in DATASETS or config.data.dataset.partition(":")[0] in PREFIXES
     need(here or not resume, f"{folder} was trained on images given in memory; it can be loaded, but not resumed.")
     data, start = load_data(**dataclasses.asdict(source), seed=config.train.seed), None
-    if config.init is not None and resume:  # the checkpoint has the network, and how its images are normalised
-        data = replace(data, info=data.info.with_scale_of(read_info(folder)))
-    elif config.init is not None:
-        config, data, start = begun(config, data, load_start(config.init, download=source.download))
+    if resume:
+        data = replace(data, info=_as_before(data, config, folder))
+    else:
+        _check_weights(data, config.train)
+        if config.init is not None:
+            config, data, start = begun(config, data, load_start(config.init, download=source.download))
     need(
         IN_MEMORY not in config.teacher,
         f"{folder} has a teacher that was never saved: it can be loaded, but not resumed.",
@@ -105,6 +108,23 @@ def train_run(
     except KeyboardInterrupt as stop:
         stop.args = (f"interrupted in the evaluation; the trained network is kept in {folder}",)
         raise
+
+
+def _as_before(data: ImageData, config: RunConfig, folder: Path) -> DataInfo:
+    """What a resumed run knows of its data: normalised as its start had them, and weighed as its version did."""
+    if config.init is None and data.train.weights is None:
+        return data.info
+    before, info = read_info(folder), data.info
+    info = info if config.init is None else info.with_scale_of(before)
+    return info if before.weighted else replace(info, weighted=())  # before version 0.14 all images counted alike
+
+
+def _check_weights(data: ImageData, train: TrainConfig) -> None:
+    """Raises UserError where a new training would make the classes alike and weigh them otherwise."""
+    need(
+        train.balance != "sampler" or data.train.weights is None,
+        "`balance` sampler makes the classes alike, and weights of images make them differ; set `balance` to loss.",
+    )
 
 
 def begun(config: RunConfig, data: ImageData, start: Start) -> tuple[RunConfig, ImageData, Start]:
@@ -212,6 +232,7 @@ def fit(
         )
         parts["train"] = replace(parts["train"], frozen_blocks=frozen)
     check_asked(parts["train"])
+    _check_weights(data, parts["train"])
     need(not settings, f"unknown setting {_named(settings)}; {_hint(settings, parts)}")
     config = RunConfig(
         data=_source(data, parts["train"]), vit=_shape(model), **parts, version=__version__, method=method,

@@ -19,6 +19,7 @@ from pyro_isingvit.pruning.network import CompactViT
 from pyro_isingvit.runs.folder import (
     CHECKPOINT,
     CONFIG,
+    FILES,
     HISTORY,
     METRICS,
     POSTERIOR,
@@ -121,7 +122,7 @@ class TrainedRun(Shareable):
         need(own or overwrite or not held, f"{folder} holds a run; name another `folder` or pass `overwrite=True`.")
         if not own or overwrite:
             state = {**self._rest(), **self.state()}
-            with staged(folder, () if own else (METRICS, POSTERIOR)) as new:
+            with staged(folder, () if own else FILES) as new:
                 write_text(new / CONFIG, self.config.to_json())
                 for _ in range(2):  # checkpoint.previous.pt holds the same state: either will do
                     save_checkpoint(new / CHECKPOINT, state)
@@ -364,12 +365,14 @@ def _rebuilt(
     val: Split | None,
     evaluation: Evaluation | None,
     kept: Evaluation | None,
-    seen: tuple[int, bytes],
+    seen: tuple[int, bytes] | None = None,
 ) -> TrainedRun:
     run = build_run(config, DataInfo.from_dict(state["info"]), state["num_data"], folder)
     run.load_state(state)
     trained = TrainedRun.of(run, {name: value for name, value in state.items() if name not in run.state()}, val)
-    trained.evaluation, trained._kept, trained._seen = evaluation, kept, seen
+    trained.evaluation, trained._kept = evaluation, kept
+    if seen is not None:  # pickles of version 0.13 lack it
+        trained._seen = seen
     return trained
 
 
@@ -397,8 +400,9 @@ def load_run(folder: str | Path, device: str = "cpu") -> TrainedRun:
         (True, True)
     """
     folder = Path(folder)
-    return (
-        TrainedRun.from_pretrained(folder, device=device)
-        if is_shared(folder)
-        else TrainedRun.of(open_run(folder, device))
-    )
+    if is_shared(folder):
+        return TrainedRun.from_pretrained(folder, device=device)
+    seen = fingerprint(folder / CHECKPOINT)  # before it is read: whatever is written there later is another run's
+    run = TrainedRun.of(open_run(folder, device))
+    run._seen = seen
+    return run

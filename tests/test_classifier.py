@@ -197,6 +197,7 @@ def test_images_of_another_size_or_type_are_refused(fitted, made) -> None:
     ("changes", "words"),
     [
         ({"settings": {"method": "dropout"}}, "`settings` has method; give it to IsingViTClassifier itself"),
+        ({"settings": {"model": "digits"}}, "`settings` has model, which IsingViTClassifier makes of"),
         ({"settings": [1]}, "`settings` must be a dict"),
         ({"image_shape": 8}, "`image_shape` must be"),
         ({"image_shape": (2, 2)}, r"`image_shape` \(2, 2\) is not that of `X`, whose images are \(4, 4, 1\)"),
@@ -207,6 +208,6 @@ def test_arguments_that_cannot_be_are_named(made, changes: dict, words: str) -> 
         quick(**changes).fit(*made)
 
 
-@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 1), [4, 4]])
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 1), [4, 4], np.array([4, 4])])
 def test_a_shape_that_the_images_have_may_be_given(made, shape) -> None:
     assert quick(image_shape=shape, epochs=1).fit(*made).image_shape_ == (4, 4, 1)

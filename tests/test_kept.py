@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 import torch
 from helpers import CONFIG, INFO, TINY, make_split, pixels
+from PIL import Image
 
 from pyro_isingvit import CompactViT, ImageData, TrainedRun, UserError, ViTConfig, fit, load_run
-from pyro_isingvit.core.checkpoint import remove_leftovers
+from pyro_isingvit.core.checkpoint import load_checkpoint, remove_leftovers, save_checkpoint
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.experiment import train_run
 from pyro_isingvit.predictive import datatree
 from pyro_isingvit.report.attention_figures import attention_margins
-from pyro_isingvit.runs.run import least_numbers
+from pyro_isingvit.runs.folder import clear_run, need_room
+from pyro_isingvit.runs.load import open_run
+from pyro_isingvit.runs.run import build_run, least_numbers
+from pyro_isingvit.runs.trainer import Trainer
 from pyro_isingvit.sharing.names import shared_config
 
 QUICK = {"epochs": 3, "batch_size": 20, "progress": False, "samples": 4, "max_keep": 0.95}
@@ -185,17 +189,15 @@ def test_own_pictures_stay_beside_a_shared_run(run, tmp_path: Path) -> None:
 
 
 def test_the_least_size_counts_every_token() -> None:
-    few, many, dense = (replace(CONFIG, vit=replace(TINY, **change)) for change in (
-        {}, {"registers": 20_000_000}, {"patch_size": 2, "patch_stride": 1}))  # fmt: skip
-    own = sum(p.numel() for p in fit_free(few).parameters())
-    assert least_numbers(few, INFO) <= own and least_numbers(many, INFO) > 1e8
-    assert least_numbers(dense, INFO) <= sum(p.numel() for p in fit_free(dense).parameters())
+    changes = ({}, {"registers": 20_000_000}, {"patch_size": 2, "patch_stride": 1}, {"stem": "conv", "patch_size": 4})
+    few, many, dense, stem = (replace(CONFIG, vit=replace(TINY, **change)) for change in changes)
+    for config in (few, dense, stem):
+        assert least_numbers(config, INFO) <= sum(p.numel() for p in fit_free(config).parameters())
+    assert least_numbers(many, INFO) > 1e8
 
 
 def fit_free(config):
     """Model and guide of a run that is not trained, as one module."""
-    from pyro_isingvit.runs.run import build_run
-
     run = build_run(config, INFO, 50)
     return torch.nn.ModuleList([run.model, run.guide])
 
@@ -221,3 +223,83 @@ def test_tokens_before_the_patches_have_their_names(cls: bool, token: int, name:
 )
 def test_a_start_is_shared_without_its_folder(init: str, told: str) -> None:
     assert shared_config(replace(CONFIG, init=init)).init == printable(told)
+
+
+def test_ctrl_c_while_a_run_is_replaced_leaves_one_run(run, images, tmp_path: Path, monkeypatch) -> None:
+    fit(TINY, images, method="dropout", **QUICK).save(tmp_path / "run")
+    replace_file, moved = Path.replace, list[str]()
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.parent.name.startswith(".run.") and target.parent.name == "run":
+            moved.append(path.name)
+            if len(moved) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+        return replace_file(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.save(tmp_path / "run", overwrite=True)
+    assert len(moved) == 4 and load_run(tmp_path / "run").config == run.config
+    assert torch.equal(load_run(tmp_path / "run").predict(images.test.images, 3).probs,
+                       run.predict(images.test.images, 3).probs)  # fmt: skip
+
+
+def test_a_run_that_is_half_removed_can_be_removed_again(run, tmp_path: Path, monkeypatch) -> None:
+    folder = run.save(tmp_path / "run")
+    (folder / "report").mkdir()
+    unlink, gone = Path.unlink, list[str]()
+
+    def interrupted(path: Path, missing_ok: bool = False) -> None:
+        if len(gone) == 3:
+            raise KeyboardInterrupt
+        gone.append(path.name)
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            clear_run(folder)
+    need_room(folder)  # it is a run still
+    clear_run(folder)
+    assert not [*folder.iterdir()]
+
+
+def test_a_folder_that_changes_while_it_is_read_is_noticed(run, images, tmp_path: Path, monkeypatch) -> None:
+    run.save(tmp_path / "run")
+    other = fit(TINY, images, **QUICK)
+
+    def overtaken(folder: Path, device: str):
+        opened = open_run(folder, device)
+        other.save(folder, overwrite=True)
+        return opened
+
+    monkeypatch.setattr("pyro_isingvit.trained.open_run", overtaken)
+    loaded = load_run(tmp_path / "run")
+    with pytest.raises(UserError, match="load the run again"):
+        loaded.save(tmp_path / "copy")
+
+
+def test_pickles_of_version_0_13_open(run) -> None:
+    build, given = run.__reduce__()
+    assert build(*given[:6]).config == run.config
+
+
+def test_a_run_of_before_is_resumed_with_its_shares(tmp_path: Path, monkeypatch) -> None:
+    """Version 0.13 knew no weighted shares; its training goes on with those of the images."""
+    rng = np.random.default_rng(0)
+    rows = "".join(f"{i}.png,{'a' if i % 5 else 'b'},{1 if i % 5 else 4}\n" for i in range(50))
+    for i in range(50):
+        Image.fromarray(rng.integers(0, 255, (4, 4), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "t.csv").write_text("path,label,weight\n" + rows)
+    config = replace(CONFIG, method="deterministic", data=DataConfig(f"csv:{tmp_path / 't.csv'}", val_fraction=0.0),
+                     train=replace(CONFIG.train, epochs=2, balance="logit", calibrate=False))  # fmt: skip
+    train_run(config, tmp_path / "run", progress=False)
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert state["info"]["weighted"][0] == pytest.approx(state["info"]["weighted"][1])
+    del state["info"]["weighted"]
+    for _ in range(2):
+        save_checkpoint(tmp_path / "run" / "checkpoint.pt", state)
+    seen = []
+    monkeypatch.setattr(Trainer, "fit", lambda trainer: seen.append(trainer.run.info.shares) or trainer.run)
+    train_run(config, tmp_path / "run", resume=True, progress=False)
+    assert seen == [(0.8, 0.2)] or seen[0] == pytest.approx((0.8, 0.2), abs=0.02)

@@ -83,7 +83,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], previous: Path
             if previous is not None and path.exists():
                 path.replace(previous)
             temporary.replace(path)
-            _flush_names(path.parent)
+            flush_names(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -100,7 +100,7 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _flush_names(folder: Path) -> None:
+def flush_names(folder: Path) -> None:
     """Flushes renames to disk, so that they outlive a power cut."""
     with contextlib.suppress(OSError):  # some file systems refuse it for folders; the files themselves are flushed
         handle = os.open(folder, os.O_RDONLY)

@@ -80,8 +80,12 @@ class DataInfo:
     @property
     def shares(self) -> tuple[float, ...] | None:
         """Share of each class in the training loss; None where ``counts`` is not known."""
-        total = sum(self.sizes)
-        return tuple(size / total for size in self.sizes) if total else None
+        return _shares(self.sizes)
+
+    @property
+    def image_shares(self) -> tuple[float, ...] | None:
+        """Share of each class among the training images, whatever they weigh; None where ``counts`` is not known."""
+        return _shares(self.counts)
 
     @property
     def sizes(self) -> tuple[float, ...]:
@@ -165,3 +169,8 @@ class DataInfo:
         got = f"{('N', *images.shape[1:])} {images.dtype}".replace("'", "")
         need(got == expected, f"expected images {expected}, as in training on {self.dataset}; got {got}.")
         return images
+
+
+def _shares(sizes: tuple[float, ...]) -> tuple[float, ...] | None:
+    total = sum(sizes)
+    return tuple(size / total for size in sizes) if total else None

@@ -60,7 +60,7 @@ class Method(nn.Module):
         super().__init__()
         self.config, self.info, self.num_data = config, info, num_data
         features = config.vit.width // (2 if config.vit.head == "mlp" else 1)
-        self.penalties = Penalties(config.train, num_data, info.num_classes, info.shares, features)
+        self.penalties = Penalties(config.train, num_data, info.num_classes, info.image_shares, features)
         self.penalties.matrices = self.matrices
         self.likelihood = Likelihood(config.train, info.shares)
 

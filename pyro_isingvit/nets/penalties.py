@@ -52,7 +52,7 @@ class Seen:
         rows: (B,) numbers of the images within the training part; None where the caller did not say.
         watched: what the network recorded at the places that the penalties asked for (``ViT.forward``, ``watch``).
         settings: of training.
-        shares: of the classes in the training part, (C,); None where they are not known.
+        shares: of the classes among the training images, (C,); None where they are not known.
         memory: what the penalty's ``memory`` made, as the steps before left it; the term writes to it in place.
         matrices: the weights without noise, for penalties that ask for them (nets/weight_terms.py).
         images: (B, ...), as the network read them; with gradients for penalties that ask for them.
@@ -85,7 +85,7 @@ class Settling:
 
     Attributes:
         rows: (B,) numbers of the images of the whole batch, of all processes.
-        shares: of the classes in the training part, (C,); None where they are not known.
+        shares: of the classes among the training images, (C,); None where they are not known.
         memory: of the penalty.
     """
 
@@ -257,7 +257,7 @@ class Penalties(nn.Module):
         settings: of training; a field named like a row of ``PENALTIES`` is its weight, and 0 switches it off.
         num_data: N, training images.
         num_classes: C.
-        shares: of the classes in the training part, (C,); None where they are not known.
+        shares: of the classes among the training images, (C,); None where they are not known.
         features: F, inputs of the last matrix.
 
     Attributes:

@@ -6,6 +6,7 @@
 Shapes: S samples, B batch, C classes. Entropies in nats.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,6 +119,9 @@ def labelled_probs(predictions: Predictions, labels: Tensor | np.ndarray) -> tup
     probs = mean_probs(predictions)
     given = labels.numpy(force=True) if isinstance(labels, Tensor) else np.asarray(labels)
     need(given.ndim == 1, f"labels must be class numbers of shape (n,), not {given.shape}.")
+    if given.dtype.kind == "O":  # a column of a mixed table
+        with contextlib.suppress(TypeError, ValueError):
+            given = given.astype(float)
     whole = given.dtype.kind in "biuf" and bool(np.isfinite(given).all() and (given == np.floor(given)).all())
     need(whole, "labels must be whole numbers.")
     y = given.astype(np.int64)

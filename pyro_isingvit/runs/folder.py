@@ -50,9 +50,9 @@ def clear_run(folder: Path) -> None:
         UserError: they cannot be removed.
     """
     try:
-        for name in FILES:
-            (folder / name).unlink(missing_ok=True)
         clear_report(folder)
+        for name in reversed(FILES):  # what makes it a run goes last: an interrupted call can be made again
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}.") from error
 

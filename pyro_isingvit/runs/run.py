@@ -200,4 +200,5 @@ def least_numbers(config: RunConfig, info: DataInfo) -> int:
     tokens = rows * columns + vit.prefix + vit.registers  # their positions, and the registers themselves
     blocks = vit.depth * (4 + 2 * vit.mlp_ratio) * vit.width
     networks = getattr(config.baseline, row(config.method).networks or "", 1)
-    return networks * vit.width * (blocks + tokens + info.channels * patch**2)
+    embedding = 0 if vit.stem != "none" else info.channels * patch**2
+    return networks * vit.width * (blocks + tokens + embedding)

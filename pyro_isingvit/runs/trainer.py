@@ -109,10 +109,6 @@ class Trainer:
             self.settings.balance == "none" or min(data.info.counts, default=0) > 0,
             f"`balance` {self.settings.balance} needs a training image of every class at least.",
         )
-        need(
-            self.settings.balance != "sampler" or data.train.weights is None,
-            "`balance` sampler makes the classes alike, and weights of images make them differ; set `balance` to loss.",
-        )
         for name, kind in PENALTIES.items():
             need(
                 self.parts == 1 or not (kind.whole and getattr(self.settings, name, None)),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from pyro_isingvit.core.checkpoint import flush_names, uninterrupted
 from pyro_isingvit.core.errors import UserError
 
 README = "README.md"
@@ -32,22 +33,26 @@ def staged(folder: Path, replaces: Sequence[str]) -> Iterator[Path]:
         raise UserError(f"cannot write {folder}: {error.strerror or error}.") from error
     try:
         yield temporary
-        folder.mkdir(exist_ok=True)
-        if not is_ours(folder):
-            (temporary / README).unlink(missing_ok=True)
-        new = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
-        for path in new:
-            target = folder / path.relative_to(temporary)
-            target.parent.mkdir(exist_ok=True)
-            path.replace(target)
-        names = {path.relative_to(temporary) for path in new}
-        for path in [path for pattern in replaces for path in folder.glob(pattern)]:
-            if path.relative_to(folder) not in names and (path.name != README or is_ours(folder)):
-                path.unlink()
+        with uninterrupted():
+            _move(temporary, folder, replaces)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(temporary: Path, folder: Path, replaces: Sequence[str]) -> None:
+    """The files of one folder into another; what they replace goes first, so that a crash leaves no mixture."""
+    folder.mkdir(exist_ok=True)
+    ours = is_ours(folder)
+    for path in [path for pattern in replaces for path in folder.glob(pattern)]:
+        if path.name != README or ours:
+            path.unlink()
+    for path in [path for path in sorted(temporary.rglob("*")) if path.is_file() and (ours or path.name != README)]:
+        target = folder / path.relative_to(temporary)
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+    flush_names(folder)
 
 
 @contextmanager

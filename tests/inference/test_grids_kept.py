@@ -169,7 +169,7 @@ def test_trials_of_other_networks_have_rows_of_their_own() -> None:
     text = trials_table(
         [record(0, 1.0, preset="small"), record(1, 2.0, preset="small"), record(0, 3.0)], "nll_calibrated"
     )
-    assert "preset=small | 1.5000 (2)" in text and "preset=None | 3.0000 |" in text
+    assert "| as above | 1.5000 (2) |" in text and "preset=None | 3.0000 |" in text
     given = {"dataset": "digits", "method": "ising", "preset": "small"}
     assert title(given) == "ising" and title(given, preset=True) == "ising preset=small"
 
@@ -221,3 +221,25 @@ def test_what_was_not_distilled_is_not_called_so() -> None:
 def test_labels_are_not_checked_by_networks_that_a_teacher_taught() -> None:
     with pytest.raises(UserError, match="check a run without one"):
         cross_fit(RunConfig(teacher=("runs/teacher",)), lambda: pytest.fail("nothing is read"))
+
+
+def test_columns_of_other_shapes_share_their_rows() -> None:
+    """The usual shape of each data set is not told, as patches of other sizes suit them."""
+
+    def record(dataset: str, nll: float, **vit: int) -> dict:
+        told = {"dataset": dataset, "train_size": 30, "seed": 0, "method": "ising", "settings": {}, "vit": vit}
+        return {"trial": told, "nll_calibrated": nll}
+
+    usual = [record("a", 1.0, depth=2), *2 * [record("b", 2.0, depth=2, patch_size=8)]]
+    text = trials_table([*usual, record("b", 3.0, depth=4)], "nll_calibrated")
+    assert "| as above | 1.0000 | 2.0000 (2) |" in text and "vit={'depth': 4} |  | 3.0000 |" in text
+
+
+def test_overwrite_is_for_grids_of_runs(tmp_path: Path) -> None:
+    flags = ["--dataset", "digits", "--regularisers", "vne", "--overwrite", "--out", tmp_path / "grid"]
+    refused(here("inference.compare", *flags), "is not for --regularisers")
+
+
+def test_a_folder_of_a_pretraining_is_no_place_for_a_network(digits_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"of inference.pretrain")
+    refused(here("inference.prune", "--run", digits_run, "--out", tmp_path), "holds a run; name another --out")

@@ -88,3 +88,13 @@ def test_another_number_of_weights():
     part = data(np.arange(1, 61)).train
     assert part.weights is not None and float(part.weights.mean()) == pytest.approx(1)
     assert replace(part, weights=None).weights is None
+
+
+def test_confusion_counts_images_whatever_they_weigh():
+    """It compares how often a class is drawn, to which weights do not matter."""
+    run = fit(
+        VIT, data(np.where(np.arange(60) % 3 == 0, 4.0, 1.0)), epochs=1, progress=False, max_keep=0.95, confusion=0.3
+    )
+    assert run.method.penalties.shares == run.info.image_shares
+    assert run.info.image_shares == pytest.approx((1 / 3,) * 3, abs=0.05)
+    assert run.info.shares[0] == pytest.approx(2 / 3, abs=0.05)
