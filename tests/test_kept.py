@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def run(shared) -> TrainedRun:
     return pickle.loads(pickle.dumps(shared))
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, which workers of pytest-xdist ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -64,10 +73,10 @@ def test_no_run_is_written_over_files_that_are_no_runs(run, name: str, tmp_path:
 
 
 def test_leftovers_are_those_of_mkstemp_alone(tmp_path: Path) -> None:
-    for name in (".out.csv.swp", ".out.csv.abcd1234.csv", ".out.csv.bak.csv", ".outXcsv.abcd1234.csv"):
+    for name in (".out.csv.swp", ".out.csv.abcd1234.csv", ".outXcsv.abcd1234.csv"):
         (tmp_path / name).write_text("")
     remove_leftovers(tmp_path, ["out.csv"])
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.csv.bak.csv", ".out.csv.swp", ".outXcsv.abcd1234.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.csv.swp", ".outXcsv.abcd1234.csv"]
 
 
 def test_a_run_that_cannot_be_written_leaves_the_one_before(run, tmp_path: Path, monkeypatch) -> None:
@@ -84,6 +93,7 @@ def test_a_run_that_cannot_be_written_leaves_the_one_before(run, tmp_path: Path,
     assert content(tmp_path / "run") == before and [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_metrics_and_draws_of_one_evaluation(run, images, tmp_path: Path, monkeypatch) -> None:
     run.evaluate(images.test)
     folder = run.save(tmp_path / "run")
@@ -225,6 +235,7 @@ def test_a_start_is_shared_without_its_folder(init: str, told: str) -> None:
     assert shared_config(replace(CONFIG, init=init)).init == printable(told)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_a_run_is_replaced_leaves_one_run(run, images, tmp_path: Path, monkeypatch) -> None:
     fit(TINY, images, method="dropout", **QUICK).save(tmp_path / "run")
     replace_file, moved = Path.replace, list[str]()

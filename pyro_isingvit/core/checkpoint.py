@@ -24,7 +24,6 @@ from pyro_isingvit.core.errors import UserError, why
 
 log = logging.getLogger(__name__)
 SEAL = b"IsingViT"  # the last bytes of a checkpoint that has a checksum
-RANDOM = 8  # characters that mkstemp puts into a name
 ZIP_END = 22  # bytes of the record that ends a zip file, which starts with PK 5 6
 
 
@@ -113,7 +112,7 @@ def flush_names(folder: Path) -> None:
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
     """Removes temporary files of ``names`` that a killed process left behind."""
     for name in names:
-        pattern = f".{glob.escape(name)}.{'?' * RANDOM}{glob.escape(Path(name).suffix)}"  # as mkstemp names them
+        pattern = f".{glob.escape(name)}.*{glob.escape(Path(name).suffix)}"  # as mkstemp names them, unlike editors
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 

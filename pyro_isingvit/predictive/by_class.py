@@ -91,11 +91,14 @@ def _entries(found: dict[str, tuple[Any, np.ndarray]]) -> dict[str, Any]:
 def interval(value: float, resampled: np.ndarray) -> Interval:
     """Bias-corrected percentiles (Efron 1981): Phi(2 z0 + z), with Phi(z0) the share of resamples below the value.
 
-    None where there are too few resamples, or all are alike and so say nothing.
+    None where there are too few resamples, or all of them are a perfect score, or the worst: what else could be is not
+    told then.
     """
     from scipy.special import ndtr, ndtri
 
-    if len(resampled) < FEWEST or not np.isfinite([value, *resampled]).all() or np.ptp(resampled) == 0:
+    if len(resampled) < FEWEST or not np.isfinite([value, *resampled]).all():
+        return None
+    if value in (0.0, 1.0) and np.ptp(resampled) == 0:
         return None
     below = (np.mean(resampled < value) + np.mean(resampled <= value)) / 2
     bias = ndtri(np.clip(below, 1 / len(resampled), 1 - 1 / len(resampled)))

@@ -36,7 +36,7 @@ def overall_intervals(probs: Tensor, labels: Tensor, seed: int = 0) -> dict[str,
         ece = np.abs(np.bincount(bins, weights * gap, ECE_BINS)).sum()
         return np.append(each @ weights, ece) / count
 
-    resamples = min(RESAMPLES, WORK // count)
+    resamples = min(RESAMPLES, WORK // count) if count > 1 else 0  # of one image there is but one resample
     made = np.random.default_rng(seed)
     drawn = [metrics(np.bincount(made.integers(count, size=count), minlength=count).astype(float))
              for _ in range(resamples if resamples >= FEWEST else 0)]  # fmt: skip
