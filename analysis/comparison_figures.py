@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from analysis.comparison_tables import paired
 from pyro_isingvit.core.untrusted import file_stem
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.report.figures import entropy_of, reliability_bins
@@ -79,7 +80,7 @@ def curves(frame: pd.DataFrame, ours: str) -> Figure:
     return figure
 
 
-def paired(cell: pd.DataFrame, metric: str, ours: str, relative: bool) -> dict[str, tuple[float, float]]:
+def gaps(cell: pd.DataFrame, metric: str, ours: str, relative: bool) -> dict[str, tuple[float, float]]:
     """Mean and standard error over the shared seeds of each other method's difference to ours.
 
     Args:
@@ -88,14 +89,10 @@ def paired(cell: pd.DataFrame, metric: str, ours: str, relative: bool) -> dict[s
         ours: the method that is subtracted.
         relative: divide by ours: a share, not a number.
     """
-    table = cell.pivot_table(index="seed", columns="method", values=metric)
     found = {}
-    for method in table.columns.drop(ours, errors="ignore") if ours in table else ():
-        pair = table[[ours, method]].dropna()
-        differences = pair[method] / pair[ours] - 1 if relative else pair[method] - pair[ours]
-        if len(pair):
-            error = float(differences.std() / np.sqrt(len(pair))) if len(pair) > 1 else 0.0
-            found[str(method)] = float(differences.mean()), error
+    for method, pair in paired(cell, metric, ours).items():
+        gap = pair[method] / pair[ours] - 1 if relative else pair[method] - pair[ours]
+        found[method] = float(gap.mean()), float(gap.std() / np.sqrt(len(gap))) if len(gap) > 1 else 0.0
     return found
 
 
@@ -115,7 +112,7 @@ def differences(frame: pd.DataFrame, ours: str) -> Figure:
     panels = zip(figure.subplots(1, 2, sharey=True), (("accuracy", False, 0.025), ("nll", True, 0.15)), strict=True)
     for ax, (metric, relative, most) in panels:
         for line, (_, cell) in enumerate(cells):
-            found = paired(cell, metric, ours, relative)
+            found = gaps(cell, metric, ours, relative)
             for place, (method, look) in enumerate(others.items()):
                 if method not in found:
                     continue

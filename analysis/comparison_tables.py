@@ -74,6 +74,24 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     return numbers.agg(["mean", "std", "count"])
 
 
+def paired(cell: pd.DataFrame, metric: str, ours: str) -> dict[str, pd.DataFrame]:
+    """A metric of ours and of each other method, on the seeds that both have: method -> (seeds, 2).
+
+    Args:
+        cell: of one data set and size.
+        metric: a column.
+        ours: the method that the others are held against; where the cell lacks it, there is nothing.
+    """
+    table = cell.pivot_table(index="seed", columns="method", values=metric)
+    pairs = {str(m): table[[ours, m]].dropna() for m in table if m != ours and ours in table}
+    return {method: pair for method, pair in pairs.items() if len(pair)}
+
+
+def is_several(method: str) -> bool:
+    """Whether a method, with its number or without, needs several networks."""
+    return method.split(":", maxsplit=1)[0] in SEVERAL
+
+
 def against_best(frame: pd.DataFrame, ours: str = OURS) -> pd.DataFrame:
     """Our method against the best other single network, by data set, size and metric.
 
@@ -83,15 +101,12 @@ def against_best(frame: pd.DataFrame, ours: str = OURS) -> pd.DataFrame:
     rows = []
     for (dataset, size), cell in frame.groupby(["dataset", "train_size"]):
         for metric in TARGET:
-            table = cell.pivot_table(index="seed", columns="method", values=metric)
-            singles = [m for m in table if m != ours and str(m).split(":")[0] not in SEVERAL]
-            shared = {m: table[[ours, m]].dropna() for m in singles if ours in table}  # on the seeds that both have
-            others = [m for m, pair in shared.items() if len(pair)]
-            if not others:
+            pairs = {m: pair for m, pair in paired(cell, metric, ours).items() if not is_several(m)}
+            if not pairs:
                 continue
             sign = SHOWN[metric][2]
-            best = max(others, key=lambda method: sign * shared[method][method].mean())
-            pair = shared[best]
+            best = max(pairs, key=lambda method: sign * pairs[method][method].mean())
+            pair = pairs[best]
             difference = pair[ours] - pair[best]
             several = len(pair) > 1 and difference.std() > 0
             error = float(difference.std() / np.sqrt(len(pair))) if several else float("nan")
@@ -109,11 +124,10 @@ def against_ensemble(frame: pd.DataFrame, ours: str = OURS) -> pd.DataFrame:
     """NLL of our single network divided by that of the ensemble, by data set and size."""
     rows = []
     for (dataset, size), cell in frame.groupby(["dataset", "train_size"]):
-        table = cell.pivot_table(index="seed", columns="method", values="nll")
-        for method in [m for m in table if str(m).split(":")[0] in SEVERAL and ours in table]:
-            pair = table[[ours, method]].dropna()
+        for method, pair in paired(cell, "nll", ours).items():
             ratio = pair[ours].mean() / pair[method].mean()
-            rows.append({"dataset": dataset, "train_size": size, "against": method, "NLL ratio": ratio})
+            if is_several(method):
+                rows.append({"dataset": dataset, "train_size": size, "against": method, "NLL ratio": ratio})
     return pd.DataFrame(rows)
 
 
@@ -139,7 +153,7 @@ def markdown(frame: pd.DataFrame) -> str:
 
 def _order(methods: Any) -> list[str]:
     """Ours first, ensembles last, the others by name."""
-    return sorted(map(str, methods), key=lambda m: (m.split(":")[0] in SEVERAL, m.split(":")[0] != OURS, m))
+    return sorted(map(str, methods), key=lambda m: (is_several(m), m.split(":")[0] != OURS, m))
 
 
 def _row(cell: pd.DataFrame, method: str) -> list[str]:

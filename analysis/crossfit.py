@@ -118,7 +118,9 @@ def cross_fit(
         groups = np.unique(np.array(named), return_inverse=True)[1]
     groups = copies if groups is None else joined(groups, copies)
     numbers = fold_numbers(labels, folds, data.info.classes, config.train.seed, groups)
-    said = json.dumps([asdict(portable(config)), samples, data.info.to_dict()], sort_keys=True).encode()
+    own = config.portable()
+    own = replace(own, data=replace(own.data, data_root=""))  # as in the keys of finished folds
+    said = json.dumps([asdict(own), samples, data.info.to_dict()], sort_keys=True).encode()
     val_prints = digests(data.val.images)
     parts = [said, *prints, *val_prints, labels.tobytes(), val_labels.tobytes(), numbers.tobytes()]
     key = hashlib.sha256(b"".join(parts)).hexdigest()
@@ -217,12 +219,6 @@ def read_fold(path: Path | None, key: str) -> Arrays | None:
     except Exception as error:  # NumPy and zipfile raise several kinds, by what is damaged
         log.warning("%s is damaged (%s); its fold is trained again", path, error)
         return None
-
-
-def portable(config: RunConfig) -> RunConfig:
-    """The settings without what belongs to a machine or to a version."""
-    data = replace(config.data, data_root="", download=False)
-    return replace(config, data=data, train=replace(config.train, device="auto"), version="")
 
 
 def digests(images: Images) -> list[bytes]:

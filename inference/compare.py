@@ -171,10 +171,10 @@ def _same_settings(cell: Cell) -> bool:
     """Whether the cell's folder holds a run with the cell's settings, whichever version wrote it."""
     from pyro_isingvit.runs.folder import read_config
 
-    found = _portable(read_config(cell.folder))
+    found = read_config(cell.folder).portable()
     if cell.config.init is not None:  # the start has brought its own shape
         found = replace(found, vit=cell.config.vit)
-    return found == _portable(cell.config)
+    return found == cell.config.portable()
 
 
 def finished(cell: Cell) -> dict[str, Any] | None:
@@ -198,19 +198,12 @@ def recorded(cell: Cell, results: Results) -> bool:
         config = RunConfig.from_json(found["config"], RESULTS)
     except UserError:  # of a version that had other settings
         return False
-    return _portable(config) == anywhere(cell)
+    return config.portable() == anywhere(cell)
 
 
 def anywhere(cell: Cell) -> RunConfig:
     """The settings of a cell as results.json has them, whichever machine trained it."""
-    return _portable(replace(cell.config, data=replace(cell.config.data, dataset=cell.dataset)))
-
-
-def _portable(config: RunConfig) -> RunConfig:
-    """Settings without what belongs to a machine, which is where the data are and the device, and to a version."""
-    here = DataConfig()
-    data = replace(config.data, data_root=here.data_root, download=here.download, cache=here.cache)
-    return replace(config, data=data, train=replace(config.train, device="auto"), version="")
+    return replace(cell.config, data=replace(cell.config.data, dataset=cell.dataset)).portable()
 
 
 def _version(cell: Cell) -> str:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import pickle
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the n
 
 import pytest
 import torch
-from helpers import INFO, QUICK_FLAGS, TINY, make_split, script
+from helpers import INFO, QUICK_FIT, QUICK_FLAGS, TINY, make_split, script
 
+from pyro_isingvit import TrainedRun, fit
 from pyro_isingvit.core.checkpoint import save_checkpoint
 from pyro_isingvit.core.settings import DataConfig, RunConfig
 from pyro_isingvit.core.train_settings import TrainConfig
@@ -37,6 +39,25 @@ def seeded() -> None:
 def data() -> ImageData:
     generator = torch.Generator().manual_seed(0)
     return ImageData(make_split(60, generator), make_split(15, generator), make_split(30, generator), INFO)
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageData:
+    """As ``data``, for whatever a whole module trains once."""
+    generator = torch.Generator().manual_seed(0)
+    return ImageData(make_split(60, generator), make_split(15, generator), make_split(30, generator), INFO)
+
+
+@pytest.fixture(scope="module")
+def shared(images: ImageData) -> TrainedRun:
+    """A quick run with masks on units."""
+    return fit(TINY, images, granularity="unit", target_retention=0.5, **QUICK_FIT)
+
+
+@pytest.fixture
+def run(shared: TrainedRun) -> TrainedRun:
+    """A copy of it that lives in memory alone and is not evaluated."""
+    return pickle.loads(pickle.dumps(shared))
 
 
 @pytest.fixture

@@ -121,6 +121,17 @@ def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {key: value for key, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
+QUICK_FIT = {
+    "epochs": 4,
+    "batch_size": 20,
+    "lr": 1e-2,
+    "samples": 4,
+    "val_samples": 2,
+    "device": "cpu",
+    "progress": False,
+}
+
+
 def trainer(data, folder=None, config=CONFIG, **train) -> Trainer:
     """A trainer of ``CONFIG``, with changes to its settings of training."""
     return Trainer(replace(config, train=replace(config.train, **train)), data, folder, progress=False)

@@ -9,19 +9,17 @@ import numpy as np
 import pytest
 import torch
 from golden import digest
-from helpers import INFO, TINY, make_split, write_npz
+from helpers import INFO, QUICK_FIT, TINY, write_npz
 from kills import untimed
 
 from pyro_isingvit import (
     BaselineConfig,
     CompactViT,
     DataConfig,
-    ImageData,
     IsingConfig,
     IsingViT,
     RunConfig,
     TrainConfig,
-    TrainedRun,
     UserError,
     fit,
     load_data,
@@ -34,25 +32,7 @@ from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.runs.trainer import Trainer
 
-QUICK = {"epochs": 4, "batch_size": 20, "lr": 1e-2, "samples": 4, "val_samples": 2, "device": "cpu", "progress": False}
 KEPT = ["checkpoint.previous.pt", "checkpoint.pt", "config.json", "metrics.jsonl"]
-
-
-@pytest.fixture(scope="module")
-def images() -> ImageData:
-    generator = torch.Generator().manual_seed(0)
-    return ImageData(make_split(60, generator), make_split(15, generator), make_split(30, generator), INFO)
-
-
-@pytest.fixture(scope="module")
-def shared(images) -> TrainedRun:
-    return fit(TINY, images, granularity="unit", target_retention=0.5, **QUICK)
-
-
-@pytest.fixture
-def run(shared) -> TrainedRun:
-    """One that lives in memory alone and is not evaluated."""
-    return pickle.loads(pickle.dumps(shared))
 
 
 def names(folder: Path) -> list[str]:
@@ -66,10 +46,12 @@ def names(folder: Path) -> list[str]:
 def test_every_method_is_trained_with_its_own_defaults_and_kept(images, method: str, tmp_path: Path) -> None:
     if method == "laplace":
         pytest.importorskip("laplace")
-    run = fit(TINY, images, method=method, members=2, **{**QUICK, "epochs": 1})
+    run = fit(TINY, images, method=method, members=2, **{**QUICK_FIT, "epochs": 1})
     row = METHODS[method]
     assert run.config.ising == row.ising
-    assert run.config.train == replace(row.train, **{k: v for k, v in QUICK.items() if k != "progress"} | {"epochs": 1})
+    assert run.config.train == replace(
+        row.train, **{k: v for k, v in QUICK_FIT.items() if k != "progress"} | {"epochs": 1}
+    )
     metrics = run.evaluate(images.test)
     assert 0 <= metrics["accuracy"] <= 1 and metrics["method"] == method
     again = load_run(run.save(tmp_path / "run"))
@@ -82,8 +64,8 @@ def test_every_method_is_trained_with_its_own_defaults_and_kept(images, method: 
 
 
 def test_it_computes_what_the_trainer_computes(images) -> None:
-    run = fit(TINY, images, method="dropout", drop_rate=0.3, **QUICK)
-    train = replace(METHODS["dropout"].train, **{key: value for key, value in QUICK.items() if key != "progress"})
+    run = fit(TINY, images, method="dropout", drop_rate=0.3, **QUICK_FIT)
+    train = replace(METHODS["dropout"].train, **{key: value for key, value in QUICK_FIT.items() if key != "progress"})
     config = RunConfig(method="dropout", vit=TINY, train=train, baseline=BaselineConfig(drop_rate=0.3))
     again = Trainer(config, images, None, progress=False).fit()
     for (name, one), two in zip(run.method.state_dict().items(), again.method.state_dict().values(), strict=True):
@@ -91,7 +73,7 @@ def test_it_computes_what_the_trainer_computes(images) -> None:
 
 
 def test_models_and_their_settings(images) -> None:
-    quick = {**QUICK, "epochs": 1}
+    quick = {**QUICK_FIT, "epochs": 1}
     assert fit("digits", images, **quick).config.preset == "digits"
     model = IsingViT(TINY, INFO, IsingConfig(delta=0.9))
     run = fit(model, images, **quick)
@@ -117,7 +99,7 @@ def test_models_and_their_settings(images) -> None:
 def test_what_fit_refuses_is_named(images, model, settings: dict, words: str) -> None:
     model = IsingViT(TINY, INFO) if model == "ising model" else model
     with pytest.raises(UserError, match=words):
-        fit(model, images, **QUICK | settings)
+        fit(model, images, **QUICK_FIT | settings)
 
 
 @pytest.mark.parametrize(
@@ -132,38 +114,38 @@ def test_what_fit_refuses_is_named(images, model, settings: dict, words: str) ->
 )  # fmt: skip
 def test_settings_of_another_kind_are_named(images, settings: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        fit(TINY, images, **{**QUICK, **settings})
+        fit(TINY, images, **{**QUICK_FIT, **settings})
 
 
 @pytest.mark.parametrize("change", [{"width": "8"}, {"pool": "avg"}, {"depth": np.int64(2)}, {"activation": "relu"}])
 def test_shapes_of_another_kind_are_named(images, change: dict) -> None:
     with pytest.raises(UserError, match=next(iter(change))):
-        fit(replace(TINY, **change), images, **QUICK)
+        fit(replace(TINY, **change), images, **QUICK_FIT)
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu"])
 def test_lm_has_rules_for_gelu_alone(images, activation: str) -> None:
     with pytest.raises(UserError, match=f"no rule for `activation` {activation}"):
-        fit(replace(TINY, activation=activation), images, saliency="lm", **QUICK)
+        fit(replace(TINY, activation=activation), images, saliency="lm", **QUICK_FIT)
 
 
 def test_a_model_is_for_data_as_it_was_made_for_and_begins_anew(images) -> None:
     model = IsingViT(TINY, replace(INFO, classes=("a", "b", "c", "d")))
     with pytest.raises(UserError, match=r"made for images .* of 4 classes; `data` has others"):
-        fit(model, images, **QUICK)
+        fit(model, images, **QUICK_FIT)
     model = IsingViT(TINY, INFO)
     model.temperature.fill_(2.5)
     for name in model.layout.sites:
         model.get_buffer(f"prior_logit_{name}").fill_(-3.0)
     model.tau_1("qkv").fill_(7.0)
-    run = fit(model, images, **QUICK, calibrate=False)
+    run = fit(model, images, **QUICK_FIT, calibrate=False)
     assert run.model is model and float(run.temperature) == 1.0
     assert float(model.tau_1("qkv").max()) == pytest.approx(run.config.ising.tau_1)
 
 
 def test_numbers_of_numpy_and_paths_say_which_images(tmp_path: Path) -> None:
     data = load_data("digits", train_size=np.int64(60), val_fraction=np.float32(0.25), cache=tmp_path / "c")
-    assert fit(TINY.__class__(4, 8, 2, 1), data, **{**QUICK, "epochs": 1}).config.data.train_size == 60
+    assert fit(TINY.__class__(4, 8, 2, 1), data, **{**QUICK_FIT, "epochs": 1}).config.data.train_size == 60
 
 
 def test_parts_of_the_settings_are_of_their_kind(images) -> None:
@@ -194,7 +176,7 @@ def test_a_saved_run_finds_the_very_parts_again(tmp_path: Path) -> None:
 
 def test_a_saved_run_is_what_training_into_a_folder_writes(tmp_path: Path) -> None:
     source = write_npz(tmp_path / "x.npz")
-    train = TrainConfig(**{key: value for key, value in QUICK.items() if key != "progress"})
+    train = TrainConfig(**{key: value for key, value in QUICK_FIT.items() if key != "progress"})
     config = RunConfig("custom", data=DataConfig(source), vit=replace(TINY, patch_size=3), train=train)
     metrics = train_run(config, tmp_path / "script", progress=False)
     data = load_data(source)

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CONFIG, INFO, TINY, make_split, pixels
+from helpers import CONFIG, INFO, QUICK_FIT, TINY, pixels
 from PIL import Image
 
-from pyro_isingvit import CompactViT, ImageData, TrainedRun, UserError, ViTConfig, fit, load_run
+from pyro_isingvit import CompactViT, ImageData, UserError, ViTConfig, fit, load_run
 from pyro_isingvit.core.checkpoint import load_checkpoint, remove_leftovers, save_checkpoint
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
@@ -25,24 +25,6 @@ from pyro_isingvit.runs.load import open_run
 from pyro_isingvit.runs.run import build_run, least_numbers
 from pyro_isingvit.runs.trainer import Trainer
 from pyro_isingvit.sharing.names import shared_config
-
-QUICK = {"epochs": 3, "batch_size": 20, "progress": False, "samples": 4, "max_keep": 0.95}
-
-
-@pytest.fixture(scope="module")
-def images() -> ImageData:
-    generator = torch.Generator().manual_seed(0)
-    return ImageData(make_split(60, generator), make_split(15, generator), make_split(30, generator), INFO)
-
-
-@pytest.fixture(scope="module")
-def shared(images) -> TrainedRun:
-    return fit(TINY, images, granularity="unit", target_retention=0.5, **QUICK)
-
-
-@pytest.fixture
-def run(shared) -> TrainedRun:
-    return pickle.loads(pickle.dumps(shared))
 
 
 @pytest.fixture
@@ -117,7 +99,7 @@ def test_a_run_whose_folder_holds_another_is_not_mixed_with_it(run, images, tmp_
     run.save(tmp_path / "run")
     first = load_run(tmp_path / "run")
     classes = replace(INFO, classes=("mole", "naevus", "zoster"))
-    skin = fit(TINY, replace(images, info=classes), **QUICK)
+    skin = fit(TINY, replace(images, info=classes), **QUICK_FIT)
     skin.save(tmp_path / "run", overwrite=True)
     after = content(tmp_path / "run")
     for use in (
@@ -237,7 +219,7 @@ def test_a_start_is_shared_without_its_folder(init: str, told: str) -> None:
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_a_run_is_replaced_leaves_one_run(run, images, tmp_path: Path, monkeypatch) -> None:
-    fit(TINY, images, method="dropout", **QUICK).save(tmp_path / "run")
+    fit(TINY, images, method="dropout", **QUICK_FIT).save(tmp_path / "run")
     replace_file, moved = Path.replace, list[str]()
 
     def interrupted(path: Path, target: Path) -> Path:
@@ -277,7 +259,7 @@ def test_a_run_that_is_half_removed_can_be_removed_again(run, tmp_path: Path, mo
 
 def test_a_folder_that_changes_while_it_is_read_is_noticed(run, images, tmp_path: Path, monkeypatch) -> None:
     run.save(tmp_path / "run")
-    other = fit(TINY, images, **QUICK)
+    other = fit(TINY, images, **QUICK_FIT)
 
     def overtaken(folder: Path, device: str):
         opened = open_run(folder, device)

@@ -221,6 +221,13 @@ class RunConfig:
         """The settings as indented JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
+    def portable(self) -> "RunConfig":
+        """The settings without what belongs to a machine, where the data are and the device, and to a version."""
+        here = DataConfig()
+        data = dataclasses.replace(self.data, data_root=here.data_root, download=here.download, cache=here.cache)
+        train = dataclasses.replace(self.train, device="auto")
+        return dataclasses.replace(self, data=data, train=train, version="")
+
     def check_kept(self) -> None:
         """Refuses settings that a folder could not give back: fields of a subclass, made for a trial in memory.
 

@@ -8,7 +8,6 @@ from pyro_isingvit.core.checkpoint import write_json, write_text
 from pyro_isingvit.pruning.shapes import CONFIG, CompactConfig
 from pyro_isingvit.sharing.card import Card, write_card
 from pyro_isingvit.sharing.folder import README, is_ours
-from pyro_isingvit.sharing.hub import check_repo
 from pyro_isingvit.sharing.names import shared_metrics
 from pyro_isingvit.version import __version__
 
@@ -54,7 +53,7 @@ def write_compact_card(
         config.dataset, config.classes, config.image_shape, config.kind, "CompactViT",
         f"A pruned vision transformer (width {config.width}, {blocks}): {form}.",
         sizes, parameters, WEIGHTS, size, known, version=__version__, license=license, intended_use=intended_use,
-        repo=None if repo is None else check_repo(repo),
+        repo=repo,
     )  # fmt: skip
     if metrics is not None:
         write_json(folder / METRICS, known)

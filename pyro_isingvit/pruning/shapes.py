@@ -10,9 +10,10 @@ from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.pixels import Kind, Scale
 from pyro_isingvit.core.settings import Tokens
 from pyro_isingvit.nets.shape import ACTIVATIONS
+from pyro_isingvit.runs.folder import COMPACT
 
 FORMAT = 1
-CONFIG = "compact.json"
+CONFIG = COMPACT
 
 
 @dataclass(frozen=True)

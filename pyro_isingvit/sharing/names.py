@@ -32,10 +32,17 @@ def shared_config(config: RunConfig) -> RunConfig:
     plain = DataConfig()
     data = replace(config.data, dataset=shared_name(config.data.dataset), data_root=plain.data_root, cache=plain.cache,
                    groups=plain.groups, download=plain.download)  # fmt: skip
-    library = config.init is not None and config.init.startswith(("timm:", "torchvision:"))
-    parts = (config.init or "").split("@", 1) if library else [config.init or ""]  # an architecture, and a file of it
-    init = config.init and "@".join(map(last_part, parts))
-    return replace(config, data=data, init=init, teacher=tuple(map(last_part, config.teacher)))
+    return replace(
+        config,
+        data=data,
+        init=config.init and _shared_start(config.init),
+        teacher=tuple(map(last_part, config.teacher)),
+    )
+
+
+def _shared_start(init: str) -> str:
+    library = init.startswith(("timm:", "torchvision:"))  # an architecture, and after an @ a file of it
+    return "@".join(map(last_part, init.split("@", 1) if library else [init]))
 
 
 def shared_metrics(metrics: Any, key: str = "") -> Any:

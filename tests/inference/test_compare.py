@@ -17,7 +17,7 @@ from helpers import ROOT, here, refused, script
 from kills import untimed
 from scipy import stats
 
-from analysis.comparison_figures import differences, paired
+from analysis.comparison_figures import differences, gaps
 from analysis.comparison_tables import (
     MARKERS,
     SHOWN,
@@ -459,12 +459,12 @@ def test_readme_and_page_show_the_published_grid() -> None:
 
 def test_differences_are_paired_and_far_ones_are_arrows() -> None:
     frame = table()
-    found = paired(frame, "nll", "ising", relative=True)
+    found = gaps(frame, "nll", "ising", relative=True)
     ours, theirs = (frame[frame.method == m].nll.to_numpy() for m in ("ising", "dropout:0.1"))
     assert found["dropout:0.1"] == pytest.approx(((theirs / ours - 1).mean(), (theirs / ours - 1).std(ddof=1) / 2))
-    points = paired(frame, "accuracy", "ising", relative=False)
+    points = gaps(frame, "accuracy", "ising", relative=False)
     assert points["deterministic"][0] == pytest.approx((0.5 - 0.9) / 3) and "ising" not in points
-    assert paired(frame[frame.method != "ising"], "nll", "ising", relative=True) == {}
+    assert gaps(frame[frame.method != "ising"], "nll", "ising", relative=True) == {}
     left, right = differences(frame, "ising").axes
     assert [text.get_text() for text in right.texts] == ["ising is worse", "ising is better"]
     shown = {bars.get_label(): bars.lines[0] for bars in right.containers}
