@@ -83,6 +83,11 @@ def read_dataset(dataset: Any, channels: Channels, what: str, deep: bool = False
         need(pixels[0].shape == pixels[number].shape, f"images differ in shape: {shapes}; resize by a transform.")
         labels.append(label.item() if isinstance(label, Tensor) and label.numel() == 1 else label)
     need(pixels, f"the {what}data set is empty.")
+    kinds = {image.dtype.name for image in pixels}
+    if kinds == {"uint8", "uint16"}:  # as files are read
+        pixels = [image if image.dtype == np.uint16 else image * np.uint16(257) for image in pixels]
+    else:
+        need(len(kinds) == 1, f"the {what}data set has images of types {' and '.join(sorted(kinds))}; convert one.")
     return as_images(np.stack(pixels)), label_array(labels, what)
 
 
@@ -131,7 +136,7 @@ def to_pixels(images: Any, channels: Channels = None, what: str = "", deep: bool
         images: (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 to 16.
         channels: which axis the channels are; None: the axis of length 1 or 3.
         what: the part, in messages.
-        deep: give uint16 and floats as uint16 and float32.
+        deep: give uint16 as it is, other numbers but uint8 as float32.
 
     Raises:
         UserError: another shape, no images, NaN, or values out of their range.
@@ -164,7 +169,7 @@ def to_uint8(array: np.ndarray, what: str = "", deep: bool = False) -> np.ndarra
     Args:
         array: (N, ...) of any type.
         what: the part, in messages.
-        deep: give uint16 and floats as uint16 and float32.
+        deep: give uint16 as it is, other numbers but uint8 as float32.
 
     Raises:
         UserError: NaN or infinite values, or values out of their range.
@@ -177,8 +182,9 @@ def to_uint8(array: np.ndarray, what: str = "", deep: bool = False) -> np.ndarra
     if kind == "f":
         bad = sum(int((~np.isfinite(array[block])).sum()) for block in blocks)
         need(not bad, f"{images} have {bad} NaN or infinite values; repair or remove those images.")
-    if deep and (kind == "f" or array.dtype == np.uint16):
-        return array.astype(np.float32, copy=False) if kind == "f" else array
+    if deep and kind in "iuf":  # as files are read
+        whole = array.dtype.newbyteorder("=") == np.uint16
+        return array.astype(np.uint16 if whole else np.float32, copy=False)
     low, high = array.min(), array.max()
     if kind in "iu":
         fix = "keep 16 bits by `intensity='full'`, or rescale to 0..255, such as by `(images // 256).astype('uint8')`"
@@ -221,13 +227,13 @@ def label_array(labels: Any, what: str = "") -> np.ndarray:
         array = array[:, 0]
     hot = "; of one-hot labels take `labels.argmax(1)`" if array.ndim == 2 else ""
     need(array.ndim == 1, f"{name} have shape {array.shape}; expected (N,) or (N, 1){hot}.")
-    missing = 0
+    lost = 0
     if array.dtype.kind == "f":
-        missing = int((~np.isfinite(array)).sum())
+        lost = int((~np.isfinite(array)).sum())
     elif array.dtype.kind == "O":
-        missing = sum(map(_missing, array.tolist()))
-        array = array if missing else _narrow(array)
-    need(not missing, f"{name} have {missing} NaN or missing values; label or remove those images.")
+        lost = sum(map(missing, array.tolist()))
+        array = array if lost else _narrow(array)
+    need(not lost, f"{name} have {lost} NaN or missing values; label or remove those images.")
     need(array.dtype.kind not in "fc", f"{name} are {array.dtype}; convert whole numbers by `labels.astype(int)`.")
     return array
 
@@ -235,7 +241,10 @@ def label_array(labels: Any, what: str = "") -> np.ndarray:
 def _column(labels: Any, name: str) -> np.ndarray:
     """A list as (N,) objects: np.asarray would make a table of tuples, and strings of numbers."""
     need(isinstance(labels, Iterable) and not isinstance(labels, str), f"{name} must be a list or an array (N,).")
-    values = [value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for value in labels]
+    values = [
+        (value.item() if value.numel() == 1 else value.numpy(force=True)) if isinstance(value, Tensor) else value
+        for value in labels
+    ]
     if any(isinstance(value, list | np.ndarray) for value in values):
         try:
             return np.asarray(values)
@@ -246,7 +255,7 @@ def _column(labels: Any, name: str) -> np.ndarray:
     return _narrow(column)
 
 
-def _missing(value: object) -> bool:
+def missing(value: object) -> bool:
     """None, NaN, and what cannot be compared with itself, such as pandas' NA."""
     try:
         return value is None or bool(value != value)  # noqa: PLR0124
@@ -339,7 +348,13 @@ def loss_weights(weights: Any) -> Tensor | None:
     """
     if weights is None:
         return None
-    array = to_array(weights).astype(np.float64)
-    good = array.ndim == 1 and bool((np.isfinite(array) & (array > 0)).all())
-    need(good, "`weights` must be positive numbers (N,), one for each image.")
-    return torch.from_numpy(array / array.mean()).float()
+    wrong = "`weights` must be positive numbers (N,), one for each image"
+    try:
+        array = to_array(weights).astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{wrong} ({why(error)}).") from error
+    need(array.ndim == 1 and bool((np.isfinite(array) & (array > 0)).all()), f"{wrong}.")
+    with np.errstate(over="ignore"):
+        found = (array / array.max() / (array / array.max()).mean()).astype(np.float32)
+    need(bool((found > 0).all()), f"{wrong}, and the largest at most 10^37 times the smallest.")
+    return torch.from_numpy(found)

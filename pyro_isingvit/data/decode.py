@@ -26,6 +26,7 @@ TIFF, NPY = (".tif", ".tiff"), (".npy",)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", *TIFF, ".gif", ".ppm", ".pgm", *NPY)
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
+ALPHA = (1, 2)  # a TIFF's extra channel, associated or not
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> Pillow's Image.Transpose that undoes it
 
 Pages = Literal["first", "channels"]
@@ -200,7 +201,7 @@ def _look(path: Path, pages: Pages) -> Look:
         return Look(shape[2], shape[0], shape[1], _kind(dtype))
     from PIL import Image
 
-    with Image.open(path, formats=FORMATS) as image:
+    with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
         height, width = (image.width, image.height) if _orientation(image) > 4 else (image.height, image.width)
         _small(height, width)
         _whole_ppm(image)
@@ -223,7 +224,8 @@ def _pixels(path: Path, pages: Pages, channels: int) -> np.ndarray:
         return _plain(_tiff(path, pages))
     from PIL import Image
 
-    with Image.open(path, formats=FORMATS) as image:
+    # Given a path, Pillow maps a plain TIFF into memory, and takes the sides of a turned one for each other.
+    with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
         _small(image.height, image.width)
         _whole_ppm(image)
         if _deep_png(path):
@@ -340,9 +342,10 @@ def _odd_tiff(path: Path, pages: Pages) -> bool:
     try:
         with Image.open(path, formats=("TIFF",)) as image:
             tags = getattr(image, "tag_v2", {})
-            bits, samples, grey = max(np.atleast_1d(tags.get(258, 1))), tags.get(277, 1), tags.get(262, 1) < 2
+            bits, samples, space = max(np.atleast_1d(tags.get(258, 1))), tags.get(277, 1), tags.get(262, 1)
             deep = bits > 8 and samples > 1
-            more = grey and samples > 1 and 0 in np.atleast_1d(tags.get(338, 1))  # another channel, no alpha
+            own = {0: 1, 1: 1, 2: 3}.get(space, samples)  # grey, grey, RGB
+            more = samples > own + sum(np.isin(np.atleast_1d(tags.get(338, 1)), ALPHA))  # channels that are no alpha
             signed = bits == 8 and _signed(image)
             return deep or more or signed or (pages == "channels" and getattr(image, "n_frames", 1) > 1)
     except (Image.UnidentifiedImageError, SyntaxError):
@@ -374,8 +377,8 @@ def _tiff_plan(file: Any, pages: Pages) -> tuple[tuple[int, int, int], np.dtype]
         same = all((one.imagelength, one.imagewidth, one.dtype) == (height, width, page.dtype) for one in file.pages)
         need(same, "its pages differ in size or type and cannot be channels")
         samples = count
-    elif page.photometric == 2 and samples == 4:  # RGB with alpha
-        samples = 3
+    else:
+        samples = len(_bands(page))
     need(samples <= MOST_CHANNELS, f"it has {samples} channels; at most {MOST_CHANNELS} can be read")
     _small(height, width, samples)
     return (height, width, samples), page.dtype
@@ -390,4 +393,11 @@ def _tiff(path: Path, pages: Pages) -> np.ndarray:
         array = file.pages[0].asarray()
         if array.ndim == 3 and file.pages.first.planarconfig == 2:  # one plane after the other
             array = np.moveaxis(array, 0, 2)
-        return np.reshape(array, (*shape[:2], -1))[..., : shape[2]]
+        return np.reshape(array, (*shape[:2], -1))[..., _bands(file.pages.first)]
+
+
+def _bands(page: Any) -> list[int]:
+    """Numbers of a TIFF's channels that are no alpha; the fourth of RGB is one where nothing is said."""
+    extra = page.extrasamples or ((1,) if page.photometric == 2 and page.samplesperpixel == 4 else ())
+    own = page.samplesperpixel - len(extra)
+    return [*range(own), *(own + i for i, what in enumerate(extra) if what not in ALPHA)]

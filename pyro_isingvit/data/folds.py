@@ -26,12 +26,15 @@ def fold_numbers(
         (N,) numbers 0 to K - 1; what is left without any one fold has every class.
 
     Raises:
-        UserError: fewer than two folds, more than the largest class has images, or a class that is in one fold alone.
+        UserError: fewer than two folds, more than there are groups or images of the largest class, or a class that is
+            in one fold alone.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     counts = np.bincount(labels, minlength=len(classes))
     need(2 <= count <= counts.max(), f"`folds` must lie between 2 and {counts.max()}, not {count}.")
+    some = count if groups is None else len(np.unique(groups))
+    need(count <= some, f"`folds` must lie between 2 and {some}, the number of groups, not {count}.")
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     numbers = np.empty(len(labels), dtype=np.int64)
     with warnings.catch_warnings():

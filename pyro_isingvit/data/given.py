@@ -7,12 +7,11 @@ from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.data.arrays import class_numbers, label_array, to_pixels
+from pyro_isingvit.data.arrays import class_numbers, label_array, to_array, to_pixels
 from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.split import UNLABELLED, ImageData, Split
@@ -26,7 +25,8 @@ def pixels(images: Any, info: DataInfo, what: str = "") -> Images:
 
     Args:
         images: ``Images``, or an array, tensor or nested list of shape (N, C, H, W), (N, H, W, C) or, with one channel,
-            (N, H, W); of the training images' type, where that was uint8 also float in [0, 1].
+            (N, H, W), and the first of these that fits; of the training images' type, where that was uint8 also float
+            in [0, 1].
         info: the images that the network was trained on.
         what: the part, in messages: "" or "val ".
 
@@ -39,9 +39,9 @@ def pixels(images: Any, info: DataInfo, what: str = "") -> Images:
             f"`{what}images` are {images.kind}; expected {info.kind}, as in training on {info.dataset}.",
         )
         return images
-    array = images if isinstance(images, Tensor) else np.asarray(images)
+    array = images if isinstance(images, Tensor) else to_array(images, what)
     height, width, channels = info.height, info.width, info.channels
-    layouts = {(channels, height, width): "first", (height, width, channels): "last"}
+    layouts = {(height, width, channels): "last", (channels, height, width): "first"}  # first, where it can be both
     wanted = f"(N, {channels}, {height}, {width})"
     given = f"`{what}images` have shape {tuple(array.shape)}"
     fits = tuple(array.shape[1:]) in {*layouts, (height, width) if channels == 1 else None}
@@ -55,6 +55,8 @@ def pixels(images: Any, info: DataInfo, what: str = "") -> Images:
         some = found[:MANY]
         between = bool(((some > 0) & (some < 1)).any())
         need(not (between and float(some.max()) <= 1), f"{kind}: whole numbers to 65535, not floats to 1.")
+        low, high = float(some.min()), float(some.max())
+        need(low >= 0 and high <= 65535, f"{kind}: numbers from 0 to 65535, not from {low:g} to {high:g}.")
     return found
 
 
@@ -88,8 +90,18 @@ def labelled(data: Labelled, info: DataInfo, name: str) -> Split:
     images, labels = pixels(data[0], info, what), label_array(data[1], what)
     need(len(images) == len(labels), f"`{name}` has {len(images)} images and {len(labels)} labels.")
     known: dict[Hashable, int] = {text: number for number, text in enumerate(info.classes)}
+    if labels.dtype.kind == "b" and not known.keys() & {"False", "True"}:
+        labels = labels.astype(int)  # the classes were named
     if labels.dtype.kind in "iu":
+        other = [f"{number} is {text!r}" for text, number in known.items() if _other_number(str(text), number)]
+        told = f"`{what}labels` are whole numbers, but classes are called by others ({', '.join(other[:3])})"
+        need(not other, f"{told}; give names, such as by `labels.astype(str)`.")
         known = {number: number for number in known.values()}
     else:
         labels = labels.astype(str)
     return Split(images, class_numbers(labels, known, what))
+
+
+def _other_number(name: str, number: int) -> bool:
+    """Whether the name of a class is a whole number, and another one than its own."""
+    return name.isdecimal() and int(name) != number

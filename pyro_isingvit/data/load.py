@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.decode import Look, Pages, Reading
@@ -95,6 +96,7 @@ def load_data(
         dataset, str(data_root), download, size, float(val_fraction), side, resize, intensity, pages, groups,
         columns, None if cache is None else str(cache),
     )  # fmt: skip
+    check_fields(source)
     return replace(load_divided(source, seed), source=(replace(source, download=False), seed))
 
 

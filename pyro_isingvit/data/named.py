@@ -51,6 +51,7 @@ def groups_of(names: Sequence[str], pattern: str | None) -> tuple[str, ...]:
     except re.error as error:
         raise UserError(f"`groups` {pattern!r} is no regular expression ({why(error)}).") from error
     found = [search(name) for name in names]
-    lost = next((name for name, match in zip(names, found, strict=True) if match is None or not match[0]), None)
+    told = [match and match[min(1, match.re.groups)] for match in found]
+    lost = next((name for name, group in zip(names, told, strict=True) if not group), None)
     need(lost is None, f"`groups` {pattern!r} finds no group in the file name {printable(lost or '')!r}.")
-    return tuple(printable((match[1] if match.re.groups else match[0]) or "") for match in found if match)
+    return tuple(printable(group or "") for group in told)

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from pyro_isingvit.data.arrays import (
     find_classes,
     is_dataset,
     loss_weights,
+    missing,
     read_arrays,
     read_dataset,
 )
@@ -216,6 +218,8 @@ class ImageData:
             classes = getattr(images, "classes", None)  # torchvision's data sets name theirs
         pixels, raw = read(images, labels, "")
         names, numbers = find_classes(raw, classes)
+        nameless = sum(map(missing, () if groups is None else groups))
+        need(not nameless, f"`groups` have {nameless} NaN or missing values; name them, or remove those images.")
         named = () if groups is None else tuple(printable(str(group)) for group in groups)
         pool = Split(pixels, class_numbers(raw, numbers, ""), (), named, loss_weights(weights))
         parts: dict[str, Split | None] = {}
@@ -324,6 +328,7 @@ def divide(
         UserError: ``train_size`` out of its range, a class with too few images or groups, or a group in two parts.
     """
     if train_size is not None:
+        need(isinstance(train_size, Integral), f"`train_size` must be a whole number, not {train_size!r}.")
         limits = f"{len(classes)} (one per class) and {len(pool)} (all training images)"
         possible = len(classes) <= train_size <= len(pool)
         need(possible, f"`train_size` must be between {limits}, got {train_size}.")

@@ -3,6 +3,7 @@
 The table may come from anyone: paths stay below its folder, texts are shown with control characters written out.
 """
 
+import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,6 @@ NEEDED = COLUMNS[:2]
 SPLITS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
 }  # fmt: skip
-FIRST = 2  # line of the first image
 
 
 def csv_table(source: DataConfig) -> Parts:
@@ -50,10 +50,13 @@ def csv_table(source: DataConfig) -> Parts:
     numeric = labels.str.fullmatch(r"\d{1,9}").all()
     classes = sorted(set(labels), key=lambda label: (int(label) if numeric else 0, label))
     numbers = torch.tensor(labels.map({label: i for i, label in enumerate(classes)}).to_list())
-    groups = tuple(printable(each) for each in table["group"]) if "group" in table else groups_of(names, source.groups)
     if "group" in table:
         need(source.groups is None, f"{file} has a column of groups; leave out `groups`, or name another column.")
-        _each(file, table, "group", table["group"].str.strip() != "", "has no group; name one, or remove the image")
+        said = table["group"].str.strip()  # a space more is no other patient
+        _each(file, table, "group", said != "", "has no group; name one, or remove the image")
+        groups = tuple(map(printable, said))
+    else:
+        groups = groups_of(names, source.groups)
     weights = _weights(file, table) if "weight" in table else None
     parts = pd.Series("train", table.index)
     if "split" in table:
@@ -102,39 +105,73 @@ def read_table(file: Path, renamed: str = "", needed: Sequence[str] = NEEDED) ->
         renamed: "path=file,label=finding" where the columns have other names.
         needed: columns that must be there.
 
+    Returns:
+        one row per image, whose index is the line of the file that it starts in.
+
     Raises:
-        UserError: a missing or unreadable table, or a missing or doubled column.
+        UserError: a missing or unreadable table, a missing or doubled column, or a line with more fields than columns.
     """
     import pandas as pd
 
-    names = dict(zip(COLUMNS, COLUMNS, strict=True))
+    names = _names(renamed)
+    need(file.is_file(), f"no such file: {file}.")
+    head, starts, rows = _rows(file)
+    have = ", ".join(map(printable, head))
+    for known, name in names.items():
+        optional = known not in needed and (name == known or needed != NEEDED)
+        count = head.count(name)
+        need(count or optional, f"{file} has no column {name!r}; it has: {have}. `columns` names others.")
+        need(count <= 1, f"{file} has {count} columns {name!r}; keep one.")
+    here = {known: head.index(name) for known, name in names.items() if name in head}
+    return pd.DataFrame(
+        {known: [row[at] for row in rows] for known, at in here.items()}, pd.Index(starts, dtype=int), dtype=str
+    )
+
+
+def _names(renamed: str) -> dict[str, str]:
+    """Known column -> what the table calls it, for ``columns``; a name given to one is no longer that of another."""
+    given = dict[str, str]()
     for pair in filter(None, renamed.split(",")):
         known, equals, name = (text.strip() for text in pair.partition("="))
         wrong = (
             f"`columns` must be like 'path=file,label=finding', with {', '.join(COLUMNS)} on the left, not {renamed!r}."
         )
         need(equals and name and known in COLUMNS, wrong)
-        names[known] = name
-    need(file.is_file(), f"no such file: {file}.")
+        given[known] = name
+    names = given | {known: known for known in COLUMNS if known not in given and known not in given.values()}
+    lost = [known for known in NEEDED if known not in names]
+    twice = next((name for name in given.values() if list(given.values()).count(name) > 1), lost and lost[0])
+    need(not twice, f"`columns` {renamed!r} takes column {twice!r} twice; say which one is meant.")
+    return names
+
+
+def _rows(file: Path) -> tuple[list[str], list[int], list[list[str]]]:
+    """Names of the columns, the line that each row starts in, and the rows, each as long as the names.
+
+    Raises:
+        UserError: a file that is no such table, or a row with more fields than there are names.
+    """
+    starts, rows = [], []
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            head = lines.readline()
-        separator = max(",;\t", key=head.count)
-        table = pd.read_csv(
-            file, sep=separator, dtype=str, keep_default_na=False, na_filter=False, encoding="utf-8-sig",
-            index_col=False, skipinitialspace=True, skip_blank_lines=False, on_bad_lines="error",
-        )  # fmt: skip
-    except Exception as error:  # a damaged file makes the reader raise almost anything
+            first = lines.readline()
+            lines.seek(0)
+            reader = csv.reader(lines, delimiter=max(",;\t", key=first.count), skipinitialspace=True, strict=True)
+            head = [name.strip() for name in next(reader, [])]
+            last = reader.line_num
+            for row in reader:
+                starts.append(last + 1)
+                rows.append(row)
+                last = reader.line_num
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"cannot read {file} as a table in UTF-8 ({why(error)}).") from error
-    table.columns = table.columns.str.strip()
-    have = ", ".join(printable(str(column)) for column in table.columns)
-    for known, name in names.items():
-        optional = known not in needed and (name == known or needed != NEEDED)
-        count = int((table.columns == name).sum())
-        need(count or optional, f"{file} has no column {name!r}; it has: {have}. `columns` names others.")
-        need(count <= 1, f"{file} has {count} columns {name!r}; keep one.")
-    here = {name: known for known, name in names.items() if name in table.columns}
-    return table[list(here)].rename(columns=here)
+    need(any(head), f"cannot read {file} as a table in UTF-8 (its first line has no names of columns).")
+    for line, row in zip(starts, rows, strict=True):
+        if len(row) > len(head):
+            fix = f"line {line} has {len(row)} fields, and there are {len(head)} columns; quote what holds a separator"
+            need(not any(text.strip() for text in row[len(head) :]), f"cannot read {file} as a table ({fix}).")
+        row += [""] * (len(head) - len(row))
+    return head, starts, rows
 
 
 def files_of(texts: "pd.Series[str]", file: Path) -> list[Path]:
@@ -146,8 +183,8 @@ def files_of(texts: "pd.Series[str]", file: Path) -> list[Path]:
     folder = file.parent.resolve()
     inside = f"lies outside of {folder}; paths are relative to the table's folder and stay in it"
     paths, known = [], dict[str, bool]()  # folder -> whether it lies inside, links followed
-    for row, text in enumerate(texts):
-        where = f"{file}, line {row + FIRST}: path '{printable(text)}'"
+    for line, text in texts.items():
+        where = f"{file}, line {line}: path '{printable(text)}'"
         need(text.strip() and "\0" not in text, f"{where} is no path of a file.")
         joined = os.path.normpath(os.path.join(folder, text))
         above = os.path.dirname(joined)
@@ -182,4 +219,4 @@ def _each(file: Path, table: "pd.DataFrame", column: str, good: "pd.Series[bool]
     if len(bad):
         text = printable(str(table[column].iloc[bad[0]]))
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise UserError(f"{file}, line {bad[0] + FIRST}: {column} '{text}' {problem}{more}.")
+        raise UserError(f"{file}, line {table.index[bad[0]]}: {column} '{text}' {problem}{more}.")

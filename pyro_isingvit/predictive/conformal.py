@@ -86,7 +86,7 @@ def conformal_sets(
 
 
 def needed_images(coverage: float) -> int:
-    """Validation images, of all or of each class, below which the sets would have to hold every class."""
+    """Validation images, of all or of each class, that MAPIE asks for: max(1 / coverage, 1 / (1 - coverage))."""
     return math.ceil(round(max(1 / (1 - coverage), 1 / coverage), 9))
 
 

@@ -89,11 +89,15 @@ def doubt(
         >>> found.flagged.tolist(), int(found.order()[0]), int(found.suggested[4])
         ([False, False, False, False, True], 4, 0)
     """
+    labels = np.asarray(labels)
     count = len(labels)
     fits = probs.ndim == 2 and len(probs) == count and given_draws.ndim == 2 and given_draws.shape[1] == count
     need(count and fits, f"{count} labels, probabilities {probs.shape} and draws {given_draws.shape} do not fit.")
     sure = np.isfinite(probs).all() and probs.min() >= 0 and np.allclose(probs.sum(1), 1, atol=1e-3)
     need(sure, "the probabilities of an image must be at least 0 and sum to 1.")
+    need(np.isfinite(given_draws).all(), "the probabilities of the given labels have NaN or infinite values.")
+    numbers = labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < probs.shape[1]
+    need(numbers, f"labels must be class numbers, 0 to {probs.shape[1] - 1}.")
     rows = np.arange(count)
     given, interval = probs[rows, labels], np.quantile(given_draws, (0.05, 0.95), axis=0)
     others = probs.copy()

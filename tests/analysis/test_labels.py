@@ -350,3 +350,22 @@ def test_bad_input_is_refused(tmp_path: Path, data: ImageData) -> None:
     for settings in ({"jobs": 0}, {"samples": 0}, {"folds": 1}):
         with pytest.raises(UserError, match=f"`{next(iter(settings))}` must"):
             cross_fit(QUICK, lambda: data, progress=False, **settings)
+
+
+def test_fewer_groups_than_folds():
+    with pytest.raises(UserError, match="`folds` must lie between 2 and 3, the number of groups, not 5"):
+        fold_numbers(np.array([0, 1] * 10), 5, ("a", "b"), groups=np.array([0, 1, 2] * 6 + [0, 1]))
+
+
+@pytest.mark.parametrize("labels", [[0, 2], [-1, 0], ["a", "b"]])
+def test_doubts_about_what_is_no_class(labels):
+    probs = np.array([[0.9, 0.1], [0.2, 0.8]])
+    with pytest.raises(UserError, match="labels must be class numbers, 0 to 1"):
+        doubt(probs, np.array([[0.9, 0.8]]), labels, resamples=0)
+
+
+def test_doubts_take_a_list_and_no_nan():
+    probs = np.array([[0.9, 0.1], [0.2, 0.8]])
+    assert not doubt(probs, np.array([[0.9, 0.8]]), [0, 1], resamples=0).flagged.any()
+    with pytest.raises(UserError, match="NaN or infinite"):
+        doubt(probs, np.array([[0.9, np.nan]]), [0, 1], resamples=0)

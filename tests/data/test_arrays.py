@@ -13,6 +13,8 @@ from torch.utils.data import Subset as TorchSubset
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.data.arrays import label_array, to_pixels, to_uint8
+from pyro_isingvit.data.given import labelled
+from pyro_isingvit.data.given import pixels as given_pixels
 from pyro_isingvit.data.load import load_data
 from pyro_isingvit.data.split import ImageData
 
@@ -330,3 +332,93 @@ def test_torch_data_sets_that_are_refused() -> None:
             ImageData.from_dataset(wrong)
     with pytest.raises(UserError, match=r"`item 0: image` has shape \(2, 3, 4, 5\)"):
         ImageData.from_dataset(Pairs([pixels(2, 3, 4, 5)], [0]))
+
+
+class Items(Dataset):
+    """Images of types of their own, with labels of their own."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, number):
+        return self.images[number], self.labels[number]
+
+
+def test_8_and_16_bits_in_one_data_set_are_stretched():
+    deep = [GREY[i] if i % 2 else GREY[i].astype(np.uint16) * np.uint16(257) for i in range(N)]
+    data = ImageData.from_dataset(Items(deep, LABELS), intensity="full")
+    flat = ImageData.from_dataset(Items(list(GREY), LABELS))
+    assert data.info.kind == "uint16" and torch.equal(data.train.images[:], flat.train.images[:].to(torch.uint16) * 257)
+    mixed = [GREY[i] if i % 2 else GREY[i] / np.float32(255) for i in range(N)]
+    with pytest.raises(UserError, match="images of types float32 and uint8"):
+        ImageData.from_dataset(Items(mixed, LABELS), intensity="full")
+
+
+@pytest.mark.parametrize("dtype", ["int16", "int32", ">i2", "<f8"])
+def test_any_numbers_are_kept_where_an_intensity_is_asked_for(dtype):
+    values = (COLOUR.astype(np.int64) * 100 - 1000).astype(dtype)
+    data = ImageData.from_arrays(values, LABELS, intensity="none")
+    assert data.info.kind == "float32" and float(data.train.images[:].min()) < -900
+    big = ImageData.from_arrays(COLOUR.astype(">u2") * 257, LABELS, intensity="full")
+    assert big.info.kind == "uint16" and int(big.train.images[:].max()) == 257 * int(COLOUR.max())
+
+
+def test_one_hot_tensors_are_named():
+    hot = torch.eye(3)[torch.as_tensor(LABELS)]
+    with pytest.raises(UserError, match="of one-hot labels take"):
+        ImageData.from_dataset(Items(list(GREY), list(hot)))
+
+
+@pytest.mark.parametrize("weights", [["x"] * N, [[1, 2]] * N, [1e-300, *[1e300] * (N - 1)], [1, [2, 3]] * (N // 2)])
+def test_bad_weights(weights):
+    with pytest.raises(UserError, match="`weights` must be positive"):
+        ImageData.from_arrays(GREY, LABELS, weights=weights)
+
+
+def test_huge_weights_are_weights():
+    data = ImageData.from_arrays(GREY, LABELS, weights=np.full(N, 1e308))
+    assert data.train.weights.tolist() == [1.0] * len(data.train)
+
+
+@pytest.mark.parametrize("size", [12.5, "12", 12.0])
+def test_a_size_is_a_whole_number(size):
+    with pytest.raises(UserError, match="`train_size` must be a whole number"):
+        ImageData.from_arrays(GREY, LABELS, train_size=size)
+    with pytest.raises(UserError, match="`train_size` cannot be"):
+        load_data("digits", train_size=size)
+
+
+@pytest.mark.parametrize("setting", [{"pages": "all"}, {"resize": "Fit"}, {"image_size": 8.0}, {"image_size": "8"}])
+def test_settings_of_reading_are_checked(setting):
+    with pytest.raises(UserError, match=f"`{next(iter(setting))}` cannot be"):
+        load_data("digits", **setting)
+
+
+def test_numbers_against_classes_that_are_called_by_numbers():
+    """Labels 1 to 3 as text: 1 is the class of number 0."""
+    data = ImageData.from_arrays(GREY, [str(1 + label) for label in LABELS])
+    with pytest.raises(UserError, match=r"whole numbers, but classes are called by others \(0 is '1'"):
+        labelled((GREY, 1 + LABELS), data.info, "data")
+    named = labelled((GREY, (1 + LABELS).astype(str)), data.info, "data")
+    assert named.labels.tolist() == LABELS.tolist()
+    plain = ImageData.from_arrays(GREY, LABELS)
+    assert labelled((GREY, LABELS), plain.info, "data").labels.tolist() == LABELS.tolist()
+
+
+def test_bool_labels_with_names_are_taken_back():
+    data = ImageData.from_arrays(GREY, LABELS > 0, classes=["no", "yes"])
+    assert labelled((GREY, LABELS > 0), data.info, "data").labels.tolist() == (LABELS > 0).tolist()
+
+
+def test_images_as_a_run_takes_them():
+    cube = np.random.default_rng(0).integers(0, 255, (N, 4, 4, 4), dtype=np.uint8)
+    data = ImageData.from_arrays(cube, LABELS, channels="first")
+    assert np.array_equal(given_pixels(cube, data.info)[:].numpy(), cube)
+    with pytest.raises(UserError, match="all images need one shape"):
+        given_pixels([np.zeros((8, 8)), np.zeros((8, 9))], data.info)
+    deep = ImageData.from_arrays(GREY.astype(np.uint16) * np.uint16(257), LABELS, intensity="full")
+    with pytest.raises(UserError, match="numbers from 0 to 65535, not from -1 to 70000"):
+        given_pixels(np.where(GREY > 99, 7e4, -1.0), deep.info)

@@ -248,3 +248,39 @@ def test_damaged_files_are_images_or_one_clear_line(tmp_path_factory, number, ch
         assert images[:].shape[2:] == (4, 4)
     except UserError as error:
         assert path.name in str(error) and len(str(error).splitlines()) == 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_turned_tiff_without_compression(orientation, dtype, tmp_path):
+    """Pillow's memory map takes the sides of a turned picture for each other."""
+    array = RNG.integers(0, 255, (8, 10), dtype)
+    tags, path = Image.Exif(), tmp_path / "turned.tif"
+    tags[274] = orientation
+    Image.fromarray(array).save(path, exif=tags)
+    turned = {1: array, 2: array[:, ::-1], 3: array[::-1, ::-1], 4: array[::-1], 5: array.T, 6: array[::-1].T}
+    turned |= {7: array[::-1, ::-1].T, 8: array.T[::-1]}
+    found = look(path, Reading())
+    assert np.array_equal(read(path, Reading(), found)[0], turned[orientation])
+
+
+BANDS = {  # photometric, extra samples, channels of the file -> which of them are the image
+    "near infrared": ("rgb", ["unspecified"], 4, [0, 1, 2, 3]),
+    "two more": ("rgb", ["unspecified", "unspecified"], 5, [0, 1, 2, 3, 4]),
+    "colour, alpha": ("rgb", ["unassalpha"], 4, [0, 1, 2]),
+    "colour, alpha, another": ("rgb", ["assocalpha", "unspecified"], 5, [0, 1, 2, 4]),
+    "grey, alpha": ("minisblack", ["unassalpha"], 2, [0]),
+    "grey, another": ("minisblack", ["unspecified"], 2, [0, 1]),
+}
+
+
+@pytest.mark.parametrize("name", BANDS)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_a_tiffs_alpha_is_dropped_and_nothing_else(name, dtype, tmp_path):
+    photometric, extra, channels, kept = BANDS[name]
+    array = (RNG.random((*SIZE, channels)) * 200).astype(dtype)
+    path = tmp_path / "bands.tif"
+    tifffile.imwrite(path, array, photometric=photometric, extrasamples=extra, planarconfig="contig")
+    found = look(path, Reading())
+    assert found.channels == len(kept)
+    assert np.array_equal(read(path, Reading(), found), array[..., kept].transpose(2, 0, 1))

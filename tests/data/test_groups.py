@@ -102,3 +102,14 @@ def test_the_fold_keeps_the_classes_shares():
     shares = np.bincount(labels[held_out]) / len(held_out)
     np.testing.assert_allclose(shares, np.bincount(labels) / 600, atol=0.05)
     assert shared_group([[groups[i] for i in part] for part in (rest, held_out)]) is None
+
+
+@pytest.mark.parametrize("pattern", [r"patient(\d+)|case(\d+)", r"(p\d+_)?c"])
+def test_first_parentheses_that_hold_nothing(pattern):
+    with pytest.raises(UserError, match=r"finds no group in the file name 'c/case1.png'"):
+        groups_of(["c/patient1.png", "c/case1.png"][pattern[0] == "(" :], pattern)
+
+
+def test_missing_groups_are_refused():
+    with pytest.raises(UserError, match="`groups` have 2 NaN or missing values"):
+        ImageData.from_arrays(np.zeros((9, 4, 4)), np.arange(9) % 3, groups=[None, float("nan"), *"abcdefg"])

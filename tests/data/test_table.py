@@ -166,3 +166,46 @@ def test_any_bytes_give_a_table_or_one_clear_line(folder, raw):
     except UserError as error:
         assert "table.csv" in str(error) and len(str(error).splitlines()) == 1
     assert sorted(os.listdir(folder)) == ["scans", "table.csv"]
+
+
+def test_a_space_makes_no_other_patient(folder):
+    spec = lines(folder, lambda i: f"p{i // 3}" + " " * (i % 2), header="path,label,group")
+    data = load_data(spec)
+    parts = [set(part.groups) for part in (data.train, data.val, data.test)]
+    assert set.union(*parts) == {f"p{i}" for i in range(8)} and sum(map(len, parts)) == 8
+
+
+def test_what_would_be_lost_is_refused(folder):
+    spec = lines(folder, lambda i: "left", header="path,label")  # a comma that was not quoted
+    with pytest.raises(UserError, match=r"line 2 has 3 fields, and there are 2 columns; quote"):
+        load_data(spec)
+    spec = lines(folder, lambda i: "", header="path,label")  # a comma at the end of each line
+    assert load_data(spec).info.classes == ("sick", "well")
+    spec = lines(folder, lambda i: "cat", lambda i: "dog", header="path,label,finding,label")
+    with pytest.raises(UserError, match="has 2 columns 'label'; keep one"):
+        load_data(spec)
+
+
+@pytest.mark.parametrize("columns", ["label=path", "label=kind,group=kind", "path=label"])
+def test_a_column_is_named_once(columns, folder):
+    with pytest.raises(UserError, match=r"takes column '(path|kind|label)' twice"):
+        load_data(lines(folder, lambda i: i % 2, header="path,label,kind"), columns=columns)
+
+
+def test_a_known_name_may_mean_something_else(folder):
+    """A table whose classes stand in a column that is called group."""
+    data = load_data(lines(folder, lambda i: "ab"[i % 2], header="path,other,group"), columns="label=group")
+    assert data.info.classes == ("a", "b") and not data.train.groups
+
+
+def test_line_numbers_count_breaks_within_quotes(folder):
+    spec = lines(folder, lambda i: f'"note {i}\nmore"', header="path,label,note")
+    table = read_table(folder / "table.csv")
+    assert table.index.tolist() == [2 + 2 * i for i in range(COUNT)]
+    text = (folder / "table.csv").read_text().replace("p2_8.png", "gone.png")
+    (folder / "table.csv").write_text(text)
+    with pytest.raises(UserError, match=r"line 18: path 'scans/gone.png': there is no such file"):
+        load_data(spec)
+    (folder / "table.csv").write_text(text + '\nscans/p0_0.png,"sick')
+    with pytest.raises(UserError, match=r"cannot read .* as a table"):
+        load_data(spec)
