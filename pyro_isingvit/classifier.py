@@ -21,12 +21,13 @@ from pyro_isingvit.experiment import fit
 from pyro_isingvit.ising.noise import USUAL_KEEP
 from pyro_isingvit.methods.base import method_class
 from pyro_isingvit.methods.ising import IsingMethod
-from pyro_isingvit.methods.registry import row
+from pyro_isingvit.methods.registry import row, shared_out
 from pyro_isingvit.predictive.draws import PredictiveDraws
 
 FEW = 5  # images of a class, below which none is spared for validation
 LONG = 1024  # features in a row, each a token of its own
 DEPTHS = (1, 3)
+TAKEN = {"epochs": "epochs", "samples": "samples", "seed": "random_state"}  # setting -> argument
 
 
 class IsingViTClassifier(ClassifierMixin, BaseEstimator):
@@ -48,7 +49,7 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         vit: the name of a preset, a ``ViTConfig``, or None: a network like the preset "small" whose patches are a
             quarter of the image's shorter side, at most 16 pixels.
         method: "ising", or any other name in ``pyro_isingvit.methods.registry.METHODS``.
-        epochs: passes over the images; None: the method's own default.
+        epochs: passes over the images, in all; None: the method's own default.
         samples: S, networks drawn for each prediction.
         image_shape: (H, W) or (H, W, C) of flat ``X``; None: a square if F is one, otherwise one row of F pixels.
         val_fraction: share of the images that is held out to fit mask noise and temperature, 0 to 0.5; none where a
@@ -126,13 +127,12 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         low_high = None if X.dtype == np.uint8 else (float(X.min()), float(X.max()))
         self.pixel_range_ = low_high
         data = self._data(self._pixels(X), torch.from_numpy(numbers.astype(np.int64)), seed)
-        chosen = {"seed": seed, "samples": self.samples, **self._settings()}
+        chosen = {"seed": seed, "samples": plain(self.samples)} | self._settings()
         if self.epochs is not None:
-            chosen["epochs"] = self.epochs
+            chosen |= epochs_in_all(self.method, plain(self.epochs), chosen)
         if len(data.val) < 2 and asks_for_noise(self.method, chosen):
             chosen["max_keep"] = USUAL_KEEP  # there are no images to choose it by
-        with torch.random.fork_rng():
-            self.run_ = fit(self._network(), data, method=self.method, progress=self.progress, **chosen)
+        self.run_ = fit(self._network(), data, method=self.method, progress=self.progress, **chosen)
         return self
 
     def predict_draws(self, X: Any) -> PredictiveDraws:
@@ -182,15 +182,16 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         """``settings``, which are those of ``fit`` that the classifier has no arguments for."""
         settings = {} if self.settings is None else self.settings
         need(isinstance(settings, dict), f"`settings` must be a dict of settings of `fit`, not {settings!r}.")
-        taken = [name for name in ("method", "progress", "vit") if name in settings]
-        need(not taken, f"`settings` has {', '.join(taken)}; give it to {type(self).__name__} itself.")
+        taken = [name for name in ("method", "progress", "vit", *TAKEN) if name in settings]
+        told = ", ".join(f"{name} (as `{TAKEN[name]}`)" if TAKEN.get(name, name) != name else name for name in taken)
+        need(not taken, f"`settings` has {told}; give it to {type(self).__name__} itself.")
         made = [name for name in ("model", "data") if name in settings]
         need(not made, f"`settings` has {', '.join(made)}, which {type(self).__name__} makes of `vit`, X and y.")
-        return dict(settings)
+        return {name: plain(value) for name, value in settings.items()}
 
     def _seed(self) -> int:
         if isinstance(self.random_state, Integral):
-            return int(self.random_state)
+            return int(self.random_state) % 2**31 if self.random_state >= 0 else int(self.random_state)
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
     def _shape(self, X: np.ndarray) -> tuple[int, int, int]:
@@ -211,10 +212,13 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         if X.ndim == 4:
             last, first = X.shape[3] in DEPTHS, X.shape[1] in DEPTHS
             if last and first and self.image_shape is not None:
-                first = tuple(self.image_shape) != X.shape[1:]
-                last = not first
+                wanted = tuple(np.atleast_1d(self.image_shape).tolist())
+                last, first = (shape[: len(wanted)] == wanted for shape in (X.shape[1:], (*X.shape[2:], X.shape[1])))
+                need(last or first, f"`image_shape` {wanted} is not that of `X`, whose shape is {X.shape}.")
             need(last or first, f"`X` has shape {X.shape}; one axis must be the channels, 1 or 3 of them.")
-            need(last != first, f"`X` has shape {X.shape}: both axes can be the channels; give `image_shape`.")
+            need(
+                last != first, f"`X` has shape {X.shape}: both axes can be the channels; give `image_shape` (H, W, C)."
+            )
             _, *shape = X.shape if last else np.moveaxis(X, 1, 3).shape
             return tuple(shape)
         layouts = "(N, H, W), (N, H, W, C), (N, C, H, W) or (N, F)"
@@ -236,7 +240,8 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         """(N, C, H, W) uint8.
 
         Raises:
-            UserError: images of another size than those of the training, or uint8 where those were not.
+            UserError: images of another size than those of the training, of another type where those were uint8, or
+                whole numbers above 1 where those were floats from 0 to 1.
         """
         shape, (height, width, channels) = X.shape, self.image_shape_
         if X.ndim == 2 and shape[1] == height * width * channels:
@@ -251,6 +256,11 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
             need(X.dtype == np.uint8, f"`X` is {X.dtype}; the training images were uint8.")
         else:
             low, high = self.pixel_range_
+            need(
+                X.dtype.kind == "f" or not 0 <= low <= high <= 1 or X.max(initial=0) <= 1,
+                f"`X` is {X.dtype} up to {X.max(initial=0)}; the training images were floats from {low:.3g} to "
+                f"{high:.3g}. Scale both alike.",
+            )
             share = (np.clip(X.astype(np.float64), low, high) - low) / ((high - low) or 1.0)
             X = np.rint(255 * share).astype(np.uint8)
         return torch.from_numpy(np.moveaxis(X, 3, 1).copy())  # a view may be read-only
@@ -272,8 +282,22 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
 def asks_for_noise(method: str, chosen: dict[str, Any]) -> bool:
     """Whether a training would choose the level of its masks' noise, though nobody asked for it."""
     masks = issubclass(method_class(row(method).members_of or method), IsingMethod)
-    searched = row(method).ising.max_keep == "auto" and row(method).train.pilot_fraction < 1
-    return masks and searched and not {"max_keep", "ising"} & chosen.keys()
+    ising = chosen.get("ising") or row(method).ising
+    searched = getattr(ising, "max_keep", None) == "auto" and row(method).train.pilot_fraction < 1
+    return masks and searched and "max_keep" not in chosen
+
+
+def epochs_in_all(method: str, epochs: int, chosen: dict[str, Any]) -> dict[str, Any]:
+    """``epochs`` and, where the method trains on after a cut and nobody says how long, its share of them for that."""
+    if not isinstance(epochs, int) or {"finetune_epochs", "train"} & chosen.keys():
+        return {"epochs": epochs}
+    train = shared_out(row(method).train, epochs)
+    return {"epochs": train.epochs, "finetune_epochs": train.finetune_epochs}
+
+
+def plain(value: Any) -> Any:
+    """One of NumPy's numbers, such as a grid search gives, as Python's; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _axes(X: Any) -> int:

@@ -81,7 +81,8 @@ def evaluate(
         validation = Validation(same.mean(0), val.labels.cpu(), len(same), seed)
     temperature = float(run.temperature)
     plain = temper(draws.probs, 1.0 / temperature)  # at T = 1
-    fitted = temperature if run.config.train.calibrate else _fit(val_draws, val_labels, run.balanced)
+    has_own = run.config.train.calibrate and temperature != 1  # 1: training had no validation part
+    fitted = temperature if has_own else _fit(val_draws, val_labels, run.balanced)
     at_one, calibrated = (
         classification_metrics(probs.mean(0), split.labels) for probs in (plain, temper(plain, fitted))
     )

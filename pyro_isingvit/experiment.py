@@ -1,5 +1,6 @@
 """The door: settings and images in, a trained and evaluated run out."""
 
+import contextlib
 import dataclasses
 import difflib
 import logging
@@ -7,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pyro_isingvit.core.checkpoint import remove_leftovers
 from pyro_isingvit.core.errors import need
@@ -21,10 +24,10 @@ from pyro_isingvit.data.sources import DATASETS, PREFIXES
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.evaluation import write_evaluation
 from pyro_isingvit.ising.model import IsingViT
-from pyro_isingvit.methods.registry import row, started
+from pyro_isingvit.methods.registry import row, started, unread
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.runs.checks import check_asked
-from pyro_isingvit.runs.folder import FILES, clear_run, need_folder, need_room
+from pyro_isingvit.runs.folder import FILES, alone_in, clear_run, need_folder, need_room
 from pyro_isingvit.runs.load import open_run, read_info
 from pyro_isingvit.runs.run import Run
 from pyro_isingvit.runs.teacher import IN_MEMORY, teacher_name
@@ -60,7 +63,8 @@ def train_run(
         what metrics.json holds.
 
     Raises:
-        UserError: data, settings or folder that cannot be used; an earlier run is then untouched.
+        UserError: data, settings or folder that cannot be used, or another process trains in it; an earlier run is
+            then untouched.
         TrainingDiverged: the loss was not finite.
         KeyboardInterrupt: Ctrl-C; its message says what is kept.
     """
@@ -68,6 +72,31 @@ def train_run(
     if not resume:
         need_room(folder)
         check_asked(config.train)
+        _tell_unread(config)
+    trainer, data = _prepared(config, folder, resume, progress)
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: stack.enter_context(alone_in(folder)))
+        if trained is not None:
+            trainer.adopt(trained)
+        elif resume:
+            trainer.restore()
+            on_first(lambda: remove_leftovers(folder, FILES))
+        if not resume:
+            on_first(lambda: clear_run(folder))
+        run = _trained(trainer, data)
+        try:
+            metrics = run.evaluate(data, progress=progress and is_first())
+            evaluation = run.evaluation
+            assert evaluation is not None
+            on_first(lambda: write_evaluation(run, evaluation, folder, full_posterior))
+            return metrics
+        except KeyboardInterrupt as stop:
+            stop.args = (f"interrupted in the evaluation; the trained network is kept in {folder}",)
+            raise
+
+
+def _prepared(config: RunConfig, folder: Path, resume: bool, progress: bool) -> tuple[Trainer, ImageData]:
+    """What trains, at its start, and its data; nothing is written."""
     source = config.data
     if source.download and launched() != (1, 1):
         need(
@@ -90,24 +119,7 @@ def train_run(
         f"{folder} has a teacher that was never saved: it can be loaded, but not resumed.",
     )
     teachers = [open_run(teacher) for teacher in config.teacher]
-    trainer = Trainer(config, data, folder, progress, start=start, teachers=teachers)
-    if trained is not None:
-        trainer.adopt(trained)
-    elif resume:
-        trainer.restore()
-        on_first(lambda: remove_leftovers(folder, FILES))
-    if not resume:
-        on_first(lambda: clear_run(folder))
-    run = _trained(trainer, data)
-    try:
-        metrics = run.evaluate(data, progress=progress and is_first())
-        evaluation = run.evaluation
-        assert evaluation is not None
-        on_first(lambda: write_evaluation(run, evaluation, folder, full_posterior))
-        return metrics
-    except KeyboardInterrupt as stop:
-        stop.args = (f"interrupted in the evaluation; the trained network is kept in {folder}",)
-        raise
+    return Trainer(config, data, folder, progress, start=start, teachers=teachers), data
 
 
 def _as_before(data: ImageData, config: RunConfig, folder: Path) -> DataInfo:
@@ -117,6 +129,11 @@ def _as_before(data: ImageData, config: RunConfig, folder: Path) -> DataInfo:
     before, info = read_info(folder), data.info
     info = info if config.init is None else info.with_scale_of(before)
     return info if before.weighted else replace(info, weighted=())  # before version 0.14 all images counted alike
+
+
+def _tell_unread(config: RunConfig) -> None:
+    if names := unread(config):
+        log.warning("method %s does not read %s, which change nothing", config.method, _named(names))
 
 
 def _check_weights(data: ImageData, train: TrainConfig) -> None:
@@ -238,6 +255,7 @@ def fit(
         data=_source(data, parts["train"]), vit=_shape(model), **parts, version=__version__, method=method,
         preset=model if isinstance(model, str) else "custom", teacher=tuple(map(teacher_name, teachers)),
     )  # fmt: skip
+    _tell_unread(config)
     if given is not None:
         made, there = given.info, data.info
         fits = (made.classes, made.image_shape, made.kind) == (there.classes, there.image_shape, there.kind)
@@ -249,7 +267,8 @@ def fit(
     elif given is not None and given.vit.centred:  # IsingViT.from_pretrained
         info = data.info.with_scale_of(given.info)
         config, data = replace(config, init="IsingViT.from_pretrained"), replace(data, info=info)
-    return _trained(Trainer(config, data, None, progress, given, start=start, teachers=teachers), data)
+    with torch.random.fork_rng():
+        return _trained(Trainer(config, data, None, progress, given, start=start, teachers=teachers), data)
 
 
 def _source(data: ImageData, train: TrainConfig) -> DataConfig:

@@ -20,7 +20,7 @@ from pyro_isingvit.runs.folder import CONFIG
 from pyro_isingvit.runs.load import open_run
 
 
-def load_start(spec: str, *, download: bool = False) -> Start:
+def load_start(spec: str | Path, *, download: bool = False) -> Start:
     """The network that a training shall start from.
 
     Args:
@@ -31,6 +31,7 @@ def load_start(spec: str, *, download: bool = False) -> Start:
         UserError: nothing there, a file that is damaged or of another architecture, a network that our transformer
             cannot be, or weights that would have to be downloaded.
     """
+    spec = str(spec)
     library, _, rest = spec.partition(":")
     if library in LIBRARIES and rest:
         name, _, file = rest.partition("@")

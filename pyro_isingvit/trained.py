@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pyro_isingvit.core.checkpoint import fingerprint, load_checkpoint, save_checkpoint, write_atomically, write_text
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import RunConfig
@@ -157,13 +159,16 @@ class TrainedRun(Shareable):
         """The checkpoint that the run's folder has now."""
         return (0, b"") if self.folder is None else fingerprint(self.folder / CHECKPOINT)
 
+    def _need_own_folder(self) -> None:
+        told = f"{self.folder} is not as it was when the run was loaded from it; load the run again."
+        need(self._seen == self._found(), told)
+
     def _rest(self) -> dict[str, Any]:
         """What a checkpoint holds besides the network."""
         if self._training is not None:
             return self._training
         assert self.folder is not None  # a run without a folder was trained in this process
-        told = f"{self.folder} is not as it was when the run was loaded from it; load the run again."
-        need(self._seen == self._found(), told)
+        self._need_own_folder()
         return load_checkpoint(self.folder / CHECKPOINT)
 
     def evaluate(
@@ -267,6 +272,8 @@ class TrainedRun(Shareable):
         """
         if self.evaluation is not None and self.evaluation.validation is not None:
             return self.evaluation.validation
+        if self.val is None:
+            self._need_own_folder()
         return validation_of(self, self.val)
 
     def prune(
@@ -310,9 +317,10 @@ class TrainedRun(Shareable):
         """
         part = self.val if val is None else labelled(val, self.info, "val")
         images = None if merge is None else pixels(merge, self.info)
-        return compact(
-            self, form, threshold=threshold, keep=keep, macs=macs, weighting=weighting, val=part, merge=images
-        )
+        with torch.random.fork_rng(devices=[]):
+            return compact(
+                self, form, threshold=threshold, keep=keep, macs=macs, weighting=weighting, val=part, merge=images
+            )
 
     def report(
         self, folder: str | Path | None = None, data: Labelled | None = None, *, overwrite: bool = False
@@ -367,7 +375,8 @@ def _rebuilt(
     kept: Evaluation | None,
     seen: tuple[int, bytes] | None = None,
 ) -> TrainedRun:
-    run = build_run(config, DataInfo.from_dict(state["info"]), state["num_data"], folder)
+    with torch.random.fork_rng(devices=[]):  # it starts from random weights
+        run = build_run(config, DataInfo.from_dict(state["info"]), state["num_data"], folder)
     run.load_state(state)
     trained = TrainedRun.of(run, {name: value for name, value in state.items() if name not in run.state()}, val)
     trained.evaluation, trained._kept = evaluation, kept

@@ -9,7 +9,8 @@ from helpers import make_split
 from sklearn.base import clone
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from pyro_isingvit import IsingViTClassifier, UserError, ViTConfig
+from pyro_isingvit import IsingConfig, IsingViTClassifier, UserError, ViTConfig
+from pyro_isingvit.ising.noise import USUAL_KEEP
 
 SMALL = ViTConfig(patch_size=1, width=16, heads=2, depth=1, mlp_ratio=2)
 QUICK = {"batch_size": 32, "device": "cpu", "lr": 1e-2}
@@ -211,3 +212,55 @@ def test_arguments_that_cannot_be_are_named(made, changes: dict, words: str) -> 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 4, 1), [4, 4], np.array([4, 4])])
 def test_a_shape_that_the_images_have_may_be_given(made, shape) -> None:
     assert quick(image_shape=shape, epochs=1).fit(*made).image_shape_ == (4, 4, 1)
+
+
+def test_whole_numbers_after_shares_are_refused(made) -> None:
+    """Every pixel of 1 or more would be white, and every image of one class."""
+    images, names = made
+    classifier = quick(epochs=1).fit(images / 255.0, names)
+    with pytest.raises(
+        UserError, match=r"uint8 up to \d+; the training images were floats from 0 to 0\.\d+\. Scale both"
+    ):
+        classifier.predict(images)
+    black_and_white = (images > 99).astype(np.uint8)
+    assert classifier.predict(black_and_white).shape == (90,)
+
+
+def test_numbers_of_numpy_are_numbers(made) -> None:
+    """A grid over ``np.arange`` gives them."""
+    settings = {**QUICK, "batch_size": np.int64(32), "lr": np.float64(1e-2)}
+    changes = {"epochs": np.int64(2), "samples": np.int64(3), "random_state": 2**32 - 1, "settings": settings}
+    run = quick(**changes).fit(*made).run_
+    assert (run.config.train.epochs, run.config.train.samples, run.config.train.seed) == (2, 3, 2**31 - 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("seed", "seed .as `random_state`."), ("epochs", "epochs"), ("samples", "samples")]
+)
+def test_what_is_an_argument_is_no_setting(made, name: str, words: str) -> None:
+    with pytest.raises(UserError, match=f"`settings` has {words}; give it to IsingViTClassifier itself"):
+        quick(settings={**QUICK, name: 3}).fit(*made)
+
+
+@pytest.mark.parametrize("method", ["ising-sparse", "magnitude", "dropout"])
+def test_epochs_are_those_in_all(made, method: str) -> None:
+    run = quick(method=method, epochs=5).fit(*made).run_
+    assert len(run.history) == 5 and (run.config.train.finetune_epochs > 0) == (method != "dropout")
+    settings = {**QUICK, "finetune_epochs": 2}
+    assert len(quick(method=method, epochs=5, settings=settings).fit(*made).run_.history) == 7
+
+
+def test_an_ising_config_without_validation_images(made) -> None:
+    X, y = made
+    rows = np.r_[np.flatnonzero(y != "top"), np.flatnonzero(y == "top")[:3]]
+    settings = {**QUICK, "ising": IsingConfig(target_retention=0.8)}
+    run = quick(epochs=8, settings=settings).fit(X[rows], y[rows]).run_
+    assert run.config.ising.max_keep == USUAL_KEEP and run.config.ising.target_retention == 0.8
+
+
+def test_height_and_width_alone_tell_the_layout() -> None:
+    X, y = np.random.default_rng(0).integers(0, 255, (30, 3, 8, 3), dtype=np.uint8), ["a", "b", "c"] * 10
+    assert quick(epochs=1, image_shape=(3, 8)).fit(X, y).image_shape_ == (3, 8, 3)
+    assert quick(epochs=1, image_shape=(8, 3)).fit(X, y).image_shape_ == (8, 3, 3)
+    with pytest.raises(UserError, match=r"`image_shape` \(4, 4\) is not that of `X`"):
+        quick(epochs=1, image_shape=(4, 4)).fit(X, y)

@@ -2,7 +2,8 @@
 
 import json
 import pickle
-from dataclasses import asdict, replace
+import re
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,15 @@ from pyro_isingvit import (
     load_data,
     load_run,
 )
+from pyro_isingvit.core import settings as settings_module
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.data.images import Images
 from pyro_isingvit.experiment import train_run
-from pyro_isingvit.methods.registry import METHODS
+from pyro_isingvit.methods.registry import METHODS, READS
 from pyro_isingvit.predictive.datatree import load_datatree
+from pyro_isingvit.runs.folder import alone_in
 from pyro_isingvit.runs.trainer import Trainer
+from pyro_isingvit.starts import load_start
 
 KEPT = ["checkpoint.previous.pt", "checkpoint.pt", "config.json", "metrics.jsonl"]
 
@@ -361,3 +365,95 @@ def test_a_copy_has_everything(run, images) -> None:
     again = pickle.loads(pickle.dumps(run))
     assert again.evaluation.metrics == run.evaluation.metrics and len(again.val) == 15
     assert torch.equal(again.predict(images.test.images).probs, run.predict(images.test.images).probs)
+
+
+def test_the_callers_random_numbers_go_on(images, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    run = fit(TINY, images, **{**QUICK_FIT, "epochs": 1})
+    load_run(run.save(tmp_path / "run"))
+    pickle.loads(pickle.dumps(run))
+    run.prune(keep=0.5)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_another_default_type_changes_nothing(images) -> None:
+    """Pyro's users often set float64."""
+    run = fit(TINY, images, **QUICK_FIT)
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = fit(TINY, images, **QUICK_FIT)
+        probs = again.predict(images.test.images, 3).probs
+        copy = pickle.loads(pickle.dumps(again))
+        assert torch.get_default_dtype() == torch.float64
+        assert again.evaluate(images.test)["nll"] == run.evaluate(images.test)["nll"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(probs, run.predict(images.test.images, 3).probs) and probs.dtype == torch.float32
+    assert {p.dtype for p in copy.method.parameters()} == {torch.float32}
+
+
+def test_validation_is_not_that_of_a_run_that_came_later(images, tmp_path: Path) -> None:
+    run, other = (fit(TINY, images, seed=seed, **QUICK_FIT) for seed in (0, 1))
+    run.evaluate(images)
+    old = load_run(run.save(tmp_path / "run"))
+    assert torch.allclose(old.validation().probs, run.validation().probs)
+    other.evaluate(images)
+    other.save(tmp_path / "run", overwrite=True)
+    with pytest.raises(UserError, match="is not as it was when the run was loaded"):
+        old.validation()
+
+
+def test_a_temperature_is_fitted_where_training_had_no_images_for_it(images) -> None:
+    bare = replace(images, val=images.val.take(np.arange(0)))
+    run = fit(TINY, bare, **{**QUICK_FIT, "max_keep": 0.98})
+    found = run.evaluate(images.test, val=images.val)
+    assert found["temperature"] == 1 and found["nll_calibrated"] != found["nll"]
+
+
+def test_settings_that_a_method_does_not_read_are_told(images, caplog) -> None:
+    fit(TINY, images, method="dropout", members=3, target_retention=0.3, **{**QUICK_FIT, "epochs": 1})
+    assert "method dropout does not read `members`, `target_retention`" in caplog.text
+    caplog.clear()
+    fit(TINY, images, method="dropout", drop_rate=0.3, **{**QUICK_FIT, "epochs": 1})
+    assert "does not read" not in caplog.text
+
+
+def test_which_method_reads_what_is_as_the_settings_say() -> None:
+    """Every field's own text names the methods in front of its colon."""
+    text = Path(settings_module.__file__).read_text()
+    for name, readers in READS.items():
+        said = re.search(rf'    {name}: [^\n]*\n    """([^"]*)"""', text)
+        assert said and set(re.findall(r"[a-z0-9]+(?:-[a-z]+)*", said[1])) >= set(readers), name
+    assert set(READS) == {each.name for each in fields(BaselineConfig)}
+
+
+def test_few_updates_of_the_masks_are_told(images, caplog) -> None:
+    fit(TINY, images, **{**QUICK_FIT, "epochs": 4, "pilot_fraction": 0.5, "update_every": 5})
+    steps = 2 * -(-60 // QUICK_FIT.get("batch_size", 64))
+    assert f"{-(-2 * steps // 5) - -(-steps // 5)} updates of the masks in the whole training" in caplog.text
+    caplog.clear()
+    fit(TINY, images, method="dropout", **{**QUICK_FIT, "epochs": 2})
+    assert "updates of the masks" not in caplog.text
+
+
+def test_lm_and_frozen_blocks_do_not_go_together(images, tmp_path: Path) -> None:
+    start = load_start(fit(replace(TINY, depth=2), images, **{**QUICK_FIT, "epochs": 1}).save(tmp_path / "run"))
+    with pytest.raises(UserError, match="`saliency` lm has no rule for blocks that stay"):
+        fit(start, images, saliency="lm", frozen_blocks=1, bayesian_blocks=1, **QUICK_FIT)
+
+
+def test_two_trainings_in_one_folder(tmp_path: Path) -> None:
+    spec = write_npz(tmp_path / "x.npz")
+    train = TrainConfig(epochs=1, device="cpu", calibrate=False, samples=2)
+    config = RunConfig(data=DataConfig(spec), vit=TINY, train=train, ising=IsingConfig(max_keep=0.98), preset="custom")
+    train_run(config, tmp_path / "run", progress=False)
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    with alone_in(tmp_path / "run"):
+        for resume in (False, True):
+            with pytest.raises(UserError, match="another process is training in"):
+                train_run(config, tmp_path / "run", resume=resume, progress=False)
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    train_run(config, tmp_path / "run", resume=True, progress=False)
+    assert names(tmp_path / "run") == sorted([*KEPT, "metrics.json", "posterior.nc"])

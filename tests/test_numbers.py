@@ -12,11 +12,12 @@ from torch import nn
 
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.core.settings import RunConfig
+from pyro_isingvit.core.settings import IsingConfig, RunConfig
 from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.images import copies
 from pyro_isingvit.data.load import load_data, load_inputs
 from pyro_isingvit.methods.base import method_class
+from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.nets.divergence import first_not_finite, not_finite
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.runs.trainer import Trainer, TrainingDiverged
@@ -193,3 +194,12 @@ def test_no_training_images(data) -> None:
     none = replace(data, train=replace(data.train, images=data.train.images[:0], labels=data.train.labels[:0]))
     with pytest.raises(UserError, match="no training images"):
         trainer(none)
+
+
+def test_blocks_above_a_trunk_are_counted_from_the_first() -> None:
+    config = RunConfig(vit=replace(TINY, depth=4), ising=IsingConfig(bayesian_blocks=1))
+    method = IsingMethod(config, INFO, 50)
+    method.guide.loc["fc1"].data[0, 0, 0] = math.nan
+    assert not_finite(method) == "weights of fc1, layer 4"
+    method.model.vit.trunk["fc1"].data[2, 0, 0] = math.nan
+    assert not_finite(method) == "trunk of fc1, layer 3"

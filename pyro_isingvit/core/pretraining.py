@@ -51,5 +51,7 @@ class PretrainConfig:
         for name, most in (("weight_decay", 1e3), ("warmup_fraction", 1.0), ("val_fraction", 0.5)):
             if not 0 <= getattr(self, name) <= most:
                 raise UserError(f"`{name}` must lie in [0, {most:g}], not {getattr(self, name)}.")
+        if self.margin is not None and self.margin < 0:
+            raise UserError(f"`margin` must not be negative, but is {self.margin}.")
         if not 0 < self.masked < 1:
             raise UserError(f"`masked` must lie strictly between 0 and 1, not {self.masked}.")

@@ -94,6 +94,14 @@ def regularised(train: TrainConfig, names: Sequence[str]) -> TrainConfig:
         need(name in REGULARISERS, f"unknown regulariser {name!r:.40}; known: {', '.join(REGULARISERS)}.")
         row = REGULARISERS[name]
         strength = _number(name, number, row) if number else row.strength
+        own = getattr(train, row.setting)
+        need(
+            number or own in (strength, getattr(usual, row.setting)),
+            f"{name} of `regularise` would set `{row.setting}` to {row.strength:g}, and it is {own}: leave out one of "
+            f"them, or give the strength, as in {name}:{own:g}."
+            if own
+            else "",
+        )
         for key, value in row.sets.items():
             own = getattr(train, key)
             need(

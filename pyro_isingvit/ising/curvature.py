@@ -100,14 +100,20 @@ def empirical_fisher(vit: ViT, weights: Weights, images: Tensor, labels: Tensor)
         vit: the network.
         weights: kind -> (layers, out, in).
         images: (B, channels, height, width), normalised.
-        labels: (B,), true classes, or (B, C), their probabilities.
+        labels: (B,), true classes, or (B, C), their probabilities times the weight of the image, which counts as in
+            ``gnb``.
 
     Returns:
         kind -> (layers, out, in), non-negative, nats per example per squared weight.
     """
     leaves = _leaves(weights)
     with torch.enable_grad():
-        loss = F.cross_entropy(vit(leaves, images).float(), labels)
+        logits, counted = vit(leaves, images).float(), image_weights(labels)
+        if counted is None:
+            loss = F.cross_entropy(logits, labels)
+        else:
+            shares = labels / counted.unsqueeze(-1)
+            loss = (counted.sqrt() * F.cross_entropy(logits, shares, reduction="none")).mean()
         grads = torch.autograd.grad(loss, list(leaves.values()))
     return _squared_mean(grads, leaves, len(images))
 

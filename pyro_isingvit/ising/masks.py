@@ -205,23 +205,33 @@ class MaskPosterior(nn.Module):
         config = self.config
         left = (1.0 - min(1.0, 2.0 * progress)) ** 3  # gradual pruning: fast first, slow towards the target
         target = self.max_keep * (config.target_retention + (1.0 - config.target_retention) * left)
-        flat: dict[str, list[Tensor]] = {"gain": [], "base": [], "size": []}
+        flat: dict[str, list[Tensor]] = {"gain": [], "base": [], "own": [], "size": []}
         for name, (few, sizes) in self._sampled_masks(model).items():
             prior = model.prior_logits(name).flatten()[few]
             prior = torch.where(prior >= CERTAIN, -log_odds(config.delta), prior)  # straight after the pilot phase
             flat["gain"].append(gain[name].flatten()[few])
             flat["base"].append(prior - config.omega * cost[name].flatten()[few])
+            if (learned := self.correction(name)) is not None:
+                flat["own"].append(learned.flatten()[few])
             flat["size"].append(sizes)
+        own = flat.pop("own")  # learned, beside the field
         gains, base, sizes = (torch.cat(parts) for parts in flat.values())
         low, high, total = -10.0, 40.0, float(sizes.sum())  # of log kappa_mask
         for _ in range(BISECTIONS):
             middle = 0.5 * (low + high)
-            pi = torch.add(base, gains, alpha=math.exp(middle)).clamp_(-LOGIT_BOUND, self.highest).sigmoid_()
+            logits = torch.add(base, gains, alpha=math.exp(middle)).clamp_(-LOGIT_BOUND, self.highest)
+            if own:
+                logits = logits.add_(torch.cat(own)).clamp_(-LOGIT_BOUND, self.highest)
+            pi = logits.sigmoid_()
             kept = float(pi.dot(sizes)) / total
             if abs(kept - target) < CLOSE:
                 return math.exp(middle)
             low, high = (middle, high) if kept < target else (low, middle)
         return math.exp(0.5 * (low + high))
+
+    def correction(self, site: str) -> Tensor | None:
+        """What is learned beside the field, of the site's shape; None: nothing is."""
+        return self.mask_logit.get(site)
 
     def _sampled_masks(self, model: IsingViT) -> dict[str, tuple[Tensor, Tensor]]:
         """Masks that the bisection looks at: site -> their flat indices, and how many weights each covers."""

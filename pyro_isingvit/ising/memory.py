@@ -4,6 +4,7 @@ from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.ising.fused import DRAWS
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.model import IsingViT
+from pyro_isingvit.nets.vit import ViT
 
 
 def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, processes: int = 1) -> dict[str, int]:
@@ -16,7 +17,9 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
         weight_means         4 P        posterior_scale  4 P, one number a weight even where they are all the same;
                                                          8 P where they follow the curvature: log s and s
         curvature            4 P        mask_logits      4 G        prior_logits  4 G        other_parameters  4 R
-        gradients            4 (P + l P + R)                        adamw  8 (P + l P + R)
+        gradients            4 (P + l P + R)                        adamw  8 (P + l P + R), both without frozen blocks,
+                                                         whose rows have no moments, and no gradient where a parameter
+                                                         is of frozen blocks alone
         average              4 a (P + l P + R - M)               centre           4 P where training starts from a
                                                                   trained network, and 4 for each weight of a trunk
                                                                   that is not frozen; otherwise 0
@@ -60,13 +63,13 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
     draws = settings.draws or (DRAWS if guide.config.granularity == "weight" else "image")
     s = 1 if draws == "image" else max(1, draws // (processes * settings.accumulate))
     masks = g * (settings.batch_size if draws == "image" else s)
-    trained = p + learned * p + r
+    trained, (still, resting) = p + learned * p + r, _frozen(model.vit)
     lean = guide.lean and draws == "image"
     centre = sum(value.numel() for name, value in model.vit.named_buffers() if name.startswith("centre_"))
     largest = max(loc.numel() for loc in guide.loc.values())
     numbers = {
         "weight_means": p, "posterior_scale": p + followed * p, "curvature": p, "mask_logits": g, "prior_logits": g,
-        "other_parameters": r, "gradients": trained, "adamw": 2 * trained,
+        "other_parameters": r, "gradients": trained - still, "adamw": 2 * (trained - resting),
         "average": (trained - learned_logits) * (settings.average > 0),
         "draws": s * p + masks + p + g + 4 * learned * p, "draw_gradients": s * p, "centre": centre,
     }  # fmt: skip
@@ -76,3 +79,15 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
     taken = {name: 4 * number for name, number in numbers.items()}
     total = sum(taken.values())
     return taken | {"total": total, "per_masked_weight": round(total / p)}
+
+
+def _frozen(vit: ViT) -> tuple[int, int]:
+    """Numbers of parameters that are frozen as a whole, and of all rows that are (runs/layerwise.py)."""
+    if not vit.frozen:
+        return 0, 0
+    rows = {vit.norm_gain: 2 * vit.frozen, vit.norm_bias: 2 * vit.frozen}
+    rows |= {each: vit.frozen_layers(kind) for part in (vit.bias, vit.trunk) for kind, each in part.items()}
+    shares = [(each, min(1.0, rows.get(each, len(each)) / len(each))) for each in vit.parameters()]
+    return sum(each.numel() for each, share in shares if share == 1), sum(
+        round(share * p.numel()) for p, share in shares
+    )

@@ -102,6 +102,10 @@ class IsingMethod(Method):
         saliency, activation = self.model.ising.saliency, self.model.vit.config.activation
         ruled = saliency != "lm" or activation == "gelu"
         need(ruled, f"`saliency` lm has no rule for `activation` {activation}; set `saliency` to gnb.")
+        need(
+            saliency != "lm" or not settings.frozen_blocks,
+            "`saliency` lm has no rule for blocks that stay as they are (`frozen_blocks`); set `saliency` to gnb.",
+        )
         for name, asked in (("compile", settings.compile), ("noise", settings.noise == "activations")):
             need(self.fused or not asked, f"`{name}` needs the fused engine, but {why}.")
         need(
@@ -166,6 +170,12 @@ class IsingMethod(Method):
             self.guide.start_masks()
         elif phase == "finetune":
             self.guide.freeze(self.model)
+
+    def updates(self, settings: TrainConfig, steps: int) -> int | None:
+        """How often the masks are updated, with so many steps an epoch; None: there is no Ising phase."""
+        (_, pilot), (_, ising), _ = self.phases(settings)
+        every = self.guide.config.update_every
+        return (-(-(pilot + ising) * steps // every) - -(-pilot * steps // every)) if ising else None
 
     def before_step(self, x: Tensor, y: Tensor, phase: str, step: int, progress: float) -> None:
         """Every ``update_every`` steps a curvature estimate, with its scales, and in the Ising phase a mask sweep."""

@@ -4,7 +4,7 @@ No torch here, so that a command line is read before anything heavy is loaded. A
 (``methods/base.py`` has the interface) and a row in ``METHODS``.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from pyro_isingvit.core.errors import UserError, need
@@ -208,6 +208,40 @@ def with_defaults(spec: str, base: RunConfig, epochs: int | None = None) -> RunC
         raise UserError(f"{spec!r}: {error}") from error
     train = chosen.train
     if epochs is not None:
-        last = round(epochs * train.finetune_epochs / (train.epochs + train.finetune_epochs))
-        train = replace(train, epochs=epochs - last, finetune_epochs=last)
+        train = shared_out(train, epochs)
     return replace(base, method=name, ising=chosen.ising, train=train, baseline=chosen.baseline)
+
+
+def shared_out(train: TrainConfig, epochs: int) -> TrainConfig:
+    """Settings of training with so many epochs in all, of which fine-tuning keeps its share."""
+    last = round(epochs * train.finetune_epochs / (train.epochs + train.finetune_epochs))
+    return replace(train, epochs=epochs - last, finetune_epochs=last)
+
+
+READS: dict[str, tuple[str, ...]] = {  # fields of BaselineConfig, and the methods that read them
+    "drop_rate": ("dropout", "dropconnect", "concrete-dropout", "l0"),
+    "members": ("ensemble", "ising-ensemble"),
+    "sparsity": ("magnitude", "gradual-magnitude", "hypersparse", "lobster"),
+    "l0_penalty": ("l0",),
+    "kl_weight": ("sparse-vd",),
+    "length_scale": ("concrete-dropout",),
+    "hypersparse_weight": ("hypersparse",),
+    "hypersparse_growth": ("hypersparse",),
+    "lobster_weight": ("lobster",),
+}
+
+
+def unread(config: RunConfig) -> list[str]:
+    """Settings of other methods, which differ from this one's defaults and do nothing.
+
+    Examples:
+        >>> from pyro_isingvit.core.settings import BaselineConfig, RunConfig
+        >>> unread(RunConfig(method="ising", baseline=BaselineConfig(members=3)))
+        ['members']
+    """
+    own = row(config.method)
+    masked = any(METHODS[name].home.endswith(":IsingMethod") for name in (config.method, own.members_of) if name)
+    names = [name for name, readers in READS.items() if config.method not in readers]
+    found = [name for name in names if getattr(config.baseline, name) != getattr(own.baseline, name)]
+    names = [] if masked else [each.name for each in fields(IsingConfig)]
+    return found + [name for name in names if getattr(config.ising, name) != getattr(own.ising, name)]

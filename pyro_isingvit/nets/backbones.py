@@ -100,6 +100,11 @@ def into_timm(vit: ViT, weights: Weights, net: nn.Module) -> None:
         UserError: another shape, or a bias where ``net`` has none.
     """
     _written(vit, weights, net, _timm_shape(net), timm_pairs(net, vit, weights))
+    first = 0
+    for token in (net.cls_token, net.reg_token) if net.no_embed_class else ():
+        if isinstance(token, Tensor):  # theirs have no positions: they take ours in
+            token.add_(vit.position[first : first + token.shape[1]])
+            first += token.shape[1]
     for block in net.blocks if isinstance(net.blocks, nn.Sequential) else ():
         for scale in (getattr(block.ls1, "gamma", None), getattr(block.ls2, "gamma", None)):
             if scale is not None:
@@ -355,11 +360,18 @@ def _converted(net: nn.Module, shape: Shape, pairs: Any) -> tuple[ViT, Weights]:
 
 
 def _check_equal(net: nn.Module, vit: ViT, weights: Weights) -> None:
-    """One image through both networks: what no rule above foresaw is refused too."""
+    """One image through both networks, with a random head in both: what no rule above foresaw is refused too."""
     x = torch.randn(1, *vit.image_shape, generator=torch.Generator().manual_seed(0)).to(vit.position)
     training = net.training
     single = net if next(net.parameters()).dtype == x.dtype else copy.deepcopy(net).float()
-    theirs, ours = single.eval()(x), vit(weights, x)
+    heads = [part for name, part in single.named_modules() if name in HEADS and isinstance(part, nn.Linear)]
+    own = [head.weight.data for head in heads]
+    made = torch.randn(weights["head"].shape, generator=torch.Generator().manual_seed(1)).to(x)  # theirs may be 0
+    for head in heads:
+        head.weight.data = made[0]
+    theirs, ours = single.eval()(x), vit({**weights, "head": made} if heads else weights, x)
+    for head, weight in zip(heads, own, strict=True):
+        head.weight.data = weight
     net.train(training)
     gap, size = float((theirs - ours).abs().max()), float(theirs.abs().max())
     need(gap <= TOLERANCE * max(size, 1.0), f"it cannot be converted: its logits differ by {gap:.2g} from ours.")

@@ -13,6 +13,8 @@ from pyro_isingvit.nets.vit import ViT, plain
 KINDS = ("patch", "qkv", "attn_out", "fc1", "fc2", "head_hidden", "head")  # from input to output
 WORDS = {"loc": "weights", "log_scale": "scales", "bias": "biases", "mask_logit": "mask logits"}
 
+ABOVE = ("loc", "log_scale", "mask_logit")  # of the matrices above a trunk
+
 
 class _FoundError(Exception):
     """Stops a pass through the network."""
@@ -24,11 +26,18 @@ def not_finite(network: nn.Module) -> str | None:
     Args:
         network: any module; matrices of a ViT are told apart by layer.
     """
-    found = [place for name, value in network.named_parameters() for place in _places(name, value.detach())]
+    below = _below(network)
+    found = [place for name, value in network.named_parameters() for place in _places(name, value.detach(), below)]
     return min(found)[-1] if found else None
 
 
-def _places(name: str, value: Tensor) -> Iterator[tuple[int, int, str]]:
+def _below(network: nn.Module) -> dict[str, int]:
+    """Layers of a kind that a trunk has, below those of the matrices."""
+    vits = [module for module in network.modules() if isinstance(module, ViT)]
+    return {kind: len(weight) for vit in vits for kind, weight in vit.trunk.items()}
+
+
+def _places(name: str, value: Tensor, below: dict[str, int]) -> Iterator[tuple[int, int, str]]:
     """Layer, place within it and words for the first layer of a parameter that is not finite."""
     if bool(torch.isfinite(value).all()):
         return
@@ -38,6 +47,8 @@ def _places(name: str, value: Tensor) -> Iterator[tuple[int, int, str]]:
         yield -1, 0, kind
         return
     layer = int(torch.isfinite(value.reshape(len(value), -1)).all(1).int().argmin())
+    if owner in ABOVE:
+        layer += below.get(kind, 0)
     depth = {"patch": -1, "head_hidden": value.numel(), "head": value.numel()}  # beyond any layer
     where = f"{WORDS.get(owner, owner)} of {kind}" + ("" if kind in depth else f", layer {layer + 1}")
     yield depth.get(kind, layer), KINDS.index(kind), where
@@ -58,7 +69,7 @@ def first_not_finite(network: nn.Module, images: Tensor) -> str | None:
     place = not_finite(network)
     if place is not None:
         return place
-    vits = [module for module in network.modules() if isinstance(module, ViT)]
+    below, vits = _below(network), [module for module in network.modules() if isinstance(module, ViT)]
     locs = [getattr(module, "loc", None) for module in network.modules()]
     weights = [dict(loc.items()) for loc in locs if isinstance(loc, nn.ParameterDict)]
 
@@ -66,7 +77,7 @@ def first_not_finite(network: nn.Module, images: Tensor) -> str | None:
         y = plain(kind, layer, x, weight, bias)
         for values, what in ((x, "input"), (y, "output")):
             if not bool(torch.isfinite(values).all()):
-                raise _FoundError(f"{what} of {kind}, layer {layer + 1}")
+                raise _FoundError(f"{what} of {kind}, layer {layer + below.get(kind, 0) + 1}")
         return y
 
     try:

@@ -32,12 +32,14 @@ class MaskedImages(nn.Module):
         weights: its matrices, kind -> (layers, out, in).
 
     Raises:
-        UserError: too few patches to hide some and show some.
+        UserError: too few patches to hide some and show some, or patches that overlap.
     """
 
     def __init__(self, vit: ViT, masked: float, width: int = 64, depth: int = 1) -> None:
         super().__init__()
         need(vit.stem is None, "`stem` conv would let the network see the pixels of hidden patches; leave it out.")
+        apart = vit.config.stride >= vit.config.patch_size
+        need(apart, "`patch_stride` would let the network see pixels of hidden patches in shown ones; leave it out.")
         need(width % 16 == 0, f"`decoder_width` must be a multiple of 16, not {width}.")
         self.vit, self.tokens = vit, vit.grid[0] * vit.grid[1]
         self.shown = self.tokens - round(masked * self.tokens)

@@ -1,7 +1,10 @@
 """What a run folder holds: names of its files, its settings, its epochs as JSON lines."""
 
+import contextlib
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,35 @@ def need_room(folder: Path) -> None:
     need_folder(folder)
     others = [] if holds_run(folder) else [name for name in (*FILES, REPORT, COMPACT) if (folder / name).exists()]
     need(not others, f"{folder} holds {', '.join(others)} but no run, which would replace them; name another folder.")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other trainings out of a folder within the block; nothing is written, and a kill leaves nothing.
+
+    Raises:
+        UserError: another process trains in it, or it cannot be made.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows cannot lock a folder
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}.") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is training in {folder}; wait for it, or name another folder.") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def clear_run(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_isingvit.core.checkpoint import load_checkpoint
@@ -31,7 +32,8 @@ def open_run(folder: str | Path, device: str = "cpu") -> Run:
     info = _info(folder, state)
     try:
         need(least_numbers(config, info) <= _held(state), "the network is larger than what the file holds")
-        run = build_run(config, info, state["num_data"], folder)
+        with torch.random.fork_rng(devices=[]):  # it starts from random weights
+            run = build_run(config, info, state["num_data"], folder)
         run.load_state(state)
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
         raise _misfit(folder, error) from error

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.runs.layerwise import LayerwiseAdamW, Networks
 
+FEW_STEPS = 0.3  # largest share of a weight that one step may take before exp(-c) is taken at its word
 FORM: dict[str, Any] = {"fused": True}  # one kernel for each parameter
 
 
@@ -29,7 +30,7 @@ def make_optimizer(groups: list[dict[str, Any]], settings: TrainConfig, networks
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainConfig, steps: int) -> LambdaLR:
-    """Warm-up, then cosine to 0 or halving; fine-tuning has a cosine of its own.
+    """Warm-up, then cosine to 0, or halving without warm-up; fine-tuning has a cosine of its own.
 
     Args:
         optimizer: whose rates follow; one call of ``step()`` for each of its own.
@@ -58,7 +59,7 @@ def with_decay(settings: TrainConfig, steps: int) -> TrainConfig:
     AdamW multiplies a weight by 1 - rate_t decay at step t, so that all steps together shrink it by exp(-c) where no
     gradient speaks for it:
 
-        c = decay sum_t rate_t = shrinkage
+        c = decay sum_t rate_t = shrinkage         prod_t (1 - rate_t decay) = exp(-shrinkage) where steps are few
 
     The best c hardly depends on the number of steps (Wang & Aitchison 2024; docs/tuning.md), the best decay does.
 
@@ -76,8 +77,15 @@ def with_decay(settings: TrainConfig, steps: int) -> TrainConfig:
     if settings.weight_decay is not None:
         return settings
     factor = rate_factor(settings, steps)
-    rates = settings.lr * sum(map(factor, range(steps * (settings.epochs + settings.finetune_epochs))))
-    return replace(settings, weight_decay=settings.shrinkage / rates)
+    rates = [settings.lr * factor(step) for step in range(steps * (settings.epochs + settings.finetune_epochs))]
+    decay, largest = settings.shrinkage / sum(rates), max(rates)
+    if decay * largest > FEW_STEPS:
+        from scipy.optimize import brentq
+
+        decay = brentq(
+            lambda d: math.prod(1 - rate * d for rate in rates) - math.exp(-settings.shrinkage), 0, 1 / largest
+        )
+    return replace(settings, weight_decay=decay)
 
 
 def halving_factor(epoch: int) -> float:
@@ -87,6 +95,8 @@ def halving_factor(epoch: int) -> float:
 
 def learning_rate_factor(step: int, main_steps: int, total_steps: int, warmup: int, finetune: float) -> float:
     """Share of the peak learning rate: linear warm-up, cosine to 0 over the main phases, and again to fine-tune."""
+    if step >= total_steps:  # what the schedule says after the last step
+        return 0.0
     if step < warmup:
         return (step + 1) / warmup
     if step < main_steps:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.precision import single_precision
 from pyro_isingvit.core.processes import gathered, own_rows
 from pyro_isingvit.core.random_state import RandomState, undisturbed
 from pyro_isingvit.data.images import Images, as_images
@@ -26,6 +27,7 @@ TRUNK_CHUNK = 256  # images whose tokens above the trunk are kept
 MARGIN_BATCH = 64
 
 
+@single_precision()
 @torch.no_grad()
 def draw_predictive(
     run: Run,

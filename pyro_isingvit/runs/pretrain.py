@@ -284,3 +284,4 @@ class Pretraining:
                 torch.cuda.set_rng_state(state["cuda_rng"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder / CHECKPOINT} does not fit {SETTINGS}: {why(error)}") from error
+        write_text(self.folder / HISTORY, to_lines(self.history))  # a kill between the two files left an older one

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.precision import single_precision
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.ising.guide import IsingGuide
@@ -170,6 +171,7 @@ class Run:
 NOTHING = 0.02  # a layer that keeps less than this share of its weights is as good as dropped
 
 
+@single_precision()
 def build_run(
     config: RunConfig, info: DataInfo, num_data: int, folder: Path | None = None, model: IsingViT | None = None
 ) -> Run:

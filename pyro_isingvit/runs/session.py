@@ -160,6 +160,8 @@ class Session:
         try:
             self._take(state, strict)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            if "optimizer" not in state:
+                raise UserError(f"{folder} was shared or saved from a shared run: it has nothing to resume.") from error
             raise UserError(f"{folder / CHECKPOINT} does not fit its {CONFIG}: {error}") from error
         if folder == own:  # a kill between the two files, or a damaged checkpoint, has left another history
             on_first(lambda: write_text(folder / HISTORY, to_lines(self.run.history)))

@@ -83,7 +83,8 @@ def open_shared(folder: Path, device: str = "cpu") -> Run:
         need(not remembers or num_data * info.num_classes < MOST, "num_data is too large")
         by_class = any(kind.class_memory and getattr(config.train, name, 0) for name, kind in PENALTIES.items())
         need(not by_class or info.num_classes**2 * config.vit.width < MOST, "there are too many classes")
-        run = build_run(config, info, num_data, folder)
+        with torch.random.fork_rng(devices=[]):  # it starts from random weights
+            run = build_run(config, info, num_data, folder)
         given, own = {**kept, **tensors}, run.state()
         state: dict[str, Any] = {"history": []}
         for part in PARTS:

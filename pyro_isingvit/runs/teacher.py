@@ -111,7 +111,10 @@ class Teacher:
         self.runs, self.info, self.settings = list(runs), run.info, run.config.train
         asked = bool(self.settings.distillation)
         need(self.runs or not asked, "`distillation` needs a trained run to learn from: name one as `teacher`.")
-        need(asked or not self.runs, "`teacher` is for the regulariser distillation: add it to `regularise`.")
+        need(
+            asked or not self.runs,
+            "`teacher` is for the regulariser distillation: set `distillation` to its weight, such as 1.",
+        )
         if not asked:
             return
         check_teachers(self.runs, self.info.classes, self.info.image_shape, self.info.scale, run.balanced)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_isingvit.core.errors import ProcessLost, UserError, need, why
 from pyro_isingvit.core.fields import check_fields
+from pyro_isingvit.core.precision import single_precision
 from pyro_isingvit.core.processes import averaged, is_first, is_lost, on_first, world
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.augment import Augmentation, group_size
@@ -43,6 +44,7 @@ from pyro_isingvit.runs.views import Views
 
 log = logging.getLogger(__name__)
 CHUNK = 1024  # training images at a time after training
+FEW_UPDATES = 10  # of masks, below which they do not get where they should
 LOOK_EVERY = 10  # steps between looks at the terms of the loss, which wait for the device
 TERMS = {"nll": "the likelihood (NLL)", "weight_kl": "the weight KL", "mask_kl": "the mask KL"}
 SHORT = {"weight_kl": "klW", "mask_kl": "klM"}
@@ -78,6 +80,7 @@ class Trainer:
         on_epoch: may be set until ``fit`` is called.
     """
 
+    @single_precision()
     def __init__(
         self,
         config: RunConfig,
@@ -137,6 +140,12 @@ class Trainer:
                 module.checkpoint_activations = self.settings.checkpoint_activations
         steps = self.steps_per_epoch = count_steps(len(data.train), self.settings.batch_size, self.multiple)
         self.total_epochs = self.settings.epochs + self.settings.finetune_epochs
+        few = self.method.updates(self.settings, steps)
+        if few is not None and few < FEW_UPDATES and is_first():
+            log.warning(
+                "%d updates of the masks in the whole training, of which one needs tens: they will hardly move; train "
+                "longer, or set `update_every` lower (%d)", few, self.method.config.ising.update_every,
+            )  # fmt: skip
         groups = self.method.parameter_groups(with_decay(self.settings, steps))
         optimizer = make_optimizer(groups, self.settings, self.method.trained_networks())
         self.scheduler = make_schedule(optimizer, self.settings, steps)
@@ -180,6 +189,7 @@ class Trainer:
             first += epochs
         raise IndexError(f"epoch {epoch} lies beyond the last phase")
 
+    @single_precision()
     def fit(self) -> Run:
         """Trains from the current epoch to the last.
 

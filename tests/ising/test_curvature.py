@@ -331,3 +331,38 @@ if __name__ == "__main__":
         torch.manual_seed(seed)
         lm, exact = (flat(SALIENCY[name](*setting(20))) for name in ("lm", "exact"))
         print(f"  untrained, weights twice the initial ones: {spearmanr(lm, exact).statistic:.3f}")
+
+
+@pytest.mark.parametrize("name", ["exact", "gnb", "lm", "hutchinson", "empirical_fisher"])
+def test_an_image_of_weight_4_counts_4_times(name: str) -> None:
+    torch.manual_seed(0)
+    weights, x = {"a": torch.randn(1, 3, 4)}, torch.randn(1, 4)
+    y = F.one_hot(torch.tensor([1]), 3).float()
+
+    def net(w, images):
+        return F.linear(images, w["a"][0])
+
+    found = []
+    for weight in (1.0, 4.0):
+        torch.manual_seed(1)
+        found.append(_summed(name, net, weights, x, weight * y))
+    assert found[1] == pytest.approx(4 * found[0], rel=1e-5)
+
+
+def _summed(name: str, net, weights, x, y) -> float:
+    """With two classes alike and no ViT's activations to keep, every estimator takes a bare function."""
+    vit = net if name in ("gnb", "empirical_fisher") else _Bare(net)
+    return float(SALIENCY[name](vit, weights, x, y)["a"].sum())
+
+
+class _Bare(torch.nn.Module):
+    """A function of weights and images where a ViT is expected."""
+
+    checkpoint_activations = False
+
+    def __init__(self, net) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, weights, images):
+        return self.net(weights, images)

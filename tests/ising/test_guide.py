@@ -347,3 +347,16 @@ def test_curvature_images_are_shared_out_evenly(monkeypatch) -> None:
         guide.observe(model, x, y)
     torch.testing.assert_close(torch.cat(seen), x[:15])
     assert {len(images) for images in seen} == {5}
+
+
+def test_hybrid_masks_meet_the_target_with_their_correction() -> None:
+    model, guide = make_pair(mask_posterior="hybrid", mask_damping=1.0, target_retention=0.4, max_keep=1.0)
+    guide.start_masks()
+    for logit in guide.mask_logit.values():
+        logit.data.fill_(-2.0)
+    for _ in range(30):
+        guide.observe(model, X, Y)
+    for _ in range(5):
+        guide.update(model)
+    kept = torch.cat([guide.weight_retention(kind).flatten() for kind in guide.kinds]).mean()
+    assert float(kept.detach()) == pytest.approx(0.4, abs=0.03)

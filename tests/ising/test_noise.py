@@ -92,8 +92,11 @@ def test_before_and_after_the_ising_phase_no_mask_moves() -> None:
     guide.phase = "pilot"
     before = guide.field("fc1").clone()
     guide.set_noise(0.9)
+    guide.set_noise(0.8)
     assert torch.equal(guide.field("fc1"), before)
     guide.start_masks()
+    assert guide.retention("fc1").max() == pytest.approx(0.8)
+    guide.set_noise(0.9)
     assert guide.retention("fc1").max() == pytest.approx(0.9)
     guide.freeze(model)
     before = guide.field("fc1").clone()

@@ -167,3 +167,27 @@ def test_another_shape_is_not_written_into():
         vit.bias["qkv"].fill_(1.0)
     with pytest.raises(UserError, match="a bias of ours"):
         into_timm(vit, weights, vt.VisionTransformer(**SHAPE | {"qkv_bias": False}))
+
+
+@pytest.mark.parametrize("name", ["deit3: LayerScale, no position of CLS", "dinov2 with registers"])
+def test_positions_that_theirs_has_not_go_into_its_tokens(name):
+    """Training moves the positions of CLS and registers, which those networks do not have."""
+    build = partial(vt.VisionTransformer, **SHAPE | OPTIONS[name])
+    vit, weights = from_timm(build())
+    shaken(vit, seed=3)
+    other = build().eval()
+    into_timm(vit, weights, other)
+    x = images(vit)
+    assert_close(other(x), vit(weights, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_of_zeros_hides_nothing():
+    net = shaken(vt.VisionTransformer(**SHAPE))
+    net.head.weight.data.zero_()
+    net.head.bias.data.zero_()
+    weights = from_timm(net)[1]
+    assert not weights["head"].any() and not net.head.weight.any() and not net.training
+    net.blocks[0].attn.scale = 3.0
+    net.blocks[0].attn.fused_attn = False
+    with pytest.raises(UserError, match="logits differ"):
+        from_timm(net)

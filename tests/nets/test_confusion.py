@@ -103,6 +103,8 @@ def test_the_average_follows_and_the_norm_with_it() -> None:
     torch.testing.assert_close(torch.outer(memory["left"], memory["right"]), torch.outer(u[:, 0], v[0]))
     still = confusion(first, LABELS, SHARES, False, memory)
     assert float(still) <= float(s[0]) + 0.2
+    mixed = MOMENTUM * memory["mean"] + (1 - MOMENTUM) * by_hand(first)
+    torch.testing.assert_close(still, u[:, 0] @ (mixed * column_weights(SHARES)) @ v[0])
 
 
 def test_parts_of_a_step_have_its_value_as_their_mean() -> None:

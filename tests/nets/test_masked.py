@@ -1,5 +1,7 @@
 """Masked-image modelling: what is hidden stays hidden, and the loss is what it says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -13,8 +15,6 @@ SHAPE = ViTConfig(patch_size=2, width=16, heads=2, depth=1, mlp_ratio=2)
 
 def made(share=0.75, **changes):
     torch.manual_seed(0)
-    from dataclasses import replace
-
     return MaskedImages(ViT(replace(SHAPE, **changes), 1, 8, 8, classes=2), share, width=16)
 
 
@@ -81,3 +81,8 @@ def test_shares_that_cannot_be(share, message):
 def test_a_decoder_that_cannot_be():
     with pytest.raises(UserError, match="multiple of 16"):
         MaskedImages(ViT(SHAPE, 1, 8, 8, classes=2), 0.5, width=20)
+
+
+def test_patches_that_overlap_cannot_be_hidden():
+    with pytest.raises(UserError, match="`patch_stride` would let the network see"):
+        MaskedImages(ViT(replace(SHAPE, patch_stride=1), 1, 8, 8, classes=2), 0.5, width=16)

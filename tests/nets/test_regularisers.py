@@ -291,3 +291,12 @@ def test_the_command_line_names_them(capsys, tmp_path: Path) -> None:
     refuses(capsys, lambda: main([*words, "nope"]), "unknown regulariser", "attention-entropy")
     assert not (tmp_path / "r").exists()
     assert set(METHODS) >= {"ising"}
+
+
+def test_a_strength_of_ones_own_is_not_overridden_unasked() -> None:
+    with pytest.raises(
+        UserError, match=r"logit-penalty of `regularise` would set `logit_penalty` to 0\.1, and it is 0\.5"
+    ):
+        regularised(TrainConfig(logit_penalty=0.5), ["logit-penalty"])
+    assert regularised(TrainConfig(logit_penalty=0.5), ["logit-penalty:0.3"]).logit_penalty == 0.3
+    assert regularised(TrainConfig(logit_penalty=0.1), ["logit-penalty"]).logit_penalty == 0.1

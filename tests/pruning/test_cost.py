@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CONFIG, make_pair, trainer
+from helpers import CONFIG, INFO, TINY, make_pair, trainer
 from torch import Tensor
 
 from pyro_isingvit.core.settings import IsingConfig, ViTConfig
@@ -12,6 +12,9 @@ from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.ising.fused import FusedELBO
 from pyro_isingvit.ising.layout import GRANULARITIES
 from pyro_isingvit.ising.memory import training_memory
+from pyro_isingvit.nets.start import Start
+from pyro_isingvit.nets.vit import ViT
+from pyro_isingvit.runs.trainer import Trainer
 
 WIDE = ViTConfig(patch_size=2, width=64, heads=2, depth=2, mlp_ratio=2)
 
@@ -77,3 +80,18 @@ def test_bytes_of_a_masked_weight_as_documented() -> None:
         assert taken["per_masked_weight"] == pytest.approx(expected, abs=1)
         without = training_memory(model, guide, TrainConfig(draws=draws, average=0.0))
         assert without["average"] == 0 and without["per_masked_weight"] == pytest.approx(expected - 4, abs=1)
+
+
+@pytest.mark.parametrize("frozen", [0, 2, 3])
+def test_frozen_blocks_have_no_gradients_and_no_moments(data, frozen: int) -> None:
+    shape = replace(TINY, depth=4)
+    vit = ViT(shape, 1, 4, 4, classes=3)
+    start = Start.of(vit, vit.initial_weights(), INFO.scale, "made")
+    config = replace(CONFIG, vit=shape, ising=IsingConfig(bayesian_blocks=1), init="made")
+    config = replace(config, train=replace(config.train, epochs=1, frozen_blocks=frozen))
+    t = Trainer(config, data, None, False, start=start)
+    t.fit()
+    taken = training_memory(t.run.model, t.run.guide, t.settings)
+    assert taken["gradients"] == size(p.grad for p in t.method.parameters() if p.grad is not None)
+    moments = [value for state in t.optimizer.state.values() for name, value in state.items() if name != "step"]
+    assert taken["adamw"] == size(moments)

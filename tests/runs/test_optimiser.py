@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_isingvit.core.train_settings import TrainConfig
-from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule, with_decay
+from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule, rate_factor, with_decay
 
 SETTINGS = TrainConfig(epochs=30, finetune_epochs=4, lr=0.01, warmup_fraction=0.1)
 STEPS = 5
@@ -77,3 +77,14 @@ def test_the_fast_form_has_the_numbers_of_the_slow_one_up_to_rounding() -> None:
         results[form] = torch.cat([p.detach().double().flatten() for p in parameters])
     error = {form: float((results[form] - results["exact"]).abs().max()) for form in ("fast", "slow")}
     assert error["slow"] < 1e-5 and error["fast"] < 2 * error["slow"]
+
+
+@pytest.mark.parametrize("shrinkage", [0.5, 1.5, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 12, 40, 400])
+def test_few_steps_shrink_as_many_do(steps: int, shrinkage: float) -> None:
+    """One step took 1.5 times the weights themselves: they changed their sign."""
+    settings = TrainConfig(epochs=1, shrinkage=shrinkage)
+    decay, factor = with_decay(settings, steps).weight_decay, rate_factor(settings, steps)
+    left = [1 - settings.lr * factor(step) * decay for step in range(steps)]
+    assert min(left) >= 0.65 if steps >= 40 else min(left) > 0
+    assert math.prod(left) == pytest.approx(math.exp(-shrinkage), rel=0.25)

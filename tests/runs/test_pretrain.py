@@ -244,3 +244,17 @@ def test_deep_images_and_settings_of_older_versions(tmp_path):
     (tmp_path / FILE).write_text(json.dumps(kept))
     older = PretrainSettings.read(tmp_path)
     assert older.resize == "stretch" and older.test
+
+
+def test_a_negative_margin_is_refused() -> None:
+    with pytest.raises(UserError, match="`margin` must not be negative"):
+        made(margin=-1)
+
+
+def test_a_kill_between_checkpoint_and_history_loses_no_line(tmp_path) -> None:
+    made(tmp_path / "p").run()
+    history = (tmp_path / "p" / "metrics.jsonl").read_text()
+    (tmp_path / "p" / "metrics.jsonl").write_text(history.splitlines(keepends=True)[0])
+    again = made(tmp_path / "p")
+    again.restore()
+    assert (tmp_path / "p" / "metrics.jsonl").read_text() == history

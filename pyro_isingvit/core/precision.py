@@ -1,0 +1,17 @@
+"""Networks compute in single precision, whatever torch's default type is."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def single_precision() -> Iterator[None]:
+    """float32 as torch's default type within a block or, as a decorator, a function; Pyro users often set float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
