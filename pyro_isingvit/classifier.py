@@ -125,7 +125,7 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         need(len(self.classes_) > 1, f"`y` has only one class, '{self.classes_[0]}'; at least two are needed.")
         self.image_shape_ = self._shape(X)
         low_high = None if X.dtype == np.uint8 else (float(X.min()), float(X.max()))
-        self.pixel_range_ = low_high
+        self.pixel_range_, self._floats = low_high, X.dtype.kind == "f"
         data = self._data(self._pixels(X), torch.from_numpy(numbers.astype(np.int64)), seed)
         chosen = {"seed": seed, "samples": plain(self.samples)} | self._settings()
         if self.epochs is not None:
@@ -215,6 +215,7 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
                 wanted = tuple(np.atleast_1d(self.image_shape).tolist())
                 last, first = (shape[: len(wanted)] == wanted for shape in (X.shape[1:], (*X.shape[2:], X.shape[1])))
                 need(last or first, f"`image_shape` {wanted} is not that of `X`, whose shape is {X.shape}.")
+                first = first and not last
             need(last or first, f"`X` has shape {X.shape}; one axis must be the channels, 1 or 3 of them.")
             need(
                 last != first, f"`X` has shape {X.shape}: both axes can be the channels; give `image_shape` (H, W, C)."
@@ -257,7 +258,10 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         else:
             low, high = self.pixel_range_
             need(
-                X.dtype.kind == "f" or not 0 <= low <= high <= 1 or X.max(initial=0) <= 1,
+                not getattr(self, "_floats", False)
+                or X.dtype.kind == "f"
+                or not 0 <= low <= high <= 1
+                or X.max(initial=0) <= 1,
                 f"`X` is {X.dtype} up to {X.max(initial=0)}; the training images were floats from {low:.3g} to "
                 f"{high:.3g}. Scale both alike.",
             )

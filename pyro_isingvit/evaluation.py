@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyro_isingvit.core.checkpoint import uninterrupted, write_json
 from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.precision import single_precision
 from pyro_isingvit.data.split import UNLABELLED, Split
 from pyro_isingvit.predictive.by_class import class_metrics
 from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, fit_temperature, temper
@@ -41,6 +42,7 @@ class Evaluation:
     validation: Validation | None = None
 
 
+@single_precision()
 def evaluate(
     run: Run,
     split: Split,
@@ -114,6 +116,7 @@ def evaluate(
     return Evaluation(split, draws, metrics, seed, validation)
 
 
+@single_precision()
 def write_evaluation(run: Run, evaluation: Evaluation, folder: Path, full: bool = False) -> None:
     """Writes posterior.nc, then metrics.json, each atomically; Ctrl-C waits for both, which belong together.
 

@@ -267,7 +267,8 @@ def fit(
     elif given is not None and given.vit.centred:  # IsingViT.from_pretrained
         info = data.info.with_scale_of(given.info)
         config, data = replace(config, init="IsingViT.from_pretrained"), replace(data, info=info)
-    with torch.random.fork_rng():
+    cuda = config.train.device != "cpu" and torch.cuda.is_available()
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []):
         return _trained(Trainer(config, data, None, progress, given, start=start, teachers=teachers), data)
 
 

@@ -222,8 +222,10 @@ def test_whole_numbers_after_shares_are_refused(made) -> None:
         UserError, match=r"uint8 up to \d+; the training images were floats from 0 to 0\.\d+\. Scale both"
     ):
         classifier.predict(images)
-    black_and_white = (images > 99).astype(np.uint8)
+    black_and_white = (images > 99).astype(np.int64)
     assert classifier.predict(black_and_white).shape == (90,)
+    counts = quick(epochs=1).fit(black_and_white, names)  # whole numbers to 1 are cut like any others
+    assert (counts.predict(2 * black_and_white) == counts.predict(black_and_white)).all()
 
 
 def test_numbers_of_numpy_are_numbers(made) -> None:
@@ -262,5 +264,7 @@ def test_height_and_width_alone_tell_the_layout() -> None:
     X, y = np.random.default_rng(0).integers(0, 255, (30, 3, 8, 3), dtype=np.uint8), ["a", "b", "c"] * 10
     assert quick(epochs=1, image_shape=(3, 8)).fit(X, y).image_shape_ == (3, 8, 3)
     assert quick(epochs=1, image_shape=(8, 3)).fit(X, y).image_shape_ == (8, 3, 3)
+    cube = np.random.default_rng(0).integers(0, 255, (30, 3, 3, 3), dtype=np.uint8)
+    assert quick(epochs=1, image_shape=(3, 3, 3)).fit(cube, y).image_shape_ == (3, 3, 3)
     with pytest.raises(UserError, match=r"`image_shape` \(4, 4\) is not that of `X`"):
         quick(epochs=1, image_shape=(4, 4)).fit(X, y)

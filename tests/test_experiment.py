@@ -378,7 +378,7 @@ def test_the_callers_random_numbers_go_on(images, tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), wanted)
 
 
-def test_another_default_type_changes_nothing(images) -> None:
+def test_another_default_type_changes_nothing(images, tmp_path: Path) -> None:
     """Pyro's users often set float64."""
     run = fit(TINY, images, **QUICK_FIT)
     torch.set_default_dtype(torch.float64)
@@ -388,6 +388,11 @@ def test_another_default_type_changes_nothing(images) -> None:
         copy = pickle.loads(pickle.dumps(again))
         assert torch.get_default_dtype() == torch.float64
         assert again.evaluate(images.test)["nll"] == run.evaluate(images.test)["nll"]
+        again.save(tmp_path / "run")
+        small = again.prune(keep=0.5)
+        assert torch.equal(small.predict(images.test.images)[0], run.prune(keep=0.5).predict(images.test.images)[0])
+        model = IsingViT(TINY, images.info)
+        fit(model, images, **{**QUICK_FIT, "epochs": 1})
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(probs, run.predict(images.test.images, 3).probs) and probs.dtype == torch.float32
@@ -425,16 +430,21 @@ def test_which_method_reads_what_is_as_the_settings_say() -> None:
     text = Path(settings_module.__file__).read_text()
     for name, readers in READS.items():
         said = re.search(rf'    {name}: [^\n]*\n    """([^"]*)"""', text)
-        assert said and set(re.findall(r"[a-z0-9]+(?:-[a-z]+)*", said[1])) >= set(readers), name
+        assert said and set(re.findall(r"[a-z0-9]+(?:-[a-z]+)*", said[1])) & METHODS.keys() == set(readers), name
     assert set(READS) == {each.name for each in fields(BaselineConfig)}
 
 
 def test_few_updates_of_the_masks_are_told(images, caplog) -> None:
-    fit(TINY, images, **{**QUICK_FIT, "epochs": 4, "pilot_fraction": 0.5, "update_every": 5})
+    few = {**QUICK_FIT, "epochs": 4, "pilot_fraction": 0.5, "update_every": 5}
     steps = 2 * -(-60 // QUICK_FIT.get("batch_size", 64))
+    fit(TINY, images, **few)
     assert f"{-(-2 * steps // 5) - -(-steps // 5)} updates of the masks in the whole training" in caplog.text
     caplog.clear()
-    fit(TINY, images, method="dropout", **{**QUICK_FIT, "epochs": 2})
+    fit(TINY, images, method="ising-ensemble", members=2, max_keep=0.9, **few)
+    assert caplog.text.count("updates of the masks") == 1
+    caplog.clear()
+    for enough in ({"method": "dropout"}, {"mask_damping": 1.0}, {"mask_posterior": "learned", "max_keep": 0.9}):
+        fit(TINY, images, **few, **enough)
     assert "updates of the masks" not in caplog.text
 
 

@@ -50,7 +50,7 @@ class Scale:
 
     def standardised(self, x: Tensor) -> Tensor:
         """(x - mean) / std of scaled images (B, C, H, W)."""
-        mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (torch.tensor(v, device=x.device, dtype=x.dtype).view(-1, 1, 1) for v in (self.mean, self.std))
         return (x - mean) / std
 
     def shown(self, images: Tensor) -> Tensor:

@@ -98,9 +98,7 @@ def regularised(train: TrainConfig, names: Sequence[str]) -> TrainConfig:
         need(
             number or own in (strength, getattr(usual, row.setting)),
             f"{name} of `regularise` would set `{row.setting}` to {row.strength:g}, and it is {own}: leave out one of "
-            f"them, or give the strength, as in {name}:{own:g}."
-            if own
-            else "",
+            f"them, or give the strength, as in {name}:{row.strength:g}.",
         )
         for key, value in row.sets.items():
             own = getattr(train, key)

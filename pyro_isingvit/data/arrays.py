@@ -353,6 +353,8 @@ def loss_weights(weights: Any) -> Tensor | None:
         array = to_array(weights).astype(np.float64)
     except (TypeError, ValueError) as error:
         raise UserError(f"{wrong} ({why(error)}).") from error
+    if not array.size:
+        return torch.zeros(0)
     need(array.ndim == 1 and bool((np.isfinite(array) & (array > 0)).all()), f"{wrong}.")
     with np.errstate(over="ignore"):
         found = (array / array.max() / (array / array.max()).mean()).astype(np.float32)

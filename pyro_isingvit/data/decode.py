@@ -221,7 +221,9 @@ def _pixels(path: Path, pages: Pages, channels: int) -> np.ndarray:
     if path.suffix.lower() in NPY:
         return _plain(np.array(_npy(path)))
     if path.suffix.lower() in TIFF and _odd_tiff(path, pages):
-        return _plain(_tiff(path, pages))
+        bands = _plain(_tiff(path, pages))
+        # Before version 0.15 what is beside red, green and blue was left out.
+        return bands[..., :3] if channels == 3 and pages == "first" else bands
     from PIL import Image
 
     # Given a path, Pillow maps a plain TIFF into memory, and takes the sides of a turned one for each other.

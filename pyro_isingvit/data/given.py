@@ -95,7 +95,10 @@ def labelled(data: Labelled, info: DataInfo, name: str) -> Split:
     if labels.dtype.kind in "iu":
         other = [f"{number} is {text!r}" for text, number in known.items() if _other_number(str(text), number)]
         told = f"`{what}labels` are whole numbers, but classes are called by others ({', '.join(other[:3])})"
-        need(not other, f"{told}; give names, such as by `labels.astype(str)`.")
+        fix = (
+            "give names: `labels.astype(str)` of such that are names, `np.array(classes)[labels]` of numbers from 0 on"
+        )
+        need(not other, f"{told}; {fix}.")
         known = {number: number for number in known.values()}
     else:
         labels = labels.astype(str)

@@ -93,8 +93,8 @@ def load_data(
     numbers: tuple[Any, ...] = (train_size, image_size)
     size, side = (operator.index(n) if hasattr(n, "__index__") else n for n in numbers)
     source = DataConfig(
-        dataset, str(data_root), download, size, float(val_fraction), side, resize, intensity, pages, groups,
-        columns, None if cache is None else str(cache),
+        dataset, str(data_root), bool(download), size, float(val_fraction), side, resize, intensity, pages, groups,
+        columns or "", None if cache is None else str(cache),
     )  # fmt: skip
     check_fields(source)
     return replace(load_divided(source, seed), source=(replace(source, download=False), seed))

@@ -176,7 +176,8 @@ class ImageData:
         Args:
             images: NumPy array, torch tensor or nested list of shape (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 to
                 16 channels. uint8 or other integers from 0 to 255; floats in [0, 1], which are rounded to 255ths; bool,
-                which becomes 0 and 255. With ``intensity``, uint16 and floats stay as they are. An ``Images`` is taken
+                which becomes 0 and 255. With ``intensity``, uint16 and floats stay as they are, and integers of other
+                types than uint8 become floats. An ``Images`` is taken
                 as it is. A torch ``Dataset`` is read by ``from_dataset``.
             labels: (N,) or (N, 1). Integers 0..C-1 without gaps; strings, bool or anything else that has an order
                 become classes in sorted order.
@@ -218,9 +219,10 @@ class ImageData:
             classes = getattr(images, "classes", None)  # torchvision's data sets name theirs
         pixels, raw = read(images, labels, "")
         names, numbers = find_classes(raw, classes)
-        nameless = sum(map(missing, () if groups is None else groups))
+        patients: list[Any] = [] if groups is None else list(groups)
+        nameless = sum(missing(patient) for patient in patients if np.shape(patient) == ())
         need(not nameless, f"`groups` have {nameless} NaN or missing values; name them, or remove those images.")
-        named = () if groups is None else tuple(printable(str(group)) for group in groups)
+        named = tuple(printable(str(patient)) for patient in patients)
         pool = Split(pixels, class_numbers(raw, numbers, ""), (), named, loss_weights(weights))
         parts: dict[str, Split | None] = {}
         for part, given in (("val", val), ("test", test)):

@@ -4,7 +4,9 @@ The table may come from anyone: paths stay below its folder, texts are shown wit
 """
 
 import csv
+import itertools
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("path", "label", "split", "group", "weight")
 NEEDED = COLUMNS[:2]
+END = "\x1e"  # a line after the last: where a quote is open, it is no line of its own
 SPLITS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
 }  # fmt: skip
@@ -151,21 +154,23 @@ def _rows(file: Path) -> tuple[list[str], list[int], list[list[str]]]:
     Raises:
         UserError: a file that is no such table, or a row with more fields than there are names.
     """
-    starts, rows = [], []
+    starts, rows, limit = [1], list[list[str]](), csv.field_size_limit(sys.maxsize)
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             first = lines.readline()
             lines.seek(0)
-            reader = csv.reader(lines, delimiter=max(",;\t", key=first.count), skipinitialspace=True, strict=True)
-            head = [name.strip() for name in next(reader, [])]
-            last = reader.line_num
+            separator = max(",;\t", key=first.count)
+            reader = csv.reader(itertools.chain(lines, [END]), delimiter=separator, skipinitialspace=True)
             for row in reader:
-                starts.append(last + 1)
                 rows.append(row)
-                last = reader.line_num
+                starts.append(reader.line_num + 1)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"cannot read {file} as a table in UTF-8 ({why(error)}).") from error
-    need(any(head), f"cannot read {file} as a table in UTF-8 (its first line has no names of columns).")
+    finally:
+        csv.field_size_limit(limit)
+    need(rows.pop() == [END], f"cannot read {file} as a table (line {starts[-2]}: a quote is not closed).")
+    head, starts = [name.strip() for name in rows.pop(0)] if rows else [], starts[1:-2]
+    need(any(head), f"cannot read {file} as a table (its first line has no names of columns).")
     for line, row in zip(starts, rows, strict=True):
         if len(row) > len(head):
             fix = f"line {line} has {len(row)} fields, and there are {len(head)} columns; quote what holds a separator"

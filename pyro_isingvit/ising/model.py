@@ -19,6 +19,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.precision import single_precision
 from pyro_isingvit.core.presets import preset
 from pyro_isingvit.core.settings import IsingConfig, ViTConfig
 from pyro_isingvit.data.info import DataInfo
@@ -79,6 +80,7 @@ class IsingViT(nn.Module):
         (torch.Size([4, 3]), torch.Size([4, 3, 10]))
     """
 
+    @single_precision()
     def __init__(
         self,
         vit: ViTConfig,

@@ -115,8 +115,8 @@ class Method(nn.Module):
     def begin(self, phase: str) -> None:
         """Called once, before the first epoch of a phase."""
 
-    def updates(self, settings: TrainConfig, steps: int) -> int | None:
-        """How often masks are updated beside the steps, with so many steps an epoch; None: they are not."""
+    def few_updates(self, settings: TrainConfig, steps: int) -> int | None:
+        """Updates of masks beside the steps, ``steps`` an epoch, where they are too few; None: they are not."""
         return None
 
     def before_step(self, x: Tensor, y: Tensor, phase: str, step: int, progress: float) -> None:

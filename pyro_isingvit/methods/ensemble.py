@@ -82,6 +82,10 @@ class Ensemble(Method):
         for member in self.networks:
             member.begin(phase)
 
+    def few_updates(self, settings: TrainConfig, steps: int) -> int | None:
+        """That of every member."""
+        return self.networks[0].few_updates(settings, steps)
+
     def before_step(self, x: Tensor, y: Tensor, phase: str, step: int, progress: float) -> None:
         """Tells every member."""
         for member in self.networks:

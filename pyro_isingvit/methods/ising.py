@@ -5,6 +5,7 @@ The loss is that of docs/method.md, Objective:
 loss = -(1/N) E_q log p(y | x, W) + (KL of weights + KL of masks) / (kappa_weights N) + penalties
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from pyro_isingvit.methods.base import Method, Networks, Terms
 from pyro_isingvit.methods.rates import matrix_groups
 from pyro_isingvit.nets.vit import ViT, Weights, stack
 
+LEFT = 0.1
 KINDS_OF_SITE = {"xi": "mask_kl", "w": "weight_kl", "y": "nll"}  # first part of a site's name -> the loss term
 
 
@@ -171,11 +173,15 @@ class IsingMethod(Method):
         elif phase == "finetune":
             self.guide.freeze(self.model)
 
-    def updates(self, settings: TrainConfig, steps: int) -> int | None:
-        """How often the masks are updated, with so many steps an epoch; None: there is no Ising phase."""
+    def few_updates(self, settings: TrainConfig, steps: int) -> int | None:
+        """The number, where more than a tenth of the way to where the field equation wants the masks would be left."""
         (_, pilot), (_, ising), _ = self.phases(settings)
-        every = self.guide.config.update_every
-        return (-(-(pilot + ising) * steps // every) - -(-pilot * steps // every)) if ising else None
+        config = self.guide.config
+        count = math.ceil((pilot + ising) * steps / config.update_every) - math.ceil(
+            pilot * steps / config.update_every
+        )
+        left = (1 - config.mask_damping) ** count
+        return count if ising and config.mask_posterior != "learned" and left > LEFT else None
 
     def before_step(self, x: Tensor, y: Tensor, phase: str, step: int, progress: float) -> None:
         """Every ``update_every`` steps a curvature estimate, with its scales, and in the Ising phase a mask sweep."""

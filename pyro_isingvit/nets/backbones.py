@@ -367,12 +367,14 @@ def _check_equal(net: nn.Module, vit: ViT, weights: Weights) -> None:
     heads = [part for name, part in single.named_modules() if name in HEADS and isinstance(part, nn.Linear)]
     own = [head.weight.data for head in heads]
     made = torch.randn(weights["head"].shape, generator=torch.Generator().manual_seed(1)).to(x)  # theirs may be 0
-    for head in heads:
-        head.weight.data = made[0]
-    theirs, ours = single.eval()(x), vit({**weights, "head": made} if heads else weights, x)
-    for head, weight in zip(heads, own, strict=True):
-        head.weight.data = weight
-    net.train(training)
+    try:
+        for head in heads:
+            head.weight.data = made[0]
+        theirs, ours = single.eval()(x), vit({**weights, "head": made} if heads else weights, x)
+    finally:
+        for head, weight in zip(heads, own, strict=True):
+            head.weight.data = weight
+        net.train(training)
     gap, size = float((theirs - ours).abs().max()), float(theirs.abs().max())
     need(gap <= TOLERANCE * max(size, 1.0), f"it cannot be converted: its logits differ by {gap:.2g} from ours.")
 

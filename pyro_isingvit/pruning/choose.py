@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.precision import single_precision
 from pyro_isingvit.data.images import Images
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.ising.guide import IsingGuide
@@ -169,6 +170,7 @@ def masked_weights(run: Run, kept: Kept, weighting: Literal["slab", "mean"] = "s
     return weights
 
 
+@single_precision()
 def compact(
     run: Run,
     form: Form = "mean",

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from pyro_isingvit.core.checkpoint import write_atomically, write_text
 from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.precision import single_precision
 from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.nets.shape import ACTIVATIONS, patch_grid
 from pyro_isingvit.nets.stem import ConvStem
@@ -160,6 +161,7 @@ class CompactViT(nn.Module):
         True
     """
 
+    @single_precision()
     def __init__(self, config: CompactConfig) -> None:
         super().__init__()
         self.config = config
@@ -297,7 +299,7 @@ class CompactViT(nn.Module):
         bayes, images = self.config.form == "bayes", as_images(images)
         chunk = min(chunk, images.chunk)
         noise = torch.Generator(device=self.position.device).manual_seed(seed)
-        result = torch.empty(samples if bayes else 1, len(images), len(self.config.classes))
+        result = torch.empty(samples if bayes else 1, len(images), len(self.config.classes), dtype=self.position.dtype)
         for s in range(len(result)):
             drawn = self.draw(noise) if bayes else {}
             for i, x in enumerate(images.batches(chunk, self.normalise, self.position.device)):

@@ -82,9 +82,11 @@ def with_decay(settings: TrainConfig, steps: int) -> TrainConfig:
     if decay * largest > FEW_STEPS:
         from scipy.optimize import brentq
 
-        decay = brentq(
-            lambda d: math.prod(1 - rate * d for rate in rates) - math.exp(-settings.shrinkage), 0, 1 / largest
-        )
+        def beyond(d: float) -> float:
+            return math.prod(1 - rate * d for rate in rates) - math.exp(-settings.shrinkage)
+
+        most = 1 / largest  # which leaves nothing, but for rounding
+        decay = brentq(beyond, 0, most) if beyond(most) < 0 else most
     return replace(settings, weight_decay=decay)
 
 

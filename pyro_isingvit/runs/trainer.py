@@ -44,7 +44,6 @@ from pyro_isingvit.runs.views import Views
 
 log = logging.getLogger(__name__)
 CHUNK = 1024  # training images at a time after training
-FEW_UPDATES = 10  # of masks, below which they do not get where they should
 LOOK_EVERY = 10  # steps between looks at the terms of the loss, which wait for the device
 TERMS = {"nll": "the likelihood (NLL)", "weight_kl": "the weight KL", "mask_kl": "the mask KL"}
 SHORT = {"weight_kl": "klW", "mask_kl": "klM"}
@@ -140,11 +139,11 @@ class Trainer:
                 module.checkpoint_activations = self.settings.checkpoint_activations
         steps = self.steps_per_epoch = count_steps(len(data.train), self.settings.batch_size, self.multiple)
         self.total_epochs = self.settings.epochs + self.settings.finetune_epochs
-        few = self.method.updates(self.settings, steps)
-        if few is not None and few < FEW_UPDATES and is_first():
+        few = self.method.few_updates(self.settings, steps)
+        if few is not None and is_first():
             log.warning(
-                "%d updates of the masks in the whole training, of which one needs tens: they will hardly move; train "
-                "longer, or set `update_every` lower (%d)", few, self.method.config.ising.update_every,
+                "%d updates of the masks in the whole training are too few for them to get where they should: train "
+                "longer, or set `update_every` lower (%d)", few, config.ising.update_every,
             )  # fmt: skip
         groups = self.method.parameter_groups(with_decay(self.settings, steps))
         optimizer = make_optimizer(groups, self.settings, self.method.trained_networks())

@@ -372,7 +372,9 @@ def test_one_hot_tensors_are_named():
         ImageData.from_dataset(Items(list(GREY), list(hot)))
 
 
-@pytest.mark.parametrize("weights", [["x"] * N, [[1, 2]] * N, [1e-300, *[1e300] * (N - 1)], [1, [2, 3]] * (N // 2)])
+@pytest.mark.parametrize(
+    "weights", [["x"] * N, [[1, 2]] * N, [1e-300, *[1e300] * (N - 1)], [1, [2, 3]] * (N // 2), [0.0] * N]
+)
 def test_bad_weights(weights):
     with pytest.raises(UserError, match="`weights` must be positive"):
         ImageData.from_arrays(GREY, LABELS, weights=weights)
@@ -422,3 +424,12 @@ def test_images_as_a_run_takes_them():
     deep = ImageData.from_arrays(GREY.astype(np.uint16) * np.uint16(257), LABELS, intensity="full")
     with pytest.raises(UserError, match="numbers from 0 to 65535, not from -1 to 70000"):
         given_pixels(np.where(GREY > 99, 7e4, -1.0), deep.info)
+
+
+def test_no_weights_at_all_are_too_few():
+    with pytest.raises(UserError, match="0 weights"):
+        ImageData.from_arrays(GREY, LABELS, weights=[])
+
+
+def test_numbers_that_are_settings():
+    assert load_data("digits", download=0, columns=None).info.num_classes == 10

@@ -284,3 +284,11 @@ def test_a_tiffs_alpha_is_dropped_and_nothing_else(name, dtype, tmp_path):
     found = look(path, Reading())
     assert found.channels == len(kept)
     assert np.array_equal(read(path, Reading(), found), array[..., kept].transpose(2, 0, 1))
+
+
+def test_a_run_of_three_channels_reads_the_first_three(tmp_path):
+    """As runs before version 0.15 did, which left out what stands beside red, green and blue."""
+    array, path = RNG.integers(0, 255, (*SIZE, 4), np.uint8), tmp_path / "bands.tif"
+    tifffile.imwrite(path, array, photometric="rgb", extrasamples=["unspecified"])
+    found = read(path, Reading(), Look(3, *SIZE, "uint8"))
+    assert np.array_equal(found, array[..., :3].transpose(2, 0, 1))

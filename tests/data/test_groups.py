@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from helpers import pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -113,3 +114,12 @@ def test_first_parentheses_that_hold_nothing(pattern):
 def test_missing_groups_are_refused():
     with pytest.raises(UserError, match="`groups` have 2 NaN or missing values"):
         ImageData.from_arrays(np.zeros((9, 4, 4)), np.arange(9) % 3, groups=[None, float("nan"), *"abcdefg"])
+
+
+def test_groups_of_any_kind_stay_together():
+    """An iterator is read once, and rows of an array are groups too."""
+    ids = np.arange(60) // 3
+    for groups in (map(str, ids), np.stack([ids, ids], 1), list(torch.from_numpy(np.stack([ids, ids], 1)))):
+        data = ImageData.from_arrays(np.zeros((60, 4, 4)), np.arange(60) // 30, groups=groups)
+        assert len(set(data.train.groups)) > 5
+        check(data)

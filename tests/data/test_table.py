@@ -209,3 +209,15 @@ def test_line_numbers_count_breaks_within_quotes(folder):
     (folder / "table.csv").write_text(text + '\nscans/p0_0.png,"sick')
     with pytest.raises(UserError, match=r"cannot read .* as a table"):
         load_data(spec)
+
+
+@pytest.mark.parametrize("cell", ['"a" ', '5" tall', '"5"" tall"', "x" * 200_000])
+def test_fields_that_spreadsheets_write(cell, folder):
+    assert load_data(lines(folder, lambda i: cell, header="path,label,note")).info.classes == ("sick", "well")
+
+
+@pytest.mark.parametrize("text", ["", "\n", '"path,label\n', 'path,label\nscans/p0_0.png,"sick\nscans/p0_1.png,well'])
+def test_no_table_at_all(text, folder):
+    (folder / "table.csv").write_text(text)
+    with pytest.raises(UserError, match="cannot read .* as a table"):  # noqa: RUF043
+        load_data(f"csv:{folder / 'table.csv'}")

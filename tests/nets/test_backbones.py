@@ -191,3 +191,16 @@ def test_a_head_of_zeros_hides_nothing():
     net.blocks[0].attn.fused_attn = False
     with pytest.raises(UserError, match="logits differ"):
         from_timm(net)
+
+
+def test_a_check_that_fails_leaves_the_network_as_it_was():
+    net = shaken(vt.VisionTransformer(**SHAPE)).train()
+    before = net.head.weight.clone()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    net.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        from_timm(net)
+    assert torch.equal(net.head.weight, before) and net.training

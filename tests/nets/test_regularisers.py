@@ -298,5 +298,7 @@ def test_a_strength_of_ones_own_is_not_overridden_unasked() -> None:
         UserError, match=r"logit-penalty of `regularise` would set `logit_penalty` to 0\.1, and it is 0\.5"
     ):
         regularised(TrainConfig(logit_penalty=0.5), ["logit-penalty"])
+    with pytest.raises(UserError, match=r"mixup of `regularise` would set `mix_alpha` to 0\.2, and it is 0\.0"):
+        regularised(TrainConfig(mix_alpha=0.0), ["mixup"])
     assert regularised(TrainConfig(logit_penalty=0.5), ["logit-penalty:0.3"]).logit_penalty == 0.3
     assert regularised(TrainConfig(logit_penalty=0.1), ["logit-penalty"]).logit_penalty == 0.1

@@ -88,3 +88,8 @@ def test_few_steps_shrink_as_many_do(steps: int, shrinkage: float) -> None:
     left = [1 - settings.lr * factor(step) * decay for step in range(steps)]
     assert min(left) >= 0.65 if steps >= 40 else min(left) > 0
     assert math.prod(left) == pytest.approx(math.exp(-shrinkage), rel=0.25)
+
+
+def test_a_shrinkage_that_leaves_nothing_has_a_decay() -> None:
+    settings = TrainConfig(epochs=1, finetune_epochs=3, finetune_lr=5.0, lr=0.009, shrinkage=40.0)
+    assert math.isfinite(with_decay(settings, 1).weight_decay)
