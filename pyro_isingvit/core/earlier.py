@@ -4,7 +4,8 @@ from typing import Any
 
 # What runs did before a setting was there: the value of a config.json that lacks it, where the default is another.
 EARLIER: dict[str, dict[str, Any]] = {
-    "data": {"resize": "stretch"}, "vit": {}, "ising": {}, "train": {"average": 0.0, "rate_rule": "uniform"},
+    "data": {"resize": "stretch"}, "vit": {}, "ising": {},
+    "train": {"average": 0.0, "rate_rule": "uniform", "shrinkage_epochs": None},
 }  # fmt: skip
 
 

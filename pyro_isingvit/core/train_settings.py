@@ -146,3 +146,5 @@ class TrainConfig:
     """Matrices have a trained spectral norm, which starts at this multiple of their own; 1 is usual. 0: none."""
     weight_compander: float = 0.0
     """Weights are a arctan(v / a), a this multiple of the largest weight at the start; 1 is usual. 0: none."""
+    shrinkage_epochs: int | None = 120
+    """Longer trainings shrink weights in proportion, by shrinkage times epochs / shrinkage_epochs. None: all alike."""

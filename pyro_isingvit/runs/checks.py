@@ -42,7 +42,16 @@ def check_asked(config: TrainConfig) -> None:
 def check_training(config: TrainConfig) -> None:
     """Raises UserError where a setting is out of its range."""
     check_fields(config)
-    for name in ("epochs", "batch_size", "samples", "val_samples", "accumulate", "draws", "teacher_draws"):
+    for name in (
+        "epochs",
+        "batch_size",
+        "samples",
+        "val_samples",
+        "accumulate",
+        "draws",
+        "teacher_draws",
+        "shrinkage_epochs",
+    ):
         if isinstance(getattr(config, name), int) and getattr(config, name) < 1:
             raise UserError(f"`{name}` must be at least 1, not {getattr(config, name)}.")
     for name in ("lr", "finetune_lr", "clip_norm", "scale_lr_factor"):

@@ -59,9 +59,11 @@ def with_decay(settings: TrainConfig, steps: int) -> TrainConfig:
     AdamW multiplies a weight by 1 - rate_t decay at step t, so that all steps together shrink it by exp(-c) where no
     gradient speaks for it:
 
-        c = decay sum_t rate_t = shrinkage         prod_t (1 - rate_t decay) = exp(-shrinkage) where steps are few
+        c = decay sum_t rate_t         prod_t (1 - rate_t decay) = exp(-c) where steps are few
+        c = shrinkage max(1, epochs / shrinkage_epochs)
 
-    The best c hardly depends on the number of steps (Wang & Aitchison 2024; docs/tuning.md), the best decay does.
+    Up to 120 epochs the best c hardly depends on the number of steps (Wang & Aitchison 2024), the best decay does;
+    longer trainings need more (docs/tuning.md).
 
     Args:
         settings: of the training; returned as they are where `weight_decay` is a number.
@@ -76,14 +78,15 @@ def with_decay(settings: TrainConfig, steps: int) -> TrainConfig:
     """
     if settings.weight_decay is not None:
         return settings
-    factor = rate_factor(settings, steps)
-    rates = [settings.lr * factor(step) for step in range(steps * (settings.epochs + settings.finetune_epochs))]
-    decay, largest = settings.shrinkage / sum(rates), max(rates)
+    epochs, factor = settings.epochs + settings.finetune_epochs, rate_factor(settings, steps)
+    shrinkage = settings.shrinkage * max(1.0, epochs / (settings.shrinkage_epochs or epochs))
+    rates = [settings.lr * factor(step) for step in range(steps * epochs)]
+    decay, largest = shrinkage / sum(rates), max(rates)
     if decay * largest > FEW_STEPS:
         from scipy.optimize import brentq
 
         def beyond(d: float) -> float:
-            return math.prod(1 - rate * d for rate in rates) - math.exp(-settings.shrinkage)
+            return math.prod(1 - rate * d for rate in rates) - math.exp(-shrinkage)
 
         most = 1 / largest  # which leaves nothing, but for rounding
         decay = brentq(beyond, 0, most) if beyond(most) < 0 else most

@@ -93,3 +93,17 @@ def test_few_steps_shrink_as_many_do(steps: int, shrinkage: float) -> None:
 def test_a_shrinkage_that_leaves_nothing_has_a_decay() -> None:
     settings = TrainConfig(epochs=1, finetune_epochs=3, finetune_lr=5.0, lr=0.009, shrinkage=40.0)
     assert math.isfinite(with_decay(settings, 1).weight_decay)
+
+
+def test_long_trainings_shrink_in_proportion() -> None:
+    def decay(**changes) -> float:
+        settings = TrainConfig(shrinkage=1.5, **changes)
+        factor, steps = rate_factor(settings, STEPS), STEPS * (settings.epochs + settings.finetune_epochs)
+        return with_decay(settings, STEPS).weight_decay * settings.lr * sum(map(factor, range(steps)))
+
+    for changes, wanted in (
+        ({"epochs": 40}, 1.5), ({"epochs": 120}, 1.5), ({"epochs": 240}, 3.0),
+        ({"epochs": 200, "finetune_epochs": 40}, 3.0), ({"epochs": 240, "shrinkage_epochs": 80}, 4.5),
+        ({"epochs": 240, "shrinkage_epochs": None}, 1.5),
+    ):  # fmt: skip
+        assert decay(**changes) == pytest.approx(wanted)
