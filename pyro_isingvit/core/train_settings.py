@@ -147,4 +147,5 @@ class TrainConfig:
     weight_compander: float = 0.0
     """Weights are a arctan(v / a), a this multiple of the largest weight at the start; 1 is usual. 0: none."""
     shrinkage_epochs: int | None = 120
-    """Longer trainings shrink weights in proportion, by shrinkage times epochs / shrinkage_epochs. None: all alike."""
+    """Longer trainings shrink weights in proportion, by shrinkage times epochs / shrinkage_epochs, up to 3. None: all
+    alike."""

@@ -12,6 +12,7 @@ from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.runs.layerwise import LayerwiseAdamW, Networks
 
 FEW_STEPS = 0.3  # largest share of a weight that one step may take before exp(-c) is taken at its word
+LARGEST_LONGER = 3.0  # shrinkage to which longer trainings may raise it
 FORM: dict[str, Any] = {"fused": True}  # one kernel for each parameter
 
 
@@ -60,7 +61,7 @@ def with_decay(settings: TrainConfig, steps: int) -> TrainConfig:
     gradient speaks for it:
 
         c = decay sum_t rate_t         prod_t (1 - rate_t decay) = exp(-c) where steps are few
-        c = shrinkage max(1, epochs / shrinkage_epochs)
+        c = shrinkage max(1, epochs / shrinkage_epochs), but 3 at most, unless shrinkage is more itself
 
     Up to 120 epochs the best c hardly depends on the number of steps (Wang & Aitchison 2024), the best decay does;
     longer trainings need more (docs/tuning.md).
@@ -79,7 +80,8 @@ def with_decay(settings: TrainConfig, steps: int) -> TrainConfig:
     if settings.weight_decay is not None:
         return settings
     epochs, factor = settings.epochs + settings.finetune_epochs, rate_factor(settings, steps)
-    shrinkage = settings.shrinkage * max(1.0, epochs / (settings.shrinkage_epochs or epochs))
+    longer = settings.shrinkage * max(1.0, epochs / (settings.shrinkage_epochs or epochs))
+    shrinkage = min(longer, max(settings.shrinkage, LARGEST_LONGER))
     rates = [settings.lr * factor(step) for step in range(steps * epochs)]
     decay, largest = shrinkage / sum(rates), max(rates)
     if decay * largest > FEW_STEPS:

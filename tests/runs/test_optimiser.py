@@ -97,13 +97,13 @@ def test_a_shrinkage_that_leaves_nothing_has_a_decay() -> None:
 
 def test_long_trainings_shrink_in_proportion() -> None:
     def decay(**changes) -> float:
-        settings = TrainConfig(shrinkage=1.5, **changes)
+        settings = TrainConfig(**{"shrinkage": 1.5} | changes)
         factor, steps = rate_factor(settings, STEPS), STEPS * (settings.epochs + settings.finetune_epochs)
         return with_decay(settings, STEPS).weight_decay * settings.lr * sum(map(factor, range(steps)))
 
     for changes, wanted in (
         ({"epochs": 40}, 1.5), ({"epochs": 120}, 1.5), ({"epochs": 240}, 3.0),
-        ({"epochs": 200, "finetune_epochs": 40}, 3.0), ({"epochs": 240, "shrinkage_epochs": 80}, 4.5),
-        ({"epochs": 240, "shrinkage_epochs": None}, 1.5),
+        ({"epochs": 200, "finetune_epochs": 40}, 3.0), ({"epochs": 180}, 2.25), ({"epochs": 960}, 3.0),
+        ({"epochs": 240, "shrinkage_epochs": None}, 1.5), ({"epochs": 240, "shrinkage": 4.0}, 4.0),
     ):  # fmt: skip
         assert decay(**changes) == pytest.approx(wanted)
