@@ -21,7 +21,7 @@ def test_its_commands_run(tmp_path: Path, monkeypatch, capsys) -> None:
     """On two classes of 27 and 3 images; the table of the page is made of such runs."""
     monkeypatch.chdir(tmp_path)
     made, labels = np.random.default_rng(0), np.repeat([0, 1], [36, 9])
-    images = made.integers(0, 120, (45, 8, 8), dtype=np.uint8) + (90 * labels[:, None, None]).astype(np.uint8)
+    images = made.integers(0, 120, (45, 8, 8), dtype=np.uint8) + (30 * labels[:, None, None]).astype(np.uint8)
     np.savez("x.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     for line in re.findall(r"^\.venv/bin/python -m (.*)$", PAGE, re.M):
         module, *words = line.replace("npz:FILE", "npz:x.npz").split()

@@ -102,8 +102,6 @@ def halving_factor(epoch: int) -> float:
 
 def learning_rate_factor(step: int, main_steps: int, total_steps: int, warmup: int, finetune: float) -> float:
     """Share of the peak learning rate: linear warm-up, cosine to 0 over the main phases, and again to fine-tune."""
-    if step >= total_steps:  # what the schedule says after the last step
-        return 0.0
     if step < warmup:
         return (step + 1) / warmup
     if step < main_steps:
