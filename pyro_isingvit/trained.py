@@ -35,7 +35,7 @@ from pyro_isingvit.runs.folder import (
 )
 from pyro_isingvit.runs.load import open_run
 from pyro_isingvit.runs.predict import CHUNK, draw_predictive
-from pyro_isingvit.runs.run import Run, build_run
+from pyro_isingvit.runs.run import Run, blank_run
 from pyro_isingvit.runs.validation import validation_of
 from pyro_isingvit.shareable import Shareable
 from pyro_isingvit.sharing.folder import staged
@@ -375,8 +375,7 @@ def _rebuilt(
     kept: Evaluation | None,
     seen: tuple[int, bytes] | None = None,
 ) -> TrainedRun:
-    with torch.random.fork_rng(devices=[]):  # it starts from random weights
-        run = build_run(config, DataInfo.from_dict(state["info"]), state["num_data"], folder)
+    run = blank_run(config, DataInfo.from_dict(state["info"]), state["num_data"], folder)
     run.load_state(state)
     trained = TrainedRun.of(run, {name: value for name, value in state.items() if name not in run.state()}, val)
     trained.evaluation, trained._kept = evaluation, kept

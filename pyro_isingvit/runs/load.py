@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, is_shared, read_config
-from pyro_isingvit.runs.run import Run, build_run, least_numbers
+from pyro_isingvit.runs.run import Run, blank_run, least_numbers
 from pyro_isingvit.runs.shared import open_shared
 
 
@@ -32,8 +31,7 @@ def open_run(folder: str | Path, device: str = "cpu") -> Run:
     info = _info(folder, state)
     try:
         need(least_numbers(config, info) <= _held(state), "the network is larger than what the file holds")
-        with torch.random.fork_rng(devices=[]):  # it starts from random weights
-            run = build_run(config, info, state["num_data"], folder)
+        run = blank_run(config, info, state["num_data"], folder)
         run.load_state(state)
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
         raise _misfit(folder, error) from error

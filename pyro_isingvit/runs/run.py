@@ -195,6 +195,15 @@ def build_run(
     return Run(config, kind(config, info, num_data, model), folder)
 
 
+def blank_run(config: RunConfig, info: DataInfo, num_data: int, folder: Path | None) -> Run:
+    """An untrained run that is to take a state; the caller's random numbers go on as if nothing had been drawn.
+
+    Args, and errors: as ``build_run``.
+    """
+    with torch.random.fork_rng(devices=[]):  # it starts from random weights
+        return build_run(config, info, num_data, folder)
+
+
 def least_numbers(config: RunConfig, info: DataInfo) -> int:
     """Numbers that the network needs at least: a small JSON file must not fill the memory."""
     vit, patch = config.vit, config.vit.patch_size

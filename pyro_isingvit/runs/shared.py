@@ -16,7 +16,7 @@ from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.nets.penalties import PENALTIES
 from pyro_isingvit.runs.folder import CONFIG, METRICS, SHARED
-from pyro_isingvit.runs.run import Run, build_run, least_numbers
+from pyro_isingvit.runs.run import Run, blank_run, least_numbers
 from pyro_isingvit.sharing.folder import README
 from pyro_isingvit.sharing.names import shared_config, shared_name
 
@@ -83,8 +83,7 @@ def open_shared(folder: Path, device: str = "cpu") -> Run:
         need(not remembers or num_data * info.num_classes < MOST, "num_data is too large")
         by_class = any(kind.class_memory and getattr(config.train, name, 0) for name, kind in PENALTIES.items())
         need(not by_class or info.num_classes**2 * config.vit.width < MOST, "there are too many classes")
-        with torch.random.fork_rng(devices=[]):  # it starts from random weights
-            run = build_run(config, info, num_data, folder)
+        run = blank_run(config, info, num_data, folder)
         given, own = {**kept, **tensors}, run.state()
         state: dict[str, Any] = {"history": []}
         for part in PARTS:
