@@ -30,12 +30,14 @@ def show(arguments: Arguments) -> None:
     """Write tables and a figure of what each regulariser changes."""
     from analysis.comparison_tables import show_table
     from analysis.regularisers_figure import changes_figure
-    from analysis.regularisers_table import changes, load, to_tables
+    from analysis.regularisers_table import changes, load, to_overview, to_tables
     from inference.regularisers import RECORDS
     from pyro_isingvit.report.style import save_png
 
     frame, page = load(arguments.results / RECORDS), arguments.page
     text, pairs = "\n\n".join(to_tables(frame)), changes(frame)
+    if overview := to_overview(frame):
+        text = f"### NLL on all data, change in %\n\n{overview}\n\n{text}"
     if len(pairs):
         figure = arguments.results / FIGURE
         save_png(changes_figure(pairs), figure)

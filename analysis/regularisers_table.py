@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 
@@ -104,7 +105,7 @@ def to_tables(frame: pd.DataFrame) -> Iterator[str]:
                 others[others.method == method].groupby("regulariser"), key=lambda group: group[1].change_nll.mean()
             )
             for name, one in groups:
-                values = [_change(one[f"change_{metric}"].dropna(), metric) for metric in METRICS]
+                values = [_signed(one[f"change_{metric}"].dropna(), *METRICS[metric][1:]) for metric in METRICS]
                 step = one[f"change_{STEP}"].dropna()
                 times = f"{step.mean():.2f}" if len(step) else MISSING
                 rows.append([str(method), f"`{name}`", *values, times, str(len(one))])
@@ -113,6 +114,28 @@ def to_tables(frame: pd.DataFrame) -> Iterator[str]:
             yield to_table(rows)
         if notes := [*_notes(cells, pairs)]:
             yield "\n".join(notes)
+
+
+def to_overview(frame: pd.DataFrame) -> str:
+    """Markdown: the change of NLL in percent, regulariser by place, so that what helps everywhere can be seen.
+
+    A place has a column for each method. The last column counts the columns in which the mean is for the better, of
+    those that were measured; rows follow the mean of all. "" where fewer than two places are measured.
+    """
+    pairs = changes(frame)
+    pairs["percent"] = 100 * (pairs.nll / pairs.nll_none - 1)
+    columns = [*pairs.groupby([*PLACE, "method"]).groups]
+    if pairs.groupby(PLACE).ngroups < 2:
+        return ""
+    found = {key: one.percent.dropna() for key, one in pairs.groupby([*PLACE, "method", "regulariser"])}
+    rows = []
+    for name in pairs.regulariser.unique():
+        cells = [found.get((*column, name), pairs.percent[:0]) for column in columns]
+        means = [values.mean() for values in cells if len(values)]
+        better = f"{sum(mean < 0 for mean in means)} of {len(means)}"
+        rows.append((np.mean(means), [f"`{name}`", *(_signed(values, 1, 1, -1) for values in cells), better]))
+    heads = ["regulariser", *(f"{method}, {place_name(*place)}" for *place, method in columns), "better"]
+    return to_table([heads, *(row for _, row in sorted(rows, key=lambda row: row[0]))])
 
 
 def place_name(dataset: str, size: int, flipped: float, epochs: int) -> str:
@@ -129,9 +152,8 @@ def _number(values: pd.Series, factor: float, decimals: int) -> str:
     return f"{round(values.mean(), decimals) + 0.0:.{decimals}f}{spread}"  # + 0.0: no minus in front of a zero
 
 
-def _change(values: pd.Series, metric: str) -> str:
+def _signed(values: pd.Series, factor: float, decimals: int, sign: int) -> str:
     """A mean change with its sign and deviation, in bold where it is for the better beyond noise."""
-    _, factor, decimals, sign = METRICS[metric]
     text = _number(values, factor, decimals)
     if text == MISSING:
         return text

@@ -11,7 +11,7 @@ from helpers import here, refused
 
 from analysis.regularisers import MARKERS
 from analysis.regularisers_figure import changes_figure
-from analysis.regularisers_table import beyond_noise, changes, load, to_tables
+from analysis.regularisers_table import beyond_noise, changes, load, to_overview, to_tables
 from pyro_isingvit.core.errors import UserError
 
 
@@ -70,6 +70,20 @@ def test_tables_say_changes_seeds_and_what_failed(frame: pd.DataFrame) -> None:
     assert "1 cells lack their partner" in notes
 
 
+def test_the_overview_has_a_column_for_each_place_and_method(frame: pd.DataFrame) -> None:
+    head, _, *rows = to_overview(frame).splitlines()
+    clean, wrong = "made, 300 images, 40 epochs", "made, 300 images, 20% wrong labels, 40 epochs"
+    assert head == f"| regulariser | dropout, {clean} | ising, {clean} | ising, {wrong} | better |"
+    car = np.array([100 * (0.4 / 0.5 - 1), 100 * (0.501 / 0.6 - 1), 100 * (0.602 / 0.7 - 1)])
+    mean, spread = car.mean(), car.std(ddof=1)
+    assert rows[0] == f"| `car:0.3` | -16.7 | **{mean:.1f} ± {spread:.1f}** | -11.1 | 3 of 3 |"
+    assert rows[1].startswith("| `vne:1` | - | +28.3 ±") and rows[1].endswith(" | - | 0 of 1 |") and len(rows) == 2
+
+
+def test_one_place_needs_no_overview(tmp_path: Path) -> None:
+    assert to_overview(load(write(tmp_path, *RECORDS[:4]) / "records.jsonl")) == ""
+
+
 @pytest.mark.parametrize(
     ("values", "clear"), [([0.1], False), ([0.1, 0.2], False), ([0.1, 0.11, 0.12], True), ([0.1, 0.2, -0.1], False)]
 )
@@ -123,6 +137,7 @@ def test_the_script_writes_a_page(tmp_path: Path) -> None:
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "](../changes.png)" in text
     assert (tmp_path / "changes.png").stat().st_size > 10_000 and "### made" in text
+    assert text.index("### NLL on all data, change in %") < text.index("### made")
     again = here("analysis.regularisers", "--results", tmp_path, "--page", page)
     assert again.returncode == 0 and page.read_text() == text
 
