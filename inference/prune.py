@@ -4,6 +4,7 @@ python -m inference.prune --run runs/demo --out runs/demo-small --max-accuracy-d
 """
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from pyro_isingvit.pruning.network import CompactViT
     from pyro_isingvit.runs.run import Run
 
+log = logging.getLogger("pyro_isingvit.prune")
 FRONTIER, BRANCHES = "frontier.json", "branches.json"
+WORSE = 1.25  # times the NLL, from which on draws of a pruned network deserve a warning
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ def prune(arguments: PruneArguments) -> None:
         model = from_masks(run, masks, "mean", "auto", data.val, merge)
         model = improved(model) if improved else model
     bayes = from_masks(run, masks, "bayes", val=data.val)
+    if merge is not None or improved:
+        _compare_forms(model, bayes, data.val)
 
     clear(arguments.out)
     model.save_pretrained(arguments.out)
@@ -125,6 +130,23 @@ def prune(arguments: PruneArguments) -> None:
     write_json(arguments.out / FRONTIER, _frontier_file(run, masks, found, full if found else {}, metrics))
     _go_further(arguments, run, data, model, bayes, tuning, metrics)
     show(metrics, arguments.out, arguments.plot)
+
+
+def _compare_forms(model: "CompactViT", bayes: "CompactViT", val: "Split") -> None:
+    """Warns where draws are much worse than the one network, which alone was refitted or trained further."""
+    from pyro_isingvit.predictive.metrics import classification_metrics
+    from pyro_isingvit.pruning.choose import SAMPLES
+
+    if not len(val):
+        return
+    one, drawn = (
+        classification_metrics(network.predict(val.images, SAMPLES).mean(0), val.labels) for network in (model, bayes)
+    )
+    if drawn["nll"] > WORSE * one["nll"] and drawn["accuracy"] < one["accuracy"]:
+        log.warning(
+            "bayes/, from which members.onnx is drawn, is neither refitted nor trained further: accuracy %.3f on the "
+            "validation part, the one network has %.3f. Cut less for it.", drawn["accuracy"], one["accuracy"],
+        )  # fmt: skip
 
 
 def _go_further(
@@ -218,9 +240,11 @@ def _merges(arguments: PruneArguments, run: "Run") -> bool:
 
 def data_of(run: "Run", data_root: str | None) -> "ImageData":
     """The data that a run was trained on; raises UserError where they are others now, or have no test part."""
-    from pyro_isingvit.data.load import load_data
+    from pyro_isingvit.data.load import is_named, load_data
 
     source = dataclasses.asdict(run.config.data) | ({} if data_root is None else {"data_root": data_root})
+    told = "the run was trained on images given in memory: cut it in Python, `run.prune(...)`."
+    need(is_named(run.config.data.dataset), told)
     data = load_data(**source, seed=run.config.train.seed)
     if run.config.init is not None:  # images are normalised as those were from which training started
         data = dataclasses.replace(data, info=data.info.with_scale_of(run.info))

@@ -153,6 +153,7 @@ def _scores(network: nn.Module, run: Run, data: ImageData) -> dict[str, Any]:
         logits = [network(x) for x, _ in split.batches(2048, run.info.normalise)]
         return (torch.cat(logits) / temperature).softmax(-1)
 
-    temperature = fit_temperature(probabilities(data.val, 1.0)[None], data.val.labels) if len(data.val) else 1.0
+    val = data.val
+    temperature = fit_temperature(probabilities(val, 1.0)[None], val.labels, run.balanced) if len(val) else 1.0
     scores = classification_metrics(probabilities(data.test, temperature), data.test.labels)
     return {name: scores[name] for name in ("accuracy", "nll", "brier", "ece")} | {"temperature": temperature}

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from inference.cli import print_table, show_results
 
+WIDE = 100  # columns
+
 if TYPE_CHECKING:
     from pyro_isingvit.pruning.frontier import Point
 
@@ -28,7 +30,9 @@ def print_frontier(points: "list[Point]", full: dict[str, float]) -> None:
             f"{p.ece:.4f}", *([f"{p.unmerged['accuracy']:.4f}"] if p.unmerged else []),
         )  # fmt: skip
     table.add_row("full", *["-"] * 5, *(f"{full[name]:.4f}" for name in ("accuracy", "nll", "ece")))
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, WIDE)  # a pipe has 80 columns, and numbers would be cut
+    console.print(table)
     if merged:
         print("  * where the dropped units are only dropped, not refitted into those that are left (--merge False)\n")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyro_isingvit.data.load import load_unlabelled
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.pruning.choose import calibrated
-from pyro_isingvit.pruning.finetune import Distillation, distil, distil_any, finetune, finetune_any
+from pyro_isingvit.pruning.finetune import Distillation, distil, distil_any, finetune, finetune_any, log_shares
 from pyro_isingvit.pruning.network import CompactViT
 from pyro_isingvit.runs.load import open_run
 from pyro_isingvit.runs.run import Run
@@ -73,10 +73,11 @@ def on_labels(run: Run, data: ImageData, epochs: int) -> Tuning:
     """Cross entropy on the training part, at a tenth of the run's rate."""
     settings = run.config.train
     rest = epochs, 0.1 * settings.lr, settings.batch_size, settings.seed
+    shift = log_shares(data.train, run.info.num_classes) if run.balanced else 0.0
 
     def peer(network: nn.Module) -> None:
         def forward(images: Tensor) -> Tensor:
-            return network(run.info.normalise(images))
+            return network(run.info.normalise(images)) + shift
 
         finetune_any(network, forward, data.train, *rest)
 

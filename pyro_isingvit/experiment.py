@@ -19,8 +19,7 @@ from pyro_isingvit.core.processes import is_first, launched, on_first
 from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig, RunConfig, ViTConfig
 from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.info import DataInfo
-from pyro_isingvit.data.load import load_data
-from pyro_isingvit.data.sources import DATASETS, PREFIXES
+from pyro_isingvit.data.load import is_named, load_data
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.evaluation import write_evaluation
 from pyro_isingvit.ising.model import IsingViT
@@ -105,7 +104,7 @@ def _prepared(config: RunConfig, folder: Path, resume: bool, progress: bool) -> 
             "and leave out `download` here.",
         )
         source = replace(source, download=False)  # the training that is resumed has done it
-    here = config.data.dataset in DATASETS or config.data.dataset.partition(":")[0] in PREFIXES
+    here = is_named(config.data.dataset)
     need(here or not resume, f"{folder} was trained on images given in memory; it can be loaded, but not resumed.")
     data, start = load_data(**dataclasses.asdict(source), seed=config.train.seed), None
     if resume:

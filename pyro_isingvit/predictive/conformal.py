@@ -136,4 +136,5 @@ def _mapie_sets(probs: np.ndarray, val: np.ndarray, labels: np.ndarray, coverage
     sets = SplitConformalClassifier(_Given(val.shape[1]), coverage, "lac", prefit=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "WARNING: your conformalization dataset has less labels")  # one class alone
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")  # of few images
         return np.array(sets.conformalize(val, labels).predict_set(probs)[1][:, :, 0])

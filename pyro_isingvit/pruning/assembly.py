@@ -289,19 +289,23 @@ class _Assembly:
         constants = bias if space.activation is None else space.activation(bias)
         return torch.where(alive.any(1), 0.0, constants)
 
-    def _fold(self, kind: str, layer: int) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of what the constants send through a matrix, (out,); under row masks, if on."""
+    def _fold(self, kind: str, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the constants send through a matrix, (out,): through the means m of its weights, as they are placed;
+        mean and standard deviation over draws, under row masks of those that are on.
+        """  # noqa: D205
         weight, g = self.weights[kind][layer].double(), self._constants(kind, layer)
+        nothing = torch.zeros(len(weight))
         if g is None:
-            return torch.zeros(len(weight)), torch.zeros(len(weight))
+            return nothing, nothing, nothing
         g, parts = g.double(), self.posterior
+        sent = (weight @ g).float()
         if parts is None or layer < parts.trunk.get(kind, 0):
-            return (weight @ g).float(), torch.zeros(len(weight))
+            return sent, sent, nothing
         scale, pi = parts.scale[kind][layer].double(), parts.retention[kind][layer].double()
         if self._masked_by_row(kind):
-            return (weight @ g).float(), ((scale**2) @ g**2).sqrt().float()
+            return sent, sent, ((scale**2) @ g**2).sqrt().float()
         variance = pi * (scale**2 + weight**2) - (pi * weight) ** 2
-        return ((pi * weight) @ g).float(), (variance @ g**2).sqrt().float()
+        return sent, ((pi * weight) @ g).float(), (variance @ g**2).sqrt().float()
 
     def _masked_by_row(self, kind: str) -> bool:
         index = None if self.posterior is None else self.posterior.index
@@ -346,21 +350,21 @@ class _Assembly:
         linear = self.model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
         linear.weight.copy_(_take(weight, rows, columns))
-        mean, deviation = self._fold(kind, layer)
+        sent, mean, deviation = self._fold(kind, layer)
         owns_bias = linear.bias is not None
         folds = owns_bias and self._constants(kind, layer) is not None
         if owns_bias:
             linear.bias.copy_(_take(bias[:, None], rows, [0])[:, 0])
+        if folds:
+            linear.bias.add_(sent[rows])
         if self.posterior is None or layer < self.posterior.trunk.get(kind, 0):
-            if folds:
-                linear.bias.add_(mean[rows])
             return
         kept = self.model.posteriors[path.replace(".", "__")]
         assert isinstance(kept, Posterior)
         scale = self.posterior.scale[kind][layer]
         kept.scale.copy_(scale[0, 0] if kept.scale.dim() == 0 else _take(scale, rows, columns))
         if folds:
-            kept.fold_loc.copy_(mean[rows])
+            kept.fold_loc.copy_((sent if kept.by_row else mean - sent)[rows])
             kept.fold_scale.copy_(deviation[rows])
         if kept.index is None:
             pi = self.model.get_buffer(f"retention_{kept.site}")
@@ -383,7 +387,7 @@ class _Assembly:
                 if there:
                     target = self.model.get_parameter(f"{path}.bias")
                     continue
-                mean, _ = self._fold(kind, layer)  # of its spread, the form bayes keeps the mean alone
+                _, mean, _ = self._fold(kind, layer)  # of its spread, the form bayes keeps the mean alone
                 if self.posterior is not None and self._masked_by_row(kind):
                     mean = mean * self.posterior.retention[kind][layer, :, 0]
                 target.add_(self.bias[kind][layer] + mean)

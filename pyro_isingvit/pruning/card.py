@@ -42,6 +42,7 @@ def write_compact_card(
         UserError: the folder cannot be written to; no such licence or name.
     """
     known = shared_metrics(dict(metrics or {}))
+    shown = {name: value for name, value in known.items() if config.form == "bayes" or name != "samples"}
     parts = {"training": "train_size", "validation": "val_size", "test": "test_size"}
     sizes = {part: known[key] for part, key in parts.items() if isinstance(known.get(key), int)}
     form = (
@@ -52,8 +53,8 @@ def write_compact_card(
     card = Card(
         config.dataset, config.classes, config.image_shape, config.kind, "CompactViT",
         f"A pruned vision transformer (width {config.width}, {blocks}): {form}.",
-        sizes, parameters, WEIGHTS, size, known, version=__version__, license=license, intended_use=intended_use,
-        repo=repo,
+        sizes, parameters, WEIGHTS, size, shown, prior=config.class_prior or None, version=__version__, license=license,
+        intended_use=intended_use, repo=repo,
     )  # fmt: skip
     if metrics is not None:
         write_json(folder / METRICS, known)

@@ -6,6 +6,7 @@ Shapes: S samples, B batch, C classes.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Literal
 
@@ -232,8 +233,7 @@ def from_masks(
     need(form == "mean" or merge is None, "`merge` is for the form 'mean': draws have masks of their own.")
     if form == "bayes":
         vit, weights = run.model.vit.whole(masked_weights(run, kept))
-        model = assemble(vit, run.info, weights, posterior_parts(run, kept))
-        model.temperature.copy_(run.model.temperature)
+        model = _of_run(run, assemble(vit, run.info, weights, posterior_parts(run, kept)))
         return calibrated(model, val, run.balanced)
     names: list[Literal["slab", "mean"]] = ["slab", "mean"] if weighting == "auto" else [weighting]
     if val is None or len(val) == 0:
@@ -241,10 +241,9 @@ def from_masks(
     models, reference = [], None if merge is None else dense_network(run, None)
     for name in names:
         vit, weights = run.model.vit.whole(masked_weights(run, kept, name))
-        model = assemble(vit, run.info, weights)
+        model = _of_run(run, assemble(vit, run.info, weights))
         if merge is not None and reference is not None:
             merge_units(model, reference, merge)
-        model.temperature.copy_(run.model.temperature)
         models.append(calibrated(model, val, run.balanced))
     if len(models) == 1:
         return models[0]
@@ -252,6 +251,13 @@ def from_masks(
     means = [run.among(val.labels, model.predict(val.images)[0]) for model in models]
     scores = [classification_metrics(mean, val.labels)["nll"] for mean in means]
     return models[int(np.argmin(scores))]
+
+
+def _of_run(run: Run, model: CompactViT) -> CompactViT:
+    """The network with what is known of the run: its temperature, and the shares its probabilities stand for."""
+    model.config = replace(model.config, class_prior=run.class_prior or ())
+    model.temperature.copy_(run.model.temperature)
+    return model
 
 
 def dense_network(run: Run, val: Split | None) -> CompactViT:

@@ -63,9 +63,10 @@ def finetune(
     seed: int = 0,
     balanced: bool = False,
 ) -> CompactViT:
-    """Trains what is left on plain cross entropy, in place; zeros stay zeros.
+    """Trains what is left on cross entropy, in place; zeros stay zeros.
 
-    AdamW without weight decay, the learning rate falling to 0 by a cosine. The temperature becomes 1: calibrate again.
+    Images with weights count by them. AdamW without weight decay, the learning rate falling to 0 by a cosine. All that
+    is left is trained, also blocks that were frozen in training. The temperature becomes 1: calibrate again.
 
     Args:
         model: the form ``mean``.
@@ -82,15 +83,24 @@ def finetune(
     """
     need(epochs >= 0, f"`epochs` must be at least 0, not {epochs}.")
     need(epochs == 0 or len(train) > 0, "`train` has no images to fine-tune on.")
-    counts = torch.bincount(train.labels, minlength=len(model.config.classes)) if balanced else torch.ones(1)
-    shift = (counts / counts.sum()).log()  # 0 unless balanced
-
+    shift = log_shares(train, len(model.config.classes)) if balanced else torch.zeros(1)
     _need_mean(model)
     forward: Callable[[Tensor], Tensor] = lambda x: model(model.normalise(x)) * model.temperature + shift  # noqa: E731
     finetune_any(model, forward, train, epochs, lr, batch_size, seed)
     if epochs:
         model.temperature.fill_(1.0)
     return model
+
+
+def log_shares(train: Split, classes: int) -> Tensor:
+    """log of the classes' shares in a training part, by the images' weights where they have some, (C,).
+
+    Args:
+        train: training images.
+        classes: C.
+    """
+    sizes = torch.bincount(train.labels, train.weights, minlength=classes)
+    return (sizes / sizes.sum()).log().float()
 
 
 def finetune_any(
@@ -104,11 +114,17 @@ def finetune_any(
 ) -> None:
     """``finetune`` for any network; ``forward`` takes images as they are read to logits (B, C)."""
 
+    def loss(rows: Tensor) -> Tensor:
+        logits, labels = forward(train.images[rows]), train.labels[rows]
+        if train.weights is None:
+            return F.cross_entropy(logits, labels)
+        return (train.weights[rows] * F.cross_entropy(logits, labels, reduction="none")).mean()
+
     def losses() -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
             for rows in torch.randperm(len(train), generator=generator).split(batch_size):
-                yield F.cross_entropy(forward(train.images[rows]), train.labels[rows])
+                yield loss(rows)
 
     optimise(network, losses(), epochs * -(-len(train) // batch_size), lr)
 

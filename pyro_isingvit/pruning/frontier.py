@@ -148,14 +148,16 @@ def smallest_within(
     drop = max_accuracy_drop
     need(0 <= drop <= 100, f"`max_accuracy_drop` is in percentage points, 0 to 100, not {drop}.")
     wanted = reference - drop / 100
+    best = 0.0
     for candidate in reversed(candidates):
         accuracy = candidate.point.accuracy
         if improve is not None and wanted - 0.3 <= accuracy:
             accuracy = improve(candidate)
         if accuracy >= wanted - 1e-9:
             return candidate
-    best = max(candidate.point.accuracy for candidate in candidates)
+        best = max(best, accuracy)
+    advice = "allow a larger `max_accuracy_drop`" + (", or fine-tune the candidates" if improve is None else "")
     raise UserError(
         f"no compact network is within {drop:g} points of the full posterior's validation accuracy {reference:.4f} "
-        f"(the best has {best:.4f}); allow a larger `max_accuracy_drop`, or fine-tune the candidates."
+        f"(the best has {best:.4f}); {advice}."
     )

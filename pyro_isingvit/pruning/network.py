@@ -29,7 +29,7 @@ from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.nets.shape import ACTIVATIONS, patch_grid
 from pyro_isingvit.nets.stem import ConvStem
 from pyro_isingvit.pruning.card import FILES, METRICS, WEIGHTS, write_compact_card
-from pyro_isingvit.pruning.shapes import CONFIG, CompactConfig, LayerShape, PosteriorShape
+from pyro_isingvit.pruning.shapes import CONFIG, FORMAT, CompactConfig, LayerShape, PosteriorShape
 from pyro_isingvit.runs.folder import holds_run
 from pyro_isingvit.sharing.card import check_license
 from pyro_isingvit.sharing.folder import temporary_folder
@@ -108,8 +108,9 @@ class Block(nn.Module):
 class Posterior(nn.Module):
     """Scales and mask numbers of one matrix (buffers), and the random part of its bias.
 
-    ``fold_loc`` and ``fold_scale`` (out,) are mean and standard deviation of what dropped inputs, constants, send
-    through the matrix.
+    What dropped inputs, constants, send through the means of the matrix is in its bias. In a draw it has the standard
+    deviation ``fold_scale`` (out,); ``fold_loc`` is the difference of its mean to the bias's part or, where one mask
+    covers a row, that part, which goes with the row.
     """
 
     def __init__(self, shape: PosteriorShape, out: int) -> None:
@@ -132,8 +133,9 @@ class Posterior(nn.Module):
             return torch.randn(like.shape, generator=noise, device=like.device, dtype=like.dtype)
 
         mask = masks[self.site] if self.index is None else masks[self.site][self.index]
-        fold = self.fold_loc + self.fold_scale * normal(self.fold_loc)
-        return mask * (loc + self.scale * normal(loc)), fold * mask[:, 0] if self.by_row else fold
+        more = self.fold_loc + self.fold_scale * normal(self.fold_loc)
+        more = mask[:, 0] * more - self.fold_loc if self.by_row else more
+        return mask * (loc + self.scale * normal(loc)), more
 
 
 class CompactViT(nn.Module):
@@ -272,9 +274,9 @@ class CompactViT(nn.Module):
             path = name.replace("__", ".")
             linear = self.get_submodule(path)
             assert isinstance(linear, nn.Linear) and isinstance(posterior, Posterior)
-            drawn[f"{path}.weight"], fold = posterior.draw(linear.weight, masks, noise)
+            drawn[f"{path}.weight"], more = posterior.draw(linear.weight, masks, noise)
             if linear.bias is not None:
-                drawn[f"{path}.bias"] = linear.bias + fold
+                drawn[f"{path}.bias"] = linear.bias + more
         return drawn
 
     @torch.no_grad()
@@ -305,6 +307,19 @@ class CompactViT(nn.Module):
             for i, x in enumerate(images.batches(chunk, self.normalise, self.position.device)):
                 result[s, i * chunk : (i + 1) * chunk] = functional_call(self, drawn, (x,)).softmax(-1).cpu()
         return result
+
+    @torch.no_grad()
+    def _from_earlier(self) -> None:
+        """Makes what format 1 kept into what today's keeps: ``fold_loc`` was the mean, and the biases lacked it."""
+        if self.config.format == 1:
+            for name, posterior in self.posteriors.items():
+                linear = self.get_submodule(name.replace("__", "."))
+                assert isinstance(linear, nn.Linear) and isinstance(posterior, Posterior)
+                if linear.bias is not None:
+                    linear.bias.add_(posterior.fold_loc)
+                if not posterior.by_row:
+                    posterior.fold_loc.zero_()
+            self.config = replace(self.config, format=FORMAT)
 
     def _check_indices(self) -> None:
         """Raises where a number that is looked up lies beyond what it is looked up in."""
@@ -416,6 +431,7 @@ class CompactViT(nn.Module):
                 need(not wanted.is_floating_point() or bool(state[name].isfinite().all()), f"{name} is not finite")
             model.load_state_dict(state, assign=True)
             model._check_indices()
+            model._from_earlier()
         except (SafetensorError, RuntimeError, TypeError, AttributeError, ValueError, KeyError, IndexError) as error:
             text = f"{folder / WEIGHTS} is damaged or does not fit {CONFIG} ({why(error)[:160]}); prune the run again."
             raise UserError(text) from error

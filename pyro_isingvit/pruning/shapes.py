@@ -12,7 +12,7 @@ from pyro_isingvit.core.settings import Tokens
 from pyro_isingvit.nets.shape import ACTIVATIONS
 from pyro_isingvit.runs.folder import COMPACT
 
-FORMAT = 1
+FORMAT = 2  # 1: biases of the form bayes lacked what dropped inputs send through their matrix
 CONFIG = COMPACT
 
 
@@ -62,6 +62,7 @@ class CompactConfig(Tokens):
     kind: Kind = "uint8"  # of the pixels
     low: tuple[float, ...] = ()  # pixels that become 0, by channel; empty: 0, or no change for floats
     high: tuple[float, ...] = ()  # pixels that become 1; empty: the largest whole number
+    class_prior: tuple[float, ...] = ()  # shares of the classes that the probabilities stand for; empty: not known
 
     @property
     def scale(self) -> Scale:
@@ -86,6 +87,9 @@ class CompactConfig(Tokens):
             raise ValueError("mean, std, low and high are not those of the channels")
         if not all(isinstance(name, str) for name in (self.dataset, *self.classes)):
             raise ValueError("names that cannot be")
+        shares = self.class_prior
+        if len(shares) not in (0, len(self.classes)) or not all(0 <= share <= 1 for share in shares):
+            raise ValueError("class_prior has no share for each class")
         if self.pool not in ("mean", "cls") or self.form not in ("mean", "bayes"):
             raise ValueError(f"unknown pool or form {self.pool!r:.20}, {self.form!r:.20}")
         if self.stem not in ("none", "conv"):
@@ -106,14 +110,17 @@ class CompactConfig(Tokens):
         """
         try:
             raw = json.loads(text)
-            need(raw["format"] == FORMAT, f"{where} is of format {raw['format']}, this version reads {FORMAT}.")
+            need(
+                raw["format"] in (1, FORMAT),
+                f"{where} is of format {raw['format']}, this version reads 1 and {FORMAT}.",
+            )
             raw["layers"] = tuple(LayerShape(**layer) for layer in raw["layers"])
             raw["sites"] = {name: tuple(shape) for name, shape in raw["sites"].items()}
             raw["posteriors"] = {
                 name: PosteriorShape(**{**shape, "scale": tuple(shape["scale"]), "index": _maybe(shape["index"])})
                 for name, shape in raw["posteriors"].items()
             }
-            for name in ("classes", "image_shape", "mean", "std", "low", "high"):
+            for name in ("classes", "image_shape", "mean", "std", "low", "high", "class_prior"):
                 raw[name] = tuple(raw.get(name, ()))
             config = cls(**raw)
             config.check()

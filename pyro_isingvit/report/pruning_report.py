@@ -9,12 +9,12 @@ from typing import Any
 import jinja2
 
 from pyro_isingvit.core.checkpoint import write_text
-from pyro_isingvit.core.errors import UserError, why
+from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.pruning.shapes import CONFIG
 from pyro_isingvit.report import pruning_figures, style
 from pyro_isingvit.runs.folder import METRICS
 
-PAGE, FRONTIER = "index.html", "frontier.json"
+PAGE, FRONTIER, BRANCHES = "index.html", "frontier.json", "branches.json"
 CAPTIONS = {
     "structure": (
         "What is left, block by block",
@@ -64,6 +64,12 @@ def write_pruning_report(folder: Path) -> Path:
     Raises:
         UserError: files are missing or damaged.
     """
+    metered = (folder / METRICS).is_file() and not (folder / BRANCHES).is_file()
+    need(
+        not is_compact(folder) or metered or (folder / FRONTIER).is_file(),
+        f"{folder} holds a compact network without a report: a report shows how a run was cut by its masks; networks "
+        "that lost whole branches (branches.json) and the part bayes/ have none.",
+    )
     metrics, found = read(folder / METRICS), read(folder / FRONTIER)
     try:
         figures = {"structure": partial(pruning_figures.kept_structure, found["structure"])}

@@ -72,10 +72,15 @@ def _grade(good: bool, fair: bool) -> Grade:
 def _accuracy(right: np.ndarray, labels: np.ndarray, count: int) -> Verdict:
     accuracy, common = float(right.mean()), float(np.bincount(labels).max() / count)
     error = math.sqrt(accuracy * (1 - accuracy) / count)
-    removed = 1 - (1 - accuracy) / (1 - common) if common < 1 else 0.0
     why = (
         f"{right.sum()} of {count} images are right ({accuracy:.1%}; the standard error from {count} images is "
-        f"{100 * error:.1f} points). Always naming the most frequent class would be right for {common:.1%}; "
+        f"{100 * error:.1f} points). "
+    )
+    if common == 1:
+        return Verdict("Accuracy", "unclear", f"{why}All are of one class: what it tells apart cannot be seen.")
+    removed = 1 - (1 - accuracy) / (1 - common)
+    why += (
+        f"Always naming the most frequent class would be right for {common:.1%}; "
         f"{max(removed, 0):.0%} of its errors are gone."
     )
     return Verdict("Accuracy", _grade(removed >= 0.9, removed >= 0.5), why)

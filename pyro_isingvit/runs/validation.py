@@ -4,8 +4,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.data.load import load_data
-from pyro_isingvit.data.sources import DATASETS, PREFIXES
+from pyro_isingvit.data.load import is_named, load_data
 from pyro_isingvit.data.split import ImageData, Split
 from pyro_isingvit.predictive.validation import Validation
 from pyro_isingvit.runs.folder import POSTERIOR
@@ -74,8 +73,7 @@ def _validation_part(run: Run, data_root: str | Path | None) -> Split:
 def _own_data(run: Run, data_root: str | Path | None, told: str) -> ImageData:
     """The parts that the run was trained on, from its settings and seed; ``told`` is what is said where that fails."""
     source = run.config.data
-    named = source.dataset in DATASETS or source.dataset.partition(":")[0] in PREFIXES
-    need(named, f"{told}. It was trained on images given in memory.")
+    need(is_named(source.dataset), f"{told}. It was trained on images given in memory.")
     try:
         root = source.data_root if data_root is None else str(data_root)
         data = load_data(**asdict(replace(source, download=False, data_root=root)), seed=run.config.train.seed)

@@ -4,12 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import QUICK_FLAGS, here, refused, script
 
+from pyro_isingvit import compact, fit
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.data.load import load_data
+from pyro_isingvit.data.split import ImageData, Split
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.pruning.export import run_onnx
@@ -179,3 +182,44 @@ def test_the_full_posterior_is_judged_on_the_test_part_whatever_the_run_was_judg
     assert script("inference.prune", *words).returncode == 0
     found = json.loads((tmp_path / "o" / "metrics.json").read_text())
     assert (found["full_accuracy"], found["full_nll"]) == pytest.approx((metrics["accuracy"], metrics["nll"]), abs=1e-6)
+
+
+def test_draws_that_are_much_worse_than_the_one_network_are_warned_of(caplog) -> None:
+    from inference.prune import _compare_forms
+
+    class Says:
+        def __init__(self, right: float) -> None:
+            self.right = right
+
+        def predict(self, images, samples):
+            probs = torch.full((1, 4, 2), 0.5)
+            probs[0, :, 0], probs[0, :, 1] = self.right, 1 - self.right
+            return probs
+
+    part = Split(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.long))
+    with caplog.at_level("WARNING", "pyro_isingvit"):
+        _compare_forms(Says(0.9), Says(0.8), part)  # both are right
+        _compare_forms(Says(0.4), Says(0.6), part)
+        _compare_forms(Says(0.9), Says(0.2), part.take(np.arange(0)))
+        assert not caplog.messages
+        _compare_forms(Says(0.9), Says(0.2), part)
+    assert "accuracy 0.000 on the validation part, the one network has 1.000" in caplog.text
+
+
+def test_a_run_of_images_in_memory_is_cut_in_python(tmp_path: Path) -> None:
+    data = ImageData.from_arrays(np.random.default_rng(0).integers(0, 255, (60, 8, 8), dtype=np.uint8), [0, 1] * 30)
+    fit("digits", data, epochs=1, progress=False).save(tmp_path / "run")
+    refused(here("inference.prune", "--run", tmp_path / "run", "--out", tmp_path / "o"), "in memory", "run.prune(...)")
+
+
+def test_the_card_says_which_shares_its_probabilities_stand_for(tmp_path: Path) -> None:
+    """Equal ones where training made the classes equal; metrics of draws are not those of one network."""
+    data = ImageData.from_arrays(np.random.default_rng(0).integers(0, 255, (60, 8, 8), dtype=np.uint8), [0, 0, 1] * 20)
+    for balance, shares in (("none", "0 0.674, 1 0.326"), ("loss", "0 0.500, 1 0.500")):  # of 43 images: 29 and 14
+        small = compact(fit("digits", data, epochs=1, balance=balance, progress=False))
+        small.save_pretrained(tmp_path, metrics={"accuracy": 0.5, "samples": 8})
+        card = (tmp_path / "README.md").read_text()
+        assert f"Shares: {shares}." in card and "Posterior draws" not in card
+        again = CompactViT.from_pretrained(tmp_path)
+        assert again.config.class_prior == pytest.approx(small.config.class_prior)
+    assert json.loads((tmp_path / "metrics.json").read_text())["samples"] == 8

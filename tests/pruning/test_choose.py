@@ -26,6 +26,7 @@ from pyro_isingvit.pruning.choose import (
     masked_weights,
 )
 from pyro_isingvit.pruning.cost import latency, macs, memory, parameters
+from pyro_isingvit.pruning.expand import expanded
 from pyro_isingvit.pruning.frontier import Candidate, Point, frontier, kept_share, smallest_within
 from pyro_isingvit.pruning.network import CompactViT
 from pyro_isingvit.runs.predict import draw_predictive
@@ -316,3 +317,49 @@ def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(UserError, match=r"pip install 'pyro-isingvit\[prune-peers\]'"):
         need_peers()
+
+
+# The means of the form bayes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("granularity", "threshold"), [("unit", 0.4), ("unit", 0.6), ("weight", 0.5), ("head", 0.5)])
+def test_the_form_bayes_is_the_network_of_its_means(granularity: str, threshold: float) -> None:
+    run = make_run(granularity, head="mlp" if granularity == "unit" else "linear")
+    kept = choose_masks(run, threshold)
+    bayes, x = from_masks(run, kept, "bayes"), torch.randn(5, *run.model.vit.image_shape)
+    wanted = run.model.vit(masked_weights(run, kept), x)
+    torch.testing.assert_close(bayes(x) * bayes.temperature, wanted, rtol=1e-4, atol=1e-5)
+    whole, weights = expanded(bayes)
+    torch.testing.assert_close(whole(weights, x), wanted, rtol=1e-4, atol=1e-5)
+    if granularity == "unit":  # dropped units do send something here
+        assert max(float(part.fold_loc.abs().max()) for part in bayes.posteriors.values()) > 0.01
+
+
+def test_files_of_the_first_format_give_the_same_draws(tmp_path: Path) -> None:
+    """There the biases lacked the mean of what dropped units send, which ``fold_loc`` was."""
+    bayes = compact(make_run(), "bayes", threshold=0.5)
+    images = torch.randint(0, 256, (4, 1, 4, 4), dtype=torch.uint8)
+    wanted = bayes.predict(images, 6)
+    with torch.no_grad():
+        for path, part in bayes.posteriors.items():
+            bias, sent = bayes.get_submodule(path.replace("__", ".")).bias, part.fold_loc.clone()
+            if not part.by_row:
+                sent = torch.randn_like(sent)
+                part.fold_loc.add_(sent)
+            bias.sub_(sent)
+    bayes.config = replace(bayes.config, format=1)
+    bayes.save_pretrained(tmp_path)
+    again = CompactViT.from_pretrained(tmp_path)
+    assert again.config.format == 2
+    torch.testing.assert_close(again.predict(images, 6), wanted, rtol=1e-4, atol=1e-5)
+    again.save_pretrained(tmp_path)
+    assert CompactViT.from_pretrained(tmp_path).predict(images, 6).equal(again.predict(images, 6))
+
+
+def test_the_best_after_fine_tuning_is_named() -> None:
+    point = Point(0.5, 0.5, 1, 1, 1, 0.1, 0.1, 0.9, 0.3, 0.1, None)
+    found = [Candidate(point, {}, None)]
+    with pytest.raises(UserError, match=r"the best has 0\.8000\); allow a larger `max_accuracy_drop`\.$"):
+        smallest_within(found, 0.9, 2, lambda _: 0.8)
+    with pytest.raises(UserError, match=r"fine-tune the candidates\.$"):
+        smallest_within(found, 0.99, 2)

@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from pyro_isingvit import Distillation, compact, distil
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.data.images import as_images
-from pyro_isingvit.data.split import ImageData
+from pyro_isingvit.data.split import ImageData, Split
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.pruning import finetune as module
 from pyro_isingvit.pruning.choose import dense_network
-from pyro_isingvit.pruning.finetune import finetune
+from pyro_isingvit.pruning.finetune import finetune, log_shares
 from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.run import Run
 
@@ -228,3 +228,23 @@ def test_a_student_reads_its_own_scale_and_ends_without_a_temperature(
     finetune(model, data.train, 0)
     assert float(model.temperature) == pytest.approx(1.7)  # nothing was trained
     assert float(finetune(model, data.train, 1).temperature) == 1.0
+
+
+def test_images_count_by_their_weights(trained: tuple[Run, ImageData]) -> None:
+    """Two classes, one a tenth of the images at nine times the weight: fine-tuning learns equal shares, not 1 to 9."""
+    run, data = trained
+    labels = torch.zeros(100, dtype=torch.long)
+    labels[:10] = 1
+    images = data.train.images[:1].repeat(100, 1, 1, 1)  # they look alike: shares are all there is to learn
+    shares = {}
+    for name, weights in (("alike", None), ("weighed", torch.where(labels == 1, 5.0, 5.0 / 9))):
+        model = finetune(compact(run), Split(images, labels, weights=weights), 60, lr=3e-3, batch_size=100)
+        shares[name] = float(model.predict(images[:1])[0, 0, 1])
+    assert shares["alike"] == pytest.approx(0.1, abs=0.03) and shares["weighed"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_shares_are_those_of_the_weights() -> None:
+    labels = torch.tensor([0, 0, 0, 1])
+    part = Split(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), labels, weights=torch.tensor([0.5, 0.5, 0.5, 2.5]))
+    torch.testing.assert_close(log_shares(part, 2).exp(), torch.tensor([0.375, 0.625]))
+    torch.testing.assert_close(log_shares(Split(part.images, labels), 2).exp(), torch.tensor([0.75, 0.25]))

@@ -42,3 +42,16 @@ def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "frontier.json").write_text(json.dumps({"structure": [block(2, 4, 0.5)], "points": []}))
     with pytest.raises(UserError, match="lacks what the page shows"):
         write_pruning_report(tmp_path)
+
+
+def test_networks_without_a_report_are_told_so(tmp_path: Path) -> None:
+    (tmp_path / "compact.json").write_text("{}")
+    with pytest.raises(UserError, match="without a report"):
+        write_pruning_report(tmp_path)  # as in bayes/
+    for name in ("metrics.json", "branches.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="without a report"):
+        write_pruning_report(tmp_path)
+    (tmp_path / "branches.json").unlink()
+    with pytest.raises(UserError, match=r"frontier\.json is missing"):
+        write_pruning_report(tmp_path)

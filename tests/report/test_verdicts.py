@@ -30,6 +30,11 @@ def test_accuracy_is_held_against_the_most_frequent_class(accuracy: float, grade
     assert grades(np.tile([0.9, 0.1], (1000, 1)), skewed)["Accuracy"] == "weak"
 
 
+@pytest.mark.parametrize("right", [0.0, 1.0])
+def test_a_test_part_of_one_class_says_nothing_of_accuracy(right: float) -> None:
+    assert grades(np.tile([right, 1 - right], (60, 1)), np.zeros(60, dtype=int))["Accuracy"] == "unclear"
+
+
 @pytest.mark.parametrize(("confidence", "grade"), [(0.8, "good"), (0.82, "fair"), (0.99, "weak")])
 def test_calibration_is_held_against_the_scatter_of_the_labels(confidence: float, grade: str) -> None:
     assert grades(*made(confidence, 0.8, 4000))["Calibration"] == grade
