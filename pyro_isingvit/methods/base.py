@@ -28,6 +28,7 @@ from pyro_isingvit.nets.vit import ViT, Weights
 from pyro_isingvit.nets.weight_terms import Matrices, trained_matrices
 
 Terms = dict[str, Tensor]  # name -> its share of the loss, nats per image; the loss is their sum
+Batches = Iterable[tuple[Tensor, Tensor]]  # x (B, ...), y (B,)
 Networks = Callable[[Tensor], Tensor]  # normalised images (B, ...) -> logits (S, B, C)
 
 
@@ -175,8 +176,14 @@ class Method(nn.Module):
         """Modules whose gradients are clipped, each by its own norm."""
         return [self]
 
-    def finish(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Called once after the last epoch with the training images in order."""
+    def finish(self, batches: Batches, held_out: Batches) -> None:
+        """Called once after the last epoch.
+
+        Args:
+            batches: normalised training images and their labels, in order.
+            held_out: likewise of the validation part, by which settings may be chosen; empty where predictions are not
+                to be calibrated either (``TrainConfig.calibrate``).
+        """
 
     # What was trained -------------------------------------------------------------------------------------------
 

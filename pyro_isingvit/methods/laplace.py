@@ -4,25 +4,30 @@ Shapes: B batch, S samples, C classes.
 """
 
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.info import DataInfo
-from pyro_isingvit.methods.base import Networks
+from pyro_isingvit.methods.base import Batches, Networks
 from pyro_isingvit.methods.plain import Plain
 from pyro_isingvit.nets.vit import Watch
+from pyro_isingvit.predictive.calibration import CALIBRATION_SAMPLES, TINY, fit_temperature, temper, with_shares_of
+
+PRECISIONS = tuple(10.0 ** (exponent / 2) for exponent in range(-4, 9))  # of the prior: .01 to 10,000
 
 
 class LastLayerLaplace(Plain):
     """Deterministic training, then a Laplace posterior of the last layer (Daxberger et al. 2021), by laplace-torch.
 
-    Kronecker-factored curvature, prior precision by marginal likelihood; the posterior is kept as a set of draws.
+    Kronecker-factored curvature; the posterior is kept as a set of draws. The precision of the prior is that with the
+    lowest NLL of the validation part, after the temperature that fits it: the marginal likelihood, taken where there is
+    no such part, knows the training images alone, and makes a network that has learned them by heart far too unsure.
     """
 
     max_draws = 200
@@ -51,12 +56,10 @@ class LastLayerLaplace(Plain):
         self.vit(dict(self.loc.items()), x, watch)
         return watch["features"][0]
 
-    def finish(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def finish(self, batches: Batches, held_out: Batches) -> None:
         """Fits the posterior on the training images and keeps draws of it."""
         laplace = _import_laplace()
-        with torch.no_grad():
-            pairs = [(self._features(x).float(), y) for x, y in batches]
-        features, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
+        features, labels = self._read(batches)
         head = nn.Linear(features.shape[1], self.loc["head"].shape[1], device=features.device)
         with torch.no_grad():
             head.weight.copy_(self.loc["head"][0])
@@ -64,21 +67,58 @@ class LastLayerLaplace(Plain):
         loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(features, labels), batch_size=512)
         posterior = laplace(head, "classification", subset_of_weights="all", hessian_structure="kron")
         posterior.fit(loader)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about a link function that sampling does not use
-            posterior.optimize_prior_precision(method="marglik")
-        self.heads.copy_(posterior.sample(len(self.heads)))
-        if self.likelihood.shift is not None:  # predictions are those without the shares of the classes
-            self.heads[:, -len(self.likelihood.shift) :] -= self.likelihood.shift
+        precision = self._precision(posterior, held_out)
+        if precision is not None:
+            posterior.prior_precision = precision
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # about a link function that sampling does not use
+                posterior.optimize_prior_precision(method="marglik")
+        self.heads.copy_(self._unshifted(posterior.sample(len(self.heads))))
+
+    @torch.no_grad()
+    def _read(self, batches: Batches) -> tuple[Tensor, Tensor]:
+        """Features and labels of all images; no rows where there are none."""
+        pairs = [(self._features(x).float(), y) for x, y in batches]
+        if not pairs:
+            return torch.zeros(0), torch.zeros(0, dtype=torch.long)
+        features, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
+        return features, labels
+
+    @torch.no_grad()
+    def _precision(self, posterior: Any, held_out: Batches) -> float | None:
+        """The precision of ``PRECISIONS`` of lowest NLL on held-out images; None where there are none."""
+        features, labels = self._read(held_out)
+        if not len(labels):
+            return None
+        balanced, costs = self.likelihood.shift is not None, dict[float, float]()
+        for precision in PRECISIONS:
+            posterior.prior_precision = precision
+            noise = torch.Generator(features.device).manual_seed(0)  # the same for all
+            heads = self._unshifted(posterior.sample(CALIBRATION_SAMPLES, noise))
+            probs = self._logits(features, heads).softmax(-1).cpu()
+            mean = temper(probs, fit_temperature(probs, labels, balanced)).mean(0)
+            mean = with_shares_of(labels.cpu(), mean) if balanced else mean
+            costs[precision] = float(F.nll_loss(mean.clamp(min=TINY).log(), labels.cpu()))
+        return min(costs, key=lambda precision: costs[precision])
+
+    def _unshifted(self, heads: Tensor) -> Tensor:
+        """Last layers (S, weights and biases) whose predictions are those without the shares of the classes."""
+        shift = self.likelihood.shift
+        return heads if shift is None else heads - F.pad(shift, (heads.shape[1] - len(shift), 0))
+
+    def _logits(self, features: Tensor, heads: Tensor) -> Tensor:
+        """Logits (S, B, C) of last layers (S, weights and biases)."""
+        classes, width = self.loc["head"].shape[1:]
+        weight, bias = heads[:, : classes * width].view(-1, classes, width), heads[:, classes * width :]
+        return torch.einsum("bd,scd->sbc", features, weight) + bias.unsqueeze(1)
 
     def draw_networks(self, count: int, first: int = 0) -> Networks:
         """``count`` of the kept last layers, in a cycle, before there are some the trained one; all read the same."""
         if not self.heads.any():
             return super().draw_networks(count, first)
         chosen = self.heads[torch.arange(first, first + count, device=self.heads.device) % len(self.heads)]
-        classes, width = self.loc["head"].shape[1:]
-        weight, bias = chosen[:, : classes * width].view(-1, classes, width), chosen[:, classes * width :]
-        return lambda x: torch.einsum("bd,scd->sbc", self._features(x).float(), weight) + bias.unsqueeze(1)
+        return lambda x: self._logits(self._features(x).float(), chosen)
 
 
 def _import_laplace() -> Any:

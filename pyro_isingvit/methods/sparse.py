@@ -4,7 +4,6 @@ Shapes: B batch, S samples, T tokens, C classes; x of a layer is (B, T, in), its
 """
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.methods.base import Batches
 from pyro_isingvit.methods.plain import Plain
 from pyro_isingvit.nets.vit import Weights, linear
 from pyro_isingvit.nets.weight_terms import Matrices, trained_matrices
@@ -155,7 +155,7 @@ class Magnitude(Plain):
         if phase == "finetune":
             self.drop(self.settings.sparsity)
 
-    def finish(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def finish(self, batches: Batches, held_out: Batches) -> None:
         """Prunes where there was no fine-tuning."""
         self.drop(self.settings.sparsity)
 

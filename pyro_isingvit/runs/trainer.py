@@ -235,8 +235,11 @@ class Trainer:
         for kind, layer in self.run.dropped_layers() if is_first() else []:
             log.warning("%s of layer %d is dropped: skip connections carry the signal past it", kind, layer)
         self.loss.eval()
-        train = self.data.train
-        self.method.finish(train.batches(min(CHUNK, train.images.chunk), self.run.info.normalise))
+        train, held_out = (
+            part.batches(min(CHUNK, part.images.chunk), self.run.info.normalise)
+            for part in (self.data.train, self.data.val)
+        )
+        self.method.finish(train, held_out if self.settings.calibrate else ())
         if self.settings.calibrate and len(self.data.val):
             self._calibrate()
         session.finished = True

@@ -20,7 +20,7 @@ from pyro_isingvit.methods.base import method_class
 from pyro_isingvit.methods.dropout import ConcreteDropout
 from pyro_isingvit.methods.ensemble import Ensemble
 from pyro_isingvit.methods.ising import IsingMethod
-from pyro_isingvit.methods.laplace import LastLayerLaplace
+from pyro_isingvit.methods.laplace import PRECISIONS, LastLayerLaplace
 from pyro_isingvit.methods.plain import Plain, check_baseline
 from pyro_isingvit.methods.registry import METHODS, with_defaults
 from pyro_isingvit.methods.sparse import L0, GradualMagnitude, SparseVD, sparse_vd_kl
@@ -340,6 +340,49 @@ def test_laplace_draws_spread_around_the_trained_head(data: ImageData) -> None:
     head = torch.cat([network.loc["head"].flatten(), network.vit.bias["head"].flatten()]).detach()
     error = (network.heads.mean(0) - head).abs() / (network.heads.std(0) / math.sqrt(len(network.heads)))
     assert float(error.max()) < 4.5 and float(network.heads.std(0).min()) > 0
+
+
+class GivenLaplace:
+    """A posterior of last layers around one, as wide as its precision says; no package is needed for it."""
+
+    def __init__(self, head: torch.Tensor) -> None:
+        self.head, self.prior_precision = head, 1.0
+
+    def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        return self.head + torch.randn(count, len(self.head), generator=generator) / math.sqrt(self.prior_precision)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # laplace-torch's
+def test_the_precision_of_laplace_is_that_of_lowest_held_out_nll(data: ImageData, monkeypatch) -> None:
+    """Sure and right: no noise. Sure where labels are at random, far from the classes' means: wide noise."""
+    monkeypatch.setattr("pyro_isingvit.methods.laplace._import_laplace", lambda: None)
+    network = method_class("laplace")(replace(CONFIG, method="laplace"), INFO, 60)
+    assert isinstance(network, LastLayerLaplace)
+    classes, width = network.loc["head"].shape[1:]
+    head = torch.zeros(classes, width)
+    head[range(classes), range(classes)] = 8.0  # class c where feature c is 1
+    posterior = GivenLaplace(torch.cat([head.flatten(), torch.zeros(classes)]))
+    labels = torch.arange(60) % classes
+    features = torch.zeros(60, width)
+    features[range(60), labels] = 1.0
+    monkeypatch.setattr(network, "_features", lambda x: x)
+    assert network._precision(posterior, [(features, labels)]) >= 1000
+    features[:, -1] = torch.where(torch.arange(60) < 30, 6.0, 0.0)  # a feature that only noise reads
+    wrong = torch.where(torch.arange(60) < 30, labels.roll(7), labels)
+    assert network._precision(posterior, [(features, wrong)]) < 100
+    assert network._precision(posterior, []) is None
+
+
+def test_laplace_without_a_validation_part_takes_the_marginal_likelihood(data: ImageData, monkeypatch) -> None:
+    pytest.importorskip("laplace")
+    seen = []
+    real = LastLayerLaplace._precision
+    monkeypatch.setattr(LastLayerLaplace, "_precision", lambda *given: seen.append(real(*given)) or seen[-1])
+    for calibrate in (True, False):
+        settings = config("laplace")
+        settings = replace(settings, train=replace(settings.train, calibrate=calibrate))
+        assert Trainer(settings, data, None, progress=False).fit().network.heads.any()
+    assert seen[0] in PRECISIONS and seen[1] is None
 
 
 @pytest.mark.parametrize(
