@@ -87,7 +87,7 @@ def adaptation(arguments: Arguments) -> None:
 
     from analysis.comparison_tables import show_table, to_table
     from analysis.shift import load_runs, own_test_part
-    from inference.spoil import CORRUPTIONS
+    from inference.spoil import CORRUPTIONS, check_severity
     from pyro_isingvit.core.checkpoint import write_json
     from pyro_isingvit.predictive.metrics import classification_metrics
     from pyro_isingvit.runs.adapt import adapted
@@ -95,6 +95,8 @@ def adaptation(arguments: Arguments) -> None:
 
     need(arguments.samples >= 1, f"`samples` must be at least 1, not {arguments.samples}.")
     need(arguments.severities, "`severities` names none.")
+    for severity in arguments.severities:
+        check_severity(severity)
     runs, records = load_runs(arguments.run, arguments.device), []
     hows = variants(arguments.lr, arguments.seed)
     total = len(runs) * len(hows) * (2 + len(CORRUPTIONS) * len(arguments.severities))

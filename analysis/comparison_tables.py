@@ -95,8 +95,9 @@ def is_several(method: str) -> bool:
 def against_best(frame: pd.DataFrame, ours: str = OURS) -> pd.DataFrame:
     """Our method against the best other single network, by data set, size and metric.
 
-    The best has the best mean over the seeds that it shares with ours. ``difference`` is ours minus best. Its standard
-    error and the p-value are those of a paired t-test over these seeds.
+    The best is that of the largest mean lead over ours, or least distance behind it, on the same seeds, among those
+    that share most seeds with it. ``difference`` is ours minus best. Its standard error and the p-value are those of a
+    paired t-test over these seeds.
     """
     rows = []
     for (dataset, size), cell in frame.groupby(["dataset", "train_size"]):
@@ -105,7 +106,9 @@ def against_best(frame: pd.DataFrame, ours: str = OURS) -> pd.DataFrame:
             if not pairs:
                 continue
             sign = SHOWN[metric][2]
-            best = max(pairs, key=lambda method: sign * pairs[method][method].mean())
+            most = max(map(len, pairs.values()))
+            leads = {m: sign * (pair[m] - pair[ours]).mean() for m, pair in pairs.items() if len(pair) == most}
+            best = max(leads, key=lambda method: leads[method])
             pair = pairs[best]
             difference = pair[ours] - pair[best]
             several = len(pair) > 1 and difference.std() > 0
@@ -235,12 +238,14 @@ def _cost(name: str, value: Any) -> str:
 
 
 def _mean(cell: pd.DataFrame, method: str, decimals: int, sign: int) -> str:
-    """Mean and deviation of a method, in bold if no other mean is better."""
-    mean, deviation = cell.loc[method, "mean"], cell.loc[method, "std"]
+    """Mean and deviation of a method, in bold if no other mean over as many seeds is better."""
+    mean, deviation, most = cell.loc[method, "mean"], cell.loc[method, "std"], cell["count"].max()
     if pd.isna(mean):
         return MISSING
     text = f"{mean:.{decimals}f}" + ("" if pd.isna(deviation) else f" ± {deviation:.{decimals}f}")
-    return f"**{text}**" if sign and sign * mean == (sign * cell["mean"]).max() else text
+    if cell.loc[method, "count"] < most:  # some are not finished, or failed
+        return f"{text} ({int(cell.loc[method, 'count'])} of {int(most)} seeds)"
+    return f"**{text}**" if sign and sign * mean == (sign * cell["mean"][cell["count"] == most]).max() else text
 
 
 def _verdicts(best: pd.DataFrame, ensemble: pd.DataFrame) -> str:

@@ -60,6 +60,8 @@ def decisions(arguments: Arguments) -> None:
     for name in ("shifts", "images", "splits"):
         need(getattr(arguments, name) >= 1, f"`{name}` must be at least 1, not {getattr(arguments, name)}.")
     need(arguments.seed >= 0, f"`seed` must not be negative, got {arguments.seed}.")
+    for name in ("coverage", "max_error"):
+        need(0 < getattr(arguments, name) < 1, f"`{name}` must lie in (0, 1), not {getattr(arguments, name)}.")
     folder = arguments.out or arguments.run / "decisions"
     results = results_file(folder, RESULTS, arguments.overwrite)
     probs, y, val, prior = stored(arguments.run)

@@ -257,6 +257,7 @@ def to_tables(records: list[dict[str, Any]]) -> str:
     import pandas as pd
 
     from analysis.comparison_tables import to_table, with_spread
+    from analysis.grid_settings import minor
     from pyro_isingvit.core.untrusted import plain
 
     tables = []
@@ -276,6 +277,9 @@ def to_tables(records: list[dict[str, Any]]) -> str:
                 f"{epochs}", f"{len(cells)}",
             ])  # fmt: skip
         tables.append(to_table(rows))
+    versions = sorted({plain(minor(str(each.get("version", "?")))) for each in records})
+    if len(versions) > 1:
+        tables.append(f"Measured with versions {', '.join(versions)}, each with its own defaults.")
     return "\n\n".join(tables)
 
 

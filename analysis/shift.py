@@ -54,7 +54,7 @@ def load_runs(folders: Sequence[Path], device: str) -> dict[str, Run]:
     runs = {name: open_run(folder, place) for name, folder in zip(names, folders, strict=True)}
     first, *others = runs.items()
     for name, run in others:
-        same = _data_of(run) == _data_of(first[1])
+        same = data_of(run) == data_of(first[1])
         need(
             same,
             f"{first[0]} and {name} were trained on different data, or on data that were read or divided otherwise: "
@@ -63,7 +63,7 @@ def load_runs(folders: Sequence[Path], device: str) -> dict[str, Run]:
     return runs
 
 
-def _data_of(run: Run) -> tuple[object, ...]:
+def data_of(run: Run) -> tuple[object, ...]:
     """What must be the same for runs to have one test part, images as the same network reads them included."""
     info, data = run.info, run.config.data
     read = data.groups, data.columns, data.image_size, data.resize, data.pages, data.intensity
@@ -80,9 +80,10 @@ def own_test_part(run: Run, data_root: str | None, max_images: int, seed: int) -
         seed: of that choice.
 
     Raises:
-        UserError: neither the data nor posterior.nc can be read, or max_images below 1.
+        UserError: neither the data nor posterior.nc can be read, or max_images below 1, or a negative seed.
     """
     need(max_images >= 1, f"`max_images` must be at least 1, not {max_images}.")
+    need(seed >= 0, f"`seed` must not be negative, got {seed}.")
     need(
         run.info.visible,
         f"corruptions and other images have 8 bits, grey or colour; this run has {run.info.channels} channels of "

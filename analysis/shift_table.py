@@ -8,7 +8,7 @@ row: mean and deviation. All are asked about the same images. ``DIR/shift/result
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from pyro_isingvit.core.errors import need
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pyro_isingvit.data.info import DataInfo
+    from pyro_isingvit.runs.run import Run
 
 RESULTS = "results.json"
 MARKERS = ("<!-- shift: made by analysis.shift_table -->", "<!-- end of shift -->")
@@ -53,6 +53,8 @@ class Entry:
     """Images (B, C, H, W) uint8 -> class probabilities (B, K)."""
     classes: tuple[str, ...]
     """Their names."""
+    settings: Any = None
+    """Of a run, but for its seed: runs of one row have the same."""
 
 
 def shift_table(arguments: Arguments) -> None:
@@ -75,7 +77,8 @@ def shift_table(arguments: Arguments) -> None:
         name: strange_images(name, first.info, split.images[:], root, arguments.max_images, arguments.seed)[0]
         for name in arguments.ood
     }
-    entries = [open_entry(path, arguments, first.info) for path in arguments.run]
+    entries = [open_entry(path, arguments, first) for path in arguments.run]
+    check_rows(entries)
     found, total = {}, len(entries) * (1 + len(strange) + sum(len(c.values) for c in CORRUPTIONS.values()))
     with tqdm(total=total, desc="predict", dynamic_ncols=True) as bar:
         for path, entry in zip(arguments.run, entries, strict=True):
@@ -92,19 +95,29 @@ def shift_table(arguments: Arguments) -> None:
     print(f"results: {folder / RESULTS}")
 
 
-def open_entry(path: Path, arguments: Arguments, info: "DataInfo") -> Entry:
+def check_rows(entries: list[Entry]) -> None:
+    """Raises UserError where runs that would share a row differ in more than their seeds."""
+    first: dict[str, Entry] = {}
+    for entry in entries:
+        other = first.setdefault(entry.kind, entry)
+        told = f"{other.name} and {entry.name} would be seeds of one row, {entry.kind}, but their settings differ"
+        need(other.settings == entry.settings, f"{told}; show them in calls of their own.")
+
+
+def open_entry(path: Path, arguments: Arguments, first: "Run") -> Entry:
     """A run, a compact network or an ONNX file.
 
     Raises:
-        UserError: none of them, or one of other classes.
+        UserError: none of them, one of other classes, or a run that was trained on other data.
     """
-    entry = _open(path, arguments)
-    need(entry.classes == info.classes, f"{path} has other classes than {arguments.run[0]}.")
+    entry = _open(path, arguments, first)
+    need(entry.classes == first.info.classes, f"{path} has other classes than {arguments.run[0]}.")
     return entry
 
 
-def _open(path: Path, arguments: Arguments) -> Entry:
-    from analysis.shift import load_runs, mean_of
+def _open(path: Path, arguments: Arguments, first: "Run") -> Entry:
+    from analysis.shift import data_of, load_runs, mean_of
+    from pyro_isingvit.methods.registry import spec_of
     from pyro_isingvit.pruning.network import CompactViT
     from pyro_isingvit.pruning.shapes import CONFIG
 
@@ -125,8 +138,14 @@ def _open(path: Path, arguments: Arguments) -> Entry:
         kind = f"compact, {samples} draws" if model.config.form == "bayes" else _compact_kind(path)
         return Entry(path.name, kind, lambda images: model.predict(images, samples, seed).mean(0), model.config.classes)
     [run] = load_runs([path], arguments.device).values()
+    told = f"{path} was trained on other data than {arguments.run[0]}, or on data that were read or divided otherwise."
+    need(data_of(run) == data_of(first), told)
     return Entry(
-        path.name, f"`{run.config.method}`", partial(mean_of, run, arguments.samples, arguments.seed), run.info.classes
+        path.name,
+        f"`{spec_of(run.config)}`",
+        partial(mean_of, run, arguments.samples, arguments.seed),
+        run.info.classes,
+        replace(run.config.portable(), train=replace(run.config.train, seed=0, device="auto")),
     )
 
 

@@ -19,6 +19,7 @@ from pyro_isingvit.core.errors import UserError, need
 Score = Literal[
     "nll_calibrated", "accuracy_calibrated", "brier_calibrated", "ece_calibrated", "macs", "pruned_fraction"
 ]
+BETTER = ("accuracy", "pruned")  # scores of which more is better begin so; the best row comes first
 APART = {"dataset", "label", "name", "train_size", "seed", "settings", "method", "vit", "preset"}  # keys of a trial
 
 
@@ -85,7 +86,8 @@ def table(records: list[dict[str, Any]], score: str, cells: int = 1) -> str:
     places = sorted({where for row in kept.values() for where in row})
     heading = ["trial", *(f"{label} {size:,}" for label, size in places)]
     lines = [heading, ["---"] * len(heading)]
-    for key, row in sorted(kept.items(), key=lambda item: (-len(item[1]), mean(map(mean, item[1].values())))):
+    sign = -1 if score.startswith(BETTER) else 1
+    for key, row in sorted(kept.items(), key=lambda item: (-len(item[1]), sign * mean(map(mean, item[1].values())))):
         name = " ".join(f"{setting}={value}" for setting, value in key if (setting, value) not in shared) or "as above"
         lines.append([name, *(_cell(row.get(where, []), score) for where in places)])
     common = ", ".join(f"{setting} {value}" for setting, value in sorted(shared))

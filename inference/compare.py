@@ -26,7 +26,7 @@ from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.presets import default_preset, preset
 from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
-from pyro_isingvit.methods.registry import OURS, row, with_defaults
+from pyro_isingvit.methods.registry import OURS, READS, row, with_defaults
 from pyro_isingvit.version import __version__
 
 RESULTS = "results.json"
@@ -154,12 +154,20 @@ def make_cells(arguments: CompareArguments) -> list[Cell]:
                     device=arguments.device, augment=arguments.augment, margin=arguments.margin,
                 )  # fmt: skip
                 config = method_config(spec, count, replace(base, train=train))
+                check_samples(spec, config)
                 check_training(config.train)
                 check_asked(config.train)
                 check_baseline(config.baseline)
                 check_fields(config)
                 cells.append(Cell(label, size, spec, seed, config, _folder(arguments.out, label, size, spec, seed)))
     return cells
+
+
+def check_samples(spec: str, config: RunConfig) -> None:
+    """Raises UserError where an ensemble would predict with fewer networks than it costs."""
+    members, samples = config.baseline.members, config.train.samples
+    told = f"{spec} has {members} members, and `samples` {samples} would leave some out; set it to {members} or more."
+    need(config.method not in READS["members"] or samples >= members, told)
 
 
 def _folder(out: Path, label: str, size: int, spec: str, seed: int) -> Path:
@@ -192,13 +200,25 @@ def finished(cell: Cell) -> dict[str, Any] | None:
 def recorded(cell: Cell, results: Results) -> bool:
     """Whether results.json has the cell, finished with the same settings; its run may be on another machine."""
     found = results.get(cell.key, {})
-    if found.get("status") not in (DONE, ASIDE) or "config" not in found:
+    if found.get("status") not in (DONE, ASIDE) or "config" not in found or _of_other_data(cell):
         return False
     try:
         config = RunConfig.from_json(found["config"], RESULTS)
     except UserError:  # of a version that had other settings
         return False
     return config.portable() == anywhere(cell)
+
+
+def _of_other_data(cell: Cell) -> bool:
+    """Whether the cell's folder holds a run of another file or folder: labels may be the same."""
+    from inference.search_trials import source_of
+    from pyro_isingvit.runs.folder import read_config
+
+    try:
+        found = read_config(cell.folder).data.dataset
+    except UserError:
+        return False
+    return source_of(found) != source_of(cell.config.data.dataset)
 
 
 def anywhere(cell: Cell) -> RunConfig:

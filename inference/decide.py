@@ -91,6 +91,34 @@ class Decisions:
     accepted: "Tensor | None" = None
 
 
+def read_prevalences(
+    run: "Run", wanted: DecisionArguments, data_root: Path | None
+) -> "tuple[np.ndarray, np.ndarray | None] | None":
+    """The shares of the classes in training and where the images are from, (C,) each.
+
+    Args:
+        run: which was trained.
+        wanted: what is asked for.
+        data_root: folder of the run's data, for runs that do not know their shares; None: where the run says.
+
+    Returns:
+        None where no other prevalence is asked for; the second is None where it is to be estimated.
+
+    Raises:
+        UserError: texts that are no shares of the run's classes.
+    """
+    import numpy as np
+
+    from pyro_isingvit.runs.validation import prior_of
+
+    if wanted.prevalence is None:
+        return None
+    classes, given = run.info.classes, wanted.training_prevalence
+    prior = np.array(prior_of(run, data_root)) if given is None else read_shares(given, classes, "training_prevalence")
+    shares = None if wanted.prevalence == ESTIMATE else read_shares(wanted.prevalence, classes, "prevalence", prior)
+    return prior, shares
+
+
 def read_shares(text: str, classes: Sequence[str], name: str, rest: "np.ndarray | None" = None) -> "np.ndarray":
     """Shares of the classes from a command line's word.
 
@@ -172,24 +200,19 @@ def decide(
     Raises:
         UserError: shares that cannot be, or too few validation images.
     """
-    import numpy as np
-
     from pyro_isingvit.predictive.conformal import conformal_sets
     from pyro_isingvit.predictive.prevalence import estimate_prevalence, with_prevalence
     from pyro_isingvit.predictive.selective import acceptance
-    from pyro_isingvit.runs.validation import prior_of
 
-    found, classes = Decisions(draws), run.info.classes
-    if wanted.prevalence is not None:
-        if wanted.training_prevalence is None:
-            prior = np.array(prior_of(run, data_root))
-        else:
-            prior = read_shares(wanted.training_prevalence, classes, "training_prevalence")
+    found = Decisions(draws)
+    prevalences = read_prevalences(run, wanted, data_root)
+    if prevalences is not None:
+        prior, shares = prevalences
         estimate = None
-        if wanted.prevalence == ESTIMATE:
+        if shares is None:
             assert val is not None
             estimate = estimate_prevalence(draws, val.probs, val.labels, mass=MASS)
-        shares = read_shares(wanted.prevalence, classes, "prevalence", prior) if estimate is None else estimate.shares
+            shares = estimate.shares
         corrected = with_prevalence(draws, shares, prior)
         found = Decisions(corrected, shares, prior, estimate)
     if wanted.coverage is not None:

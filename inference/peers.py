@@ -98,7 +98,7 @@ def make_config(arguments: PeersArguments) -> RunConfig:
 
 
 def check(config: RunConfig) -> None:
-    """Raises UserError for data or settings that no method could use, before any process starts."""
+    """Raises UserError for data or settings that not every method could use, before any process starts."""
     from pyro_isingvit.data.load import load_data
     from pyro_isingvit.nets.plain import PlainViT
     from pyro_isingvit.nets.vit import ViT
@@ -107,6 +107,7 @@ def check(config: RunConfig) -> None:
     check_training(config.train)
     data = load_data(**asdict(config.data), seed=config.train.seed)
     need(len(data.test), f"{data.info.dataset} has no test part to evaluate on.")
+    need(data.train.weights is None, "the peers know no weights of images, and ours would; give data without them.")
     info = data.info
     PlainViT(ViT(config.vit, info.channels, info.height, info.width, info.num_classes))
 

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from inference.cli import print_table, run_script, with_interval
-from inference.decide import ESTIMATE, DecisionArguments, add_to_tree, columns, decide, draws_for, print_decisions
+from inference.decide import (
+    ESTIMATE,
+    DecisionArguments,
+    add_to_tree,
+    columns,
+    decide,
+    draws_for,
+    print_decisions,
+    read_prevalences,
+)
 from inference.predict_stream import STREAMED, StreamArguments, predict_stream
 from pyro_isingvit.core.errors import UserError, need
 
@@ -89,6 +98,7 @@ def predict(arguments: PredictArguments) -> None:
     run = open_run(arguments.run, "cuda" if cuda else "cpu")
     source = replace(run.config.data, cache=arguments.cache)
     own_root = None if arguments.data_root == PredictArguments.data_root else Path(arguments.data_root)
+    read_prevalences(run, wanted, own_root)  # what is wrong with them is said before anything is predicted
     if streams:
         predict_stream(
             run, arguments.input, arguments.out, source, data_root=arguments.data_root, own_root=own_root,

@@ -19,7 +19,7 @@ from inference.cli import check_place, earlier_records, run_script
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
-from pyro_isingvit.methods.registry import row, with_defaults
+from pyro_isingvit.methods.registry import spec_of, with_defaults
 from pyro_isingvit.version import __version__
 
 RESULTS = "rates.json"
@@ -34,7 +34,7 @@ class RatesArguments:
     """What to train."""
 
     out: Path
-    """Folder for rates.json."""
+    """Folder for rates.json, of one data set: files of one name count as the same."""
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
     """Learning rates, each tried with every network."""
     rules: tuple[Literal["transfer", "uniform"], ...] = ("transfer",)
@@ -86,13 +86,16 @@ def find_rates(arguments: RatesArguments) -> None:
     """Find the best learning rate for networks of several widths and depths."""
     cells, path = [*make_cells(arguments)], arguments.out / RESULTS
     check_place(arguments.out)
+    from inference.search_trials import same_settings
     from pyro_isingvit.core.checkpoint import write_json
 
     records = read_records(path)  # of this command and of others
-    known = [record["settings"] for record in records]
     for number, config in enumerate(cells):
-        if settings(config) not in known:
-            records.append({"settings": settings(config), "version": __version__, **score(config)})
+        asked = settings(config)
+        known = [record for record in records if record["settings"] == asked]
+        if not any(same_settings(resolved(config), record) for record in known):
+            records = [record for record in records if record not in known]  # of other defaults
+            records.append({"settings": asked, "version": __version__, "resolved": resolved(config), **score(config)})
             write_json(path, records)
             log.info("%d of %d", number + 1, len(cells))
     print(f"records: {path}\nfigure: python -m analysis.rates --results {arguments.out}")
@@ -102,22 +105,21 @@ def settings(config: RunConfig) -> dict[str, Any]:
     """What a record says of a training; where its images lie does not matter."""
     vit, train, usual = config.vit, config.train, DataConfig()
     read = {n: v for n, v in asdict(config.data).items() if n not in ELSEWHERE and v != getattr(usual, n)}
+    place = config.data.dataset.rpartition(":")[2]
     return {
-        "data": Path(config.data.dataset).name, "train_size": config.data.train_size, "method": spec_of(config),
+        "data": Path(place).name, "train_size": config.data.train_size, "method": spec_of(config),
         "width": vit.width, "depth": vit.depth, "patch_size": vit.patch_size, "rate": train.lr,
         "rule": train.rate_rule, "epochs": train.epochs, "average": train.average, "seed": train.seed,
         **({"read": read} if read else {}),
     }  # fmt: skip
 
 
-def spec_of(config: RunConfig) -> str:
-    """The method as it was asked for: with its number, where that is not the default."""
-    usual = row(config.method)
-    if usual.knob is None:
-        return config.method
-    part, knob = usual.knob
-    value = getattr(getattr(config, part), knob)
-    return config.method if value == getattr(getattr(usual, part), knob) else f"{config.method}:{value:g}"
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """Every setting of a training, those that are defaults today too, as JSON has them."""
+    from inference.search_trials import Trial
+
+    found: dict[str, Any] = Trial({}, config, 0).resolved()
+    return found
 
 
 def score(config: RunConfig) -> dict[str, float]:
@@ -162,10 +164,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def best_rate(rates: list[float], nlls: list[float]) -> float:
-    """The rate at the lowest point of the parabola through the best three, in log rate; at an end, that end.
+    """The rate at the lowest point of the parabola through the best and its neighbours, in log rate.
+
+    At an end, that end.
 
     Args:
-        rates: ascending, equal factors apart.
+        rates: ascending.
         nlls: of each.
 
     Examples:
@@ -177,10 +181,11 @@ def best_rate(rates: list[float], nlls: list[float]) -> float:
     best = nlls.index(min(nlls))
     if best in (0, len(nlls) - 1):
         return rates[best]
-    low, middle, high = nlls[best - 1 : best + 2]
-    curve = low + high - 2 * middle
-    steps = 0.5 * (low - high) / curve if curve else 0.0
-    return rates[best] * (rates[best] / rates[best - 1]) ** steps
+    below, above = (math.log(rates[other] / rates[best]) for other in (best - 1, best + 1))
+    falls, rises = (nlls[other] - nlls[best] for other in (best - 1, best + 1))  # none is negative
+    curve = falls * above - rises * below
+    lowest = 0.5 * (falls * above**2 - rises * below**2) / curve if curve else 0.0
+    return rates[best] * math.exp(min(max(lowest, below), above))
 
 
 def main(argv: list[str] | None = None) -> None:

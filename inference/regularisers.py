@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from inference.cli import in_flags, show_results
 from inference.workers import outcomes, threads_of
-from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.regularise import REGULARISERS, regularised
 from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
 from pyro_isingvit.core.train_settings import TrainConfig
@@ -153,7 +153,7 @@ def ablate(
     Raises:
         UserError: records that cannot be read or written, or cells that failed for another reason than their training.
     """
-    from inference.search_trials import key_of, read_records, same_settings
+    from inference.search_trials import key_of, read_records, same_settings, source_of
     from pyro_isingvit.data.load import load_parts
 
     cells, path = make_cells(plain, names, flipped), out / RECORDS
@@ -162,6 +162,11 @@ def ablate(
         cell for cell in cells
         if "refused" in (known := records.get(cell.key, {"refused": ""})) or not same_settings(cell.resolved(), known)
     ]  # fmt: skip
+    for cell in cells:
+        source = source_of(cell.config.data.dataset)
+        other = records.get(cell.key, {}).get("source", source)
+        told = f"{path} has records of {other} under the label {cell.trial['dataset']}, not of {source}"
+        need(other == source, f"{told}; give another `label`, or another folder.")
     log.info("%d cells, %d of them done already", len(cells), len(cells) - len(todo))
     if todo:
         load_parts(todo[0].config.data)  # what cannot be read is said here, not by every cell
@@ -186,7 +191,7 @@ def _run_and_record(todo: Sequence[Cell], path: Path, records: dict[str, dict[st
     """Runs the cells and adds a line after each; returns how many failed for a reason outside of training."""
     from tqdm.auto import tqdm
 
-    from inference.search_trials import append_record
+    from inference.search_trials import append_record, source_of
 
     failed = 0
     work = partial(measure, threads=threads_of(jobs))
@@ -201,7 +206,8 @@ def _run_and_record(todo: Sequence[Cell], path: Path, records: dict[str, dict[st
                 bar.write(f"{cell.name}: {reason}: {outcome[reason]}", file=sys.stderr)
             known = records.get(cell.key, {})
             if "refused" not in outcome or outcome["refused"] != known.get("refused"):
-                record = {"trial": cell.trial, "version": __version__, "resolved": cell.resolved(), **outcome}
+                told = {"version": __version__, "source": source_of(cell.config.data.dataset)}
+                record = {"trial": cell.trial, **told, "resolved": cell.resolved(), **outcome}
                 append_record(path, record)
                 records[cell.key] = record
     return failed

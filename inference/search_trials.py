@@ -88,8 +88,14 @@ def same_settings(now: dict[str, Any], record: dict[str, Any]) -> bool:
 
 
 def key_of(given: dict[str, Any]) -> str:
-    """A trial as text, without its name."""
-    return json.dumps({name: value for name, value in given.items() if name != "name"}, sort_keys=True)
+    """A trial as text, without its name; one that says no seed is that of seed 0."""
+    return json.dumps({"seed": 0} | {name: value for name, value in given.items() if name != "name"}, sort_keys=True)
+
+
+def source_of(dataset: str) -> str:
+    """The kind of a data set and the name of its file or folder, wherever that lies."""
+    kind, _, place = dataset.partition(":")
+    return f"{kind}:{Path(place).name}" if place else kind
 
 
 def read_trials(path: Path, data_root: str, device: Device) -> list[Trial]:
@@ -151,9 +157,8 @@ def make_trial(given: Any, data_root: str, device: Device) -> Trial:
     check_baseline(config.baseline)
     dev_size = given.get("dev_size", DEV_SIZE)
     need(dev_size >= 1, f"`dev_size` must be at least 1, not {dev_size}.")
-    kind, _, place = source.dataset.partition(":")
-    if place and "label" in given:
-        given = given | {"dataset": f"{kind}:{Path(place).name}"}
+    if "label" in given:
+        given = given | {"dataset": source_of(source.dataset)}
     return Trial(given, config, dev_size)
 
 

@@ -91,6 +91,12 @@ CORRUPTIONS: dict[str, Corruption] = {
 }
 
 
+def check_severity(severity: int) -> None:
+    """Raises UserError where no corruption has such a severity."""
+    most = len(next(iter(CORRUPTIONS.values())).values)
+    need(1 <= severity <= most, f"severity must be 1 to {most}, got {severity}.")
+
+
 def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     """Corrupted copies of images, the same for the same seed; one seed serves all severities.
 
@@ -105,7 +111,7 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     """
     need(name in CORRUPTIONS, f"unknown corruption {name!r}; known: {', '.join(CORRUPTIONS)}.")
     corruption = CORRUPTIONS[name]
-    need(1 <= severity <= len(corruption.values), f"severity must be 1 to {len(corruption.values)}, got {severity}.")
+    check_severity(severity)
     with undisturbed(seed):
         return corruption.spoil(images, corruption.values[severity - 1])
 

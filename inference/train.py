@@ -20,7 +20,7 @@ from pyro_isingvit.core.presets import PRESETS, default_preset, preset
 from pyro_isingvit.core.regularise import regularised
 from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig, RunConfig, ViTConfig
 from pyro_isingvit.core.train_settings import TrainConfig
-from pyro_isingvit.methods.registry import METHODS, OURS, row, started
+from pyro_isingvit.methods.registry import METHODS, OURS, row_of
 from pyro_isingvit.version import __version__
 
 SHAPED = "--init brings the shape of the network with it; leave --preset and the flags of the shape out."
@@ -35,7 +35,8 @@ class TrainArguments:
     preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))]
     """Network shape to start from; by default the preset for the data set."""
     method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = OURS
-    """What to train: the library's Ising posterior, the paper's literal setting, or a method to compare with."""
+    """What to train: the library's Ising posterior, the paper's literal setting, or a method to compare with; those
+    with a number take it after a colon, as in dropout:0.1."""
     init: str | None = None
     """Trained network to start from: timm:NAME or torchvision:NAME (--download fetches it), either with @FILE for a
     file of yours, a .safetensors file of inference.pretrain, or the folder of a run or of a pruned network."""
@@ -69,7 +70,7 @@ def train(arguments: TrainArguments) -> None:
     from pyro_isingvit.runs.folder import holds_run
 
     config = RunConfig(
-        arguments.preset, arguments.method, arguments.data, arguments.vit, arguments.ising,
+        arguments.preset, arguments.method.partition(":")[0], arguments.data, arguments.vit, arguments.ising,
         regularised(arguments.train, arguments.regularise), __version__, arguments.baseline, init=arguments.init,
         teacher=tuple(map(str, arguments.teacher)),
     )  # fmt: skip
@@ -144,10 +145,10 @@ def main(argv: list[str] | None = None) -> None:
 
     def check() -> None:
         need(not (known.init and known.preset), SHAPED)
-        preset(name), row(known.method)
+        preset(name), row_of(known.method)
 
     with_clear_errors(check, TrainArguments)
-    usual = started(row(known.method), known.init)
+    usual = row_of(known.method, known.init)
     default = TrainArguments(
         out=tyro.MISSING, preset=name, method=known.method, vit=preset(name), ising=usual.ising, train=usual.train,
         baseline=usual.baseline,

@@ -189,6 +189,23 @@ def row(name: str) -> Row:
     return METHODS[name]
 
 
+def row_of(spec: str, init: str | None = None) -> Row:
+    """The row of ``name`` or ``name:number``; the number sets the method's knob.
+
+    Args:
+        spec: the method.
+        init: where training starts (``started``).
+
+    Raises:
+        UserError: an unknown method, no number, or a number for a method without a knob.
+    """
+    name, _, number = spec.partition(":")
+    try:
+        return started(row(name), init).with_number(number)
+    except UserError as error:
+        raise UserError(f"{spec!r}: {error}" if number else str(error)) from error
+
+
 def with_defaults(spec: str, base: RunConfig, epochs: int | None = None) -> RunConfig:
     """A run's settings with everything that a method has defaults for.
 
@@ -200,16 +217,21 @@ def with_defaults(spec: str, base: RunConfig, epochs: int | None = None) -> RunC
     Raises:
         UserError: an unknown method, no number, or a number for a method without a knob.
     """
-    name, _, number = spec.partition(":")
-    chosen = started(row(name), base.init)
-    try:
-        chosen = chosen.with_number(number)
-    except UserError as error:
-        raise UserError(f"{spec!r}: {error}") from error
+    chosen = row_of(spec, base.init)
     train = chosen.train
     if epochs is not None:
         train = shared_out(train, epochs)
-    return replace(base, method=name, ising=chosen.ising, train=train, baseline=chosen.baseline)
+    return replace(base, method=spec.partition(":")[0], ising=chosen.ising, train=train, baseline=chosen.baseline)
+
+
+def spec_of(config: RunConfig) -> str:
+    """The method as it was asked for: with its number, where that is not the default."""
+    usual = row(config.method)
+    if usual.knob is None:
+        return config.method
+    part, knob = usual.knob
+    value = getattr(getattr(config, part), knob)
+    return config.method if value == getattr(getattr(usual, part), knob) else f"{config.method}:{value:g}"
 
 
 def shared_out(train: TrainConfig, epochs: int) -> TrainConfig:

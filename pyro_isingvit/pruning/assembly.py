@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.nets.vit import ViT, Weights
-from pyro_isingvit.pruning.network import CompactViT, Posterior
+from pyro_isingvit.pruning.network import CompactViT
+from pyro_isingvit.pruning.posterior import Posterior
 from pyro_isingvit.pruning.shapes import CompactConfig, LayerShape, PosteriorShape
 
 

@@ -29,7 +29,8 @@ from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.nets.shape import ACTIVATIONS, patch_grid
 from pyro_isingvit.nets.stem import ConvStem
 from pyro_isingvit.pruning.card import FILES, METRICS, WEIGHTS, write_compact_card
-from pyro_isingvit.pruning.shapes import CONFIG, FORMAT, CompactConfig, LayerShape, PosteriorShape
+from pyro_isingvit.pruning.posterior import Posterior
+from pyro_isingvit.pruning.shapes import CONFIG, FORMAT, CompactConfig, LayerShape
 from pyro_isingvit.runs.folder import holds_run
 from pyro_isingvit.sharing.card import check_license
 from pyro_isingvit.sharing.folder import temporary_folder
@@ -103,39 +104,6 @@ class Block(nn.Module):
     def feed(self, x: Tensor) -> Tensor:
         """The second branch, the MLP."""
         return x + self.fc2(self.activate(self.fc1(self.mlp_norm(x)))) if self.has_mlp else x
-
-
-class Posterior(nn.Module):
-    """Scales and mask numbers of one matrix (buffers), and the random part of its bias.
-
-    What dropped inputs, constants, send through the means of the matrix is in its bias. In a draw it has the standard
-    deviation ``fold_scale`` (out,); ``fold_loc`` is the difference of its mean to the bias's part or, where one mask
-    covers a row, that part, which goes with the row.
-    """
-
-    def __init__(self, shape: PosteriorShape, out: int) -> None:
-        super().__init__()
-        self.site, self.by_row = shape.site, shape.by_row
-        self.register_buffer("scale", torch.zeros(shape.scale))
-        index = None if shape.index is None else torch.zeros(shape.index, dtype=torch.int32)
-        self.register_buffer("index", index)
-        self.register_buffer("fold_loc", torch.zeros(out))
-        self.register_buffer("fold_scale", torch.zeros(out))
-        self.scale: Tensor
-        self.index: Tensor | None
-        self.fold_loc: Tensor
-        self.fold_scale: Tensor
-
-    def draw(self, loc: Tensor, masks: dict[str, Tensor], noise: "torch.Generator | None") -> tuple[Tensor, Tensor]:
-        """One weight matrix and what is added to its bias."""
-
-        def normal(like: Tensor) -> Tensor:
-            return torch.randn(like.shape, generator=noise, device=like.device, dtype=like.dtype)
-
-        mask = masks[self.site] if self.index is None else masks[self.site][self.index]
-        more = self.fold_loc + self.fold_scale * normal(self.fold_loc)
-        more = mask[:, 0] * more - self.fold_loc if self.by_row else more
-        return mask * (loc + self.scale * normal(loc)), more
 
 
 class CompactViT(nn.Module):

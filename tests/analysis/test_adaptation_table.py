@@ -36,6 +36,7 @@ def test_two_runs_and_a_page(digits_run: Path, tmp_path: Path, capsys) -> None:
     assert text.count("| all corrupted | ") == 7 and "prevalence, 1 to 10" in text and "± 0.000" in text
     refused(here("analysis.adaptation", "--run", runs[0], "--samples", 0), "--samples")
     refused(here("analysis.adaptation", "--run", runs[0], "--lr", -1), "--lr")
+    refused(here("analysis.adaptation", "--run", runs[0], "--severities", 6), "severity must be 1 to 5")
 
 
 def test_the_other_prevalence() -> None:

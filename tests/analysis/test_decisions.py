@@ -31,6 +31,8 @@ def test_it_measures_shifts_sets_and_limits(digits_run: Path, tmp_path: Path) ->
 def test_what_cannot_be_is_refused(digits_run: Path, tmp_path: Path) -> None:
     run = ["--run", digits_run, "--out", tmp_path / "out"]
     refused(here("analysis.decisions", *run, "--splits", 0), "--splits must be at least 1")
+    refused(here("analysis.decisions", *run, "--coverage", 1.2), "--coverage must lie in (0, 1)")
+    refused(here("analysis.decisions", *run, "--max-error", 0), "--max-error must lie in (0, 1)")
     refused(here("analysis.decisions", *run, "--shifts", 1, "--images", 20, "--calibration", 360), "--calibration")
     old = Path(shutil.copytree(digits_run, tmp_path / "old"))
     tree = load_datatree(old / "posterior.nc")

@@ -74,3 +74,13 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         (tmp_path / "out" / "results.json").write_text(text)
         with pytest.raises(UserError, match="damaged"):
             read_records(tmp_path / "out" / "results.json")
+
+
+def test_versions_that_differ_are_told() -> None:
+    cell = {"kind": "train", "dataset": "d", "train_size": 10, "share": 0.2, "method": "ising", "early_learning": 0.0,
+            "epochs": 2}  # fmt: skip
+    scores = {"accuracy": 0.5, "nll": 1.0, "ece": 0.1}
+    made = [{"cell": cell | {"seed": seed}, "version": version, "scores": scores}
+            for seed, version in enumerate(("0.6.0", "0.6.1", "0.15.0"))]  # fmt: skip
+    assert "Measured with versions 0.15, 0.6, each with its own defaults." in to_tables(made)
+    assert "Measured with" not in to_tables(made[:2])

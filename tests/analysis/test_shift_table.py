@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from helpers import here, refused
 
-from analysis.shift_table import MARKERS, main, table
-from pyro_isingvit import compact, load_run
+from analysis.shift_table import MARKERS, Entry, check_rows, main, table
+from pyro_isingvit import compact, fit, load_data, load_run
+from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.methods.registry import spec_of
 from pyro_isingvit.pruning.export import export_onnx
 from pyro_isingvit.pruning.onnx_members import export_members
 
@@ -52,6 +54,7 @@ def test_what_cannot_be(digits_run: Path, tmp_path: Path) -> None:
     refused(here("analysis.shift_table", "--run", digits_run, tmp_path / "none"), "none")
     refused(here("analysis.shift_table", "--run", digits_run, tmp_path / "none.onnx"), "none.onnx")
     refused(here("analysis.shift_table", "--run", digits_run, "--samples", 0), "--samples")
+    refused(here("analysis.shift_table", "--run", digits_run, "--seed", -1), "--seed must not be negative")
     refused(here("analysis.shift_table", "--run", digits_run, "--ood", "noise", "noise"), "--ood")
 
 
@@ -63,3 +66,19 @@ def test_the_table_by_hand() -> None:
     rows = table([entry("a", 0.5), entry("b", 0.1), entry("a", 0.7)])
     assert rows[0][1:4] == ["accuracy, clean", "NLL, clean", "ECE, clean"] and rows[0][-1] == "FPR95, noise"
     assert rows[1][:2] == ["a", "0.600 ± 0.141"] and rows[2][:2] == ["b", "0.100"]
+
+
+def test_runs_of_one_row_are_seeds_of_one_training(digits_run: Path, tmp_path: Path) -> None:
+    data = load_data("digits", train_size=100, val_fraction=0.1, seed=3)
+    for name, settings in (("low", {"drop_rate": 0.2}), ("high", {"drop_rate": 0.6}), ("long", {"epochs": 2})):
+        usual = {"method": "dropout", "epochs": 1, "progress": False, "drop_rate": 0.2, "seed": 3}
+        run = fit("digits", data, **(usual | settings))
+        run.evaluate(data.test)
+        run.save(tmp_path / name)
+    low, high, long = (load_run(tmp_path / name) for name in ("low", "high", "long"))
+    assert (spec_of(low.config), spec_of(high.config)) == ("dropout:0.2", "dropout:0.6")
+    entries = [Entry(name, f"`{spec_of(run.config)}`", lambda x: x, (), run.config) for name, run in
+               (("low", low), ("high", high))]  # fmt: skip
+    check_rows(entries)
+    with pytest.raises(UserError, match=r"low and long would be seeds of one row, `dropout:0.2`, but their settings"):
+        check_rows([*entries, Entry("long", "`dropout:0.2`", lambda x: x, (), long.config)])

@@ -61,3 +61,20 @@ def test_the_script_filters_and_refuses(tmp_path: Path) -> None:
     refused(here("analysis.trials", "--records", tmp_path / "none"), "is not there")
     path.write_text("nothing\n")
     refused(here("analysis.trials", "--records", path), "damaged in line 1")
+
+
+def test_the_best_row_comes_first_whatever_is_better() -> None:
+    made = [
+        record(300, 0, 0.5, max_keep=keep) | {"accuracy_calibrated": score} for keep, score in ((0.9, 0.5), (0.8, 0.7))
+    ]
+    rows = table(made, "accuracy_calibrated").splitlines()[4:]
+    assert [row.split(" |")[0] for row in rows] == ["| max_keep=0.8", "| max_keep=0.9"]
+
+
+def test_a_trial_without_a_seed_is_that_of_seed_0(tmp_path: Path) -> None:
+    one, other = record(300, 0, 0.7), record(300, 0, 0.7)
+    del other["trial"]["seed"]
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in (one, other)))
+    shown = here("analysis.trials", "--records", path).stdout
+    assert "0.7000" in shown and "(2)" not in shown

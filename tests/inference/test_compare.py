@@ -472,3 +472,43 @@ def test_differences_are_paired_and_far_ones_are_arrows() -> None:
     assert "deterministic" not in shown  # 80% above: an arrow without a label
     (arrow,) = [line for line in right.lines if line.get_marker() == ">"]
     assert arrow.get_xdata()[0] == 0.15 and len(left.containers) == 3
+
+
+def test_the_best_other_is_chosen_by_the_seeds_that_both_have() -> None:
+    """An opponent with one easy seed is not the best; one that is ahead on every seed is."""
+    frame = table()
+    scores = {"ising": (0.15, 0.40, 0.45), "deterministic": (0.13, 0.35, 0.38), "dropout:0.1": (0.20,)}
+    rows = []
+    for method, values in scores.items():
+        one = frame[frame.method == method].iloc[0]
+        rows += [
+            {**one, "seed": seed, "nll": nll, "accuracy": 1 - nll, "brier": nll**2} for seed, nll in enumerate(values)
+        ]
+    partly = pd.DataFrame(rows)
+    row = against_best(partly).set_index("metric").loc["NLL"]
+    assert row["best other"] == "deterministic" and not row["first or within one standard error"]
+    text = page_tables(partly)
+    assert "0.200 (1 of 3 seeds)" in text and "**0.287 ± 0.137**" in text and "**0.200" not in text
+
+
+def test_an_ensemble_predicts_with_all_its_members() -> None:
+    arguments = CompareArguments(Path("out"), methods=("ensemble:5",), train_sizes=(60,), samples=4, preset="digits")
+    with pytest.raises(UserError, match=r"ensemble:5 has 5 members, and `samples` 4 would leave some out"):
+        make_cells(arguments)
+    assert len(make_cells(replace(arguments, samples=5))) == len(arguments.seeds)
+
+
+def test_a_label_does_not_make_two_files_one(tmp_path: Path) -> None:
+    """Rows know the label alone; the cell's folder says which file it was."""
+    digits = np.random.default_rng(0).integers(0, 255, (80, 8, 8), dtype=np.uint8)
+    for name in ("one", "two"):
+        np.savez(tmp_path / f"{name}.npz", train_images=digits, train_labels=np.arange(80) % 2)
+    flags = ["--label", "mine", "--methods", "deterministic", "--train-sizes", 40, "--seeds", 0, "--epochs", 1,
+             "--preset", "digits", "--depth", 1, "--width", 16, "--device", "cpu", "--out", tmp_path / "g"]  # fmt: skip
+    first = script("inference.compare", "--dataset", f"npz:{tmp_path / 'one.npz'}", *flags)
+    assert first.returncode == 0, first.stderr
+    refused(here("inference.compare", "--dataset", f"npz:{tmp_path / 'two.npz'}", *flags), "other settings", "--out")
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "one.npz").rename(tmp_path / "moved" / "one.npz")
+    again = script("inference.compare", "--dataset", f"npz:{tmp_path / 'moved' / 'one.npz'}", *flags)
+    assert again.returncode == 0 and "1 cells, 1 of them done already" in again.stderr

@@ -154,3 +154,10 @@ def test_shares_in_words() -> None:
             read_shares(text, CLASSES, "prevalence", prior)
     with pytest.raises(UserError, match="must name every class"):
         read_shares("a=0.5", CLASSES, "prevalence")
+
+
+@pytest.mark.parametrize("shares", ["0.5,0.5", "0=nan", "nobody=0.5"])
+def test_wrong_shares_are_said_before_anything_is_drawn(run: Path, tmp_path: Path, shares: str, monkeypatch) -> None:
+    monkeypatch.setattr("pyro_isingvit.runs.predict.draw_predictive", lambda *_, **__: pytest.fail("too late"))
+    out = ["--run", run, "--input", "digits", "--out", tmp_path / "p.nc", "--device", "cpu"]
+    refused(here("inference.predict", *out, "--prevalence", shares), "--prevalence")

@@ -224,3 +224,10 @@ def test_no_peer_installed_and_a_result_that_exists(tmp_path: Path, capsys, monk
     with pytest.raises(SystemExit):
         peers.main([*TINY, "--out", str(tmp_path)])
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_weights_of_images_are_refused(job: Job, monkeypatch) -> None:
+    weighed = replace(job.data, train=replace(job.data.train, weights=torch.ones(len(job.data.train))))
+    monkeypatch.setattr("pyro_isingvit.data.load.load_data", lambda *_, **__: weighed)
+    with pytest.raises(UserError, match="weights of images"):
+        peers.check(job.config)

@@ -1,6 +1,7 @@
 """The search for learning rates: its networks, its records, and that it resumes."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,3 +106,24 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
     refused(here("inference.rates", *SHORT, "--out", tmp_path), "is damaged")
     (tmp_path / "rates.json").write_text("[]")
     refused(here("analysis.rates", "--results", tmp_path), "no records")
+
+
+@pytest.mark.parametrize("rates", [[1e-3, 2e-3, 4e-3, 8e-3], [1e-3, 2.5e-3, 1e-2], [5e-4, 4e-3, 5e-3, 6e-3]])
+def test_the_best_rate_is_that_of_the_parabola_whatever_the_factors(rates: list[float]) -> None:
+    assert best_rate(rates, [math.log(rate / 3e-3) ** 2 for rate in rates]) == pytest.approx(3e-3)
+
+
+def test_a_file_is_known_by_its_name_and_other_defaults_are_measured_again(out: Path, tmp_path: Path) -> None:
+    config = next(iter(make_cells(RatesArguments(tmp_path))))
+    named = {
+        settings(replace(config, data=replace(config.data, dataset=name)))["data"]
+        for name in ("npz:d.npz", "npz:/a/b/d.npz")
+    }
+    assert named == {"d.npz"} and settings(config)["data"] == "digits"
+    kept = records(out)
+    kept[0]["resolved"]["shrinkage"] = 99.0  # what another version had
+    kept[0]["nll"] = -1.0
+    (tmp_path / "rates.json").write_text(json.dumps(kept))
+    main([*SHORT, "--methods", "deterministic", "--out", str(tmp_path)])
+    again = records(tmp_path)
+    assert len(again) == len(kept) and min(record["nll"] for record in again) > 0

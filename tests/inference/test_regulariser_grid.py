@@ -264,3 +264,10 @@ def test_a_unit_that_does_nothing_can_go(data: ImageData) -> None:
     dead = means["fc1"][:, ::2].numel() / total
     share = prunable(run, data.test)
     assert share is not None and share >= np.floor(dead / 0.05) * 0.05
+
+
+def test_records_of_another_file_under_the_same_label_are_not_taken(measured: Path, tmp_path: Path) -> None:
+    found = records(measured)
+    assert {record["source"] for record in found} == {"digits"}
+    (tmp_path / RECORDS).write_text("".join(json.dumps(record | {"source": "npz:x.npz"}) + "\n" for record in found))
+    refused(here("inference.compare", *FLAGS, "--flipped", 0.2, "--out", tmp_path), "npz:x.npz under the label digits")

@@ -11,6 +11,7 @@ from helpers import QUICK_FLAGS, SCRIPTS, here, new_process, refused, script
 from kills import untimed
 
 from pyro_isingvit.predictive.datatree import load_datatree
+from pyro_isingvit.runs.folder import read_config
 
 KEYS = {
     "accuracy", "f1_macro", "precision_macro", "recall_macro", "fpr_macro", "nll", "brier", "ece", "retention_mean",
@@ -162,6 +163,8 @@ def test_a_run_cut_short_or_of_another_version_is_refused(run: Path, tmp_path: P
         (["--saliency", "nope"], ["gnb"]),
         (["--granularity", "nope"], ["granularity"]),
         (["--nope"], ["nope"]),
+        (["--method", "dropout:a"], ["'a' is no number"]),
+        (["--method", "deterministic:2"], ["takes no number"]),
     ],
 )
 def test_bad_training_arguments_are_refused(arguments: list[str], words: list[str], tmp_path: Path) -> None:
@@ -190,3 +193,10 @@ def test_a_run_in_new_processes(tmp_path: Path) -> None:
     ):  # fmt: skip
         result = new_process(module, *arguments)
         assert result.returncode == 0, result.stderr
+
+
+def test_a_method_takes_its_number_after_a_colon(tmp_path: Path) -> None:
+    done = script("inference.train", *QUICK_FLAGS, "--method", "dropout:0.1", "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    config = read_config(tmp_path / "r")
+    assert (config.method, config.baseline.drop_rate, config.train.shrinkage) == ("dropout", 0.1, 3.0)
