@@ -64,7 +64,7 @@ class CompareArguments:
     margin: int | None = None
     """Pixels that a random crop shifts an image at most; by default an eighth of its side."""
     samples: int = 50
-    """Posterior draws of the evaluation; methods without draws ignore it."""
+    """Posterior draws of the evaluation; methods without draws ignore it, ensembles have one of each member or more."""
     jobs: int = 1
     """Cells trained at the same time, each in its own process."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -153,8 +153,7 @@ def make_cells(arguments: CompareArguments) -> list[Cell]:
                     base.train, seed=seed, batch_size=arguments.batch_size, samples=arguments.samples,
                     device=arguments.device, augment=arguments.augment, margin=arguments.margin,
                 )  # fmt: skip
-                config = method_config(spec, count, replace(base, train=train))
-                check_samples(spec, config)
+                config = with_all_members(method_config(spec, count, replace(base, train=train)))
                 check_training(config.train)
                 check_asked(config.train)
                 check_baseline(config.baseline)
@@ -163,11 +162,12 @@ def make_cells(arguments: CompareArguments) -> list[Cell]:
     return cells
 
 
-def check_samples(spec: str, config: RunConfig) -> None:
-    """Raises UserError where an ensemble would predict with fewer networks than it costs."""
-    members, samples = config.baseline.members, config.train.samples
-    told = f"{spec} has {members} members, and `samples` {samples} would leave some out; set it to {members} or more."
-    need(config.method not in READS["members"] or samples >= members, told)
+def with_all_members(config: RunConfig) -> RunConfig:
+    """The settings of a cell; an ensemble predicts with all its networks, for which it is charged."""
+    if config.method not in READS["members"]:
+        return config
+    samples = max(config.train.samples, config.baseline.members)
+    return replace(config, train=replace(config.train, samples=samples))
 
 
 def _folder(out: Path, label: str, size: int, spec: str, seed: int) -> Path:
