@@ -63,7 +63,7 @@ def cut(arguments: BranchesArguments) -> None:
     need(len(networks) == 1, f"method {run.config.method} has {len(networks)} networks; take a run of a single one.")
     data, branch = data_of(run, arguments.data_root), arguments.branch
     networks[0].temperature.copy_(run.temperature)
-    dense = calibrated(networks[0], data.val, run.balanced)
+    dense = calibrated(networks[0], data.val, run.moved_prior)
     there = len(branches(dense, branch))
     count = round(arguments.share * there)
     need(count > 0, f"--share {arguments.share} of {there} branches is none; raise it.")
@@ -77,7 +77,7 @@ def cut(arguments: BranchesArguments) -> None:
         small = without_branches(dense, branch, [removal.block for removal in order[:removed]])
         if merge and removed:
             merge_units(small, dense, data.train.images)
-        return calibrated(small, data.val, run.balanced)
+        return calibrated(small, data.val, run.moved_prior)
 
     points = [{"removed": k, **_scores(left(k), data.val)} for k in range(count + 1)] if len(data.val) else []
     _print_order([asdict(removal) for removal in order], points, branch)

@@ -154,6 +154,6 @@ def _scores(network: nn.Module, run: Run, data: ImageData) -> dict[str, Any]:
         return (torch.cat(logits) / temperature).softmax(-1)
 
     val = data.val
-    temperature = fit_temperature(probabilities(val, 1.0)[None], val.labels, run.balanced) if len(val) else 1.0
+    temperature = fit_temperature(probabilities(val, 1.0)[None], val.labels, run.moved_prior) if len(val) else 1.0
     scores = classification_metrics(probabilities(data.test, temperature), data.test.labels)
     return {name: scores[name] for name in ("accuracy", "nll", "brier", "ece")} | {"temperature": temperature}

@@ -63,7 +63,7 @@ def make_tuning(
         how = Distillation(distil_epochs, batch_size=settings.batch_size, seed=settings.seed)
         taught = partial(distil, teachers=runs, train=data.train, unlabelled=more, how=how, progress=True)
         return Tuning(
-            lambda model: calibrated(taught(model), data.val, run.balanced),
+            lambda model: calibrated(taught(model), data.val, run.moved_prior),
             lambda network: distil_any(network, network, run.info, runs, data.train, more, how, progress=True),
         )
     return on_labels(run, data, epochs) if epochs else None
@@ -82,7 +82,7 @@ def on_labels(run: Run, data: ImageData, epochs: int) -> Tuning:
         finetune_any(network, forward, data.train, *rest)
 
     return Tuning(
-        lambda model: calibrated(finetune(model, data.train, *rest, run.balanced), data.val, run.balanced), peer
+        lambda model: calibrated(finetune(model, data.train, *rest, run.balanced), data.val, run.moved_prior), peer
     )
 
 

@@ -142,7 +142,7 @@ def score(config: RunConfig) -> dict[str, float]:
         classes = len(data.info.classes)
         return {"accuracy": 1 / classes, "nll": math.log(classes)}
     draws = draw_predictive(run, data.val.images, DRAWS)
-    probs = temper(draws.probs, fit_temperature(draws.probs, data.val.labels, run.balanced)).mean(0)
+    probs = temper(draws.probs, fit_temperature(draws.probs, data.val.labels, run.moved_prior)).mean(0)
     metrics = classification_metrics(probs, data.val.labels)
     return {
         "accuracy": metrics["accuracy"], "nll": metrics["nll"], "train_nll": run.history[-1]["nll"],

@@ -166,7 +166,7 @@ def judge(run: "TrainedRun", data: "ImageData") -> dict[str, Any]:
     if len(data.val):
         val = draw_predictive(run, data.val.images, CALIBRATION_SAMPLES, seed=run.config.train.seed).probs
         if not run.config.train.calibrate:
-            temperature = fit_temperature(temper(val, 1 / own), data.val.labels, run.balanced)
+            temperature = fit_temperature(temper(val, 1 / own), data.val.labels, run.moved_prior)
         tempered = temper(val, temperature / own).mean(0)
         scores["val_nll_calibrated"] = classification_metrics(tempered, data.val.labels)["nll"]
     for suffix, wanted in (("uncalibrated", 1.0), ("calibrated", temperature)):

@@ -84,7 +84,7 @@ def evaluate(
     temperature = float(run.temperature)
     plain = temper(draws.probs, 1.0 / temperature)  # at T = 1
     has_own = run.config.train.calibrate and temperature != 1  # 1: training had no validation part
-    fitted = temperature if has_own else _fit(val_draws, val_labels, run.balanced)
+    fitted = temperature if has_own else _fit(val_draws, val_labels, run.moved_prior)
     at_one, calibrated = (
         classification_metrics(probs.mean(0), split.labels) for probs in (plain, temper(plain, fitted))
     )
@@ -140,6 +140,6 @@ def write_evaluation(run: Run, evaluation: Evaluation, folder: Path, full: bool 
         write_json(folder / METRICS, evaluation.metrics)
 
 
-def _fit(val_draws: PredictiveDraws | None, labels: Tensor | None, balanced: bool) -> float:
+def _fit(val_draws: PredictiveDraws | None, labels: Tensor | None, prior: tuple[float, ...] | None) -> float:
     """The temperature that a method trained without one would get; 1 without a validation part."""
-    return 1.0 if val_draws is None or labels is None else fit_temperature(val_draws.probs, labels, balanced)
+    return 1.0 if val_draws is None or labels is None else fit_temperature(val_draws.probs, labels, prior)

@@ -1,5 +1,6 @@
 """What training gives: a run that can be saved, evaluated, asked for predictions, pruned and shown on a page."""
 
+import logging
 import shutil
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from pyro_isingvit.data.given import Labelled, labelled, pixels
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.split import ImageData, Split
 from pyro_isingvit.evaluation import Evaluation, evaluate, write_evaluation
+from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.predictive.validation import Validation
 from pyro_isingvit.pruning.choose import Form, Weighting, compact
@@ -39,6 +41,8 @@ from pyro_isingvit.runs.run import Run, blank_run
 from pyro_isingvit.runs.validation import validation_of
 from pyro_isingvit.shareable import Shareable
 from pyro_isingvit.sharing.folder import staged
+
+log = logging.getLogger(__name__)
 
 
 class TrainedRun(Shareable):
@@ -119,6 +123,8 @@ class TrainedRun(Shareable):
         """
         folder = Path(folder)
         need_room(folder)
+        if self.method.posterior is not None and (own_kind := type(self.model)) is not IsingViT:
+            log.warning("the settings of %s are saved, not its code: load_run gives an IsingViT", own_kind.__name__)
         self.config.check_kept()
         own, held = self._has_folder(folder), holds_run(folder)
         need(own or overwrite or not held, f"{folder} holds a run; name another `folder` or pass `overwrite=True`.")
@@ -132,7 +138,7 @@ class TrainedRun(Shareable):
             if held and not own:
                 clear_report(folder)
         if self.folder is None or self.folder.resolve() == folder.resolve():
-            self.folder, self._seen = self.folder or folder, fingerprint(folder / CHECKPOINT)
+            self.folder, self._seen = self.folder or folder.absolute(), fingerprint(folder / CHECKPOINT)
         self._save_evaluation(folder, own, overwrite)
         return folder
 
@@ -407,7 +413,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> TrainedRun:
         >>> again.config == run.config, again.history == run.history
         (True, True)
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()  # a script may go to another folder
     if is_shared(folder):
         return TrainedRun.from_pretrained(folder, device=device)
     seen = fingerprint(folder / CHECKPOINT)  # before it is read: whatever is written there later is another run's

@@ -150,6 +150,39 @@ def test_the_prior_is_that_of_the_weighted_classes() -> None:
         fit(vit, data, method="deterministic", epochs=1, balance="sampler", progress=False)
 
 
+def test_weights_that_move_the_classes_are_judged_as_balance_is() -> None:
+    """The same loss, by weights or by `balance`, gives the same temperature and the same validation scores."""
+    torch.manual_seed(0)
+    labels = (torch.arange(240) % 8 == 0).long()
+    images = ((0.3 + 0.25 * labels)[:, None, None, None] + 0.2 * torch.randn(240, 1, 4, 4)).clamp(0, 1)
+    weights = torch.where(labels == 0, 240 / (2 * 210), 240 / (2 * 30))
+    vit = ViTConfig(patch_size=4, width=8, heads=2, depth=1)
+    runs = []
+    for own, balance in ((None, "loss"), (weights, "none"), (None, "none")):
+        data = ImageData.from_arrays(images, labels, weights=own, val_fraction=0.3, test_fraction=0)
+        runs.append(fit(vit, data, method="temperature", epochs=20, lr=1e-2, balance=balance, progress=False))
+    balanced, weighted, plain = runs
+    assert weighted.moved_prior == pytest.approx(balanced.class_prior, abs=0.02) and plain.moved_prior is None
+    assert float(weighted.temperature) == pytest.approx(float(balanced.temperature), rel=0.03)
+    last = [run.history[-1]["val_nll"] for run in runs]
+    assert last[1] == pytest.approx(last[0], rel=0.03)
+
+
+def test_a_run_finds_its_folder_from_anywhere(run, images, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run.save("mine")
+    monkeypatch.chdir(tmp_path / "other")
+    run.evaluate(images.test)
+    assert run.report() == tmp_path / "mine" / "report" / "index.html"
+    monkeypatch.chdir(tmp_path)
+    again = load_run("mine")
+    monkeypatch.chdir(tmp_path / "other")
+    assert again.evaluate(images.test)["accuracy"] == run.evaluation.metrics["accuracy"]
+    assert pickle.loads(pickle.dumps(again)).folder == tmp_path / "mine"
+    assert not [*(tmp_path / "other").iterdir()]
+
+
 def test_a_compact_network_replaces_nothing_of_a_run_or_of_the_one_before(run, images, tmp_path: Path) -> None:
     small = run.prune(keep=0.5)
     run.save_pretrained(tmp_path / "shared")

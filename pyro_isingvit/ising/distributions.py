@@ -19,8 +19,14 @@ from torch.types import _size
 class SelectionMask(dist.RelaxedBernoulliStraightThrough):
     """q(xi): hard 0/1 samples, the gradient of the relaxed sample (straight-through).
 
-    P(xi = 1) = sigmoid(logits) at every temperature; the temperature only shapes the gradient.
+    P(xi = 1) = sigmoid(logits) at every temperature; the temperature only shapes the gradient. ``log_prob`` is the
+    log-mass of hard values, not the density of the relaxed ones that Pyro's class scores.
     """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log q(xi) of masks in {0, 1}, elementwise: xi l - softplus(l), l the logits."""
+        logits = self.base_dist.logits
+        return value * logits - softplus(logits)
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> "SelectionMask":
         """The same mask over a larger batch shape; the subclass, and so its KL, survives."""
@@ -62,6 +68,17 @@ def slab_kl(loc: Tensor, scale: Tensor, tau_1: Tensor | float) -> Tensor:
     return 0.5 * (ratio**2 + (loc / tau_1) ** 2 - 1.0) - ratio.log()
 
 
+def _log_density(value: Tensor, loc: Tensor | float, scale: Tensor) -> Tensor:
+    """log N(value; loc, scale^2); of a spike of width 0, which is one point, log 1 there and log 0 elsewhere.
+
+    A density against Lebesgue's measure where the scale is positive and the counting measure where it is 0: the same
+    for prior and posterior, so that log p - log q is what an ELBO needs.
+    """
+    wide = scale > 0
+    normal = torch.distributions.Normal(loc, torch.where(wide, scale, 1.0), validate_args=False).log_prob(value)
+    return torch.where(wide, normal, torch.where(value == loc, 0.0, -math.inf))
+
+
 class SpikeAndSlab(dist.TorchDistribution):
     """Prior p(w | xi): the slab N(m0, tau_1^2) where xi = 1 (kept), the spike N(0, tau_0^2) where xi = 0.
 
@@ -91,13 +108,14 @@ class SpikeAndSlab(dist.TorchDistribution):
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008
         """Draws weights; shape ``sample_shape + mask.shape``."""
-        noise = torch.randn(self._extended_shape(torch.Size(sample_shape)), device=self.mask_value.device)
+        mask = self.mask_value
+        noise = torch.randn(self._extended_shape(torch.Size(sample_shape)), dtype=mask.dtype, device=mask.device)
         return noise * self.scale if self.centre is None else self.mask_value * self.centre + noise * self.scale
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density given the mask, elementwise."""
+        """Log-density given the mask, elementwise; where the spike has no width, log 1 at 0."""
         loc = 0.0 if self.centre is None else self.mask_value * self.centre
-        return torch.distributions.Normal(loc, self.scale, validate_args=False).log_prob(value)
+        return _log_density(value, loc, self.scale)
 
 
 class SpikeAndSlabPosterior(dist.TorchDistribution):
@@ -133,15 +151,16 @@ class SpikeAndSlabPosterior(dist.TorchDistribution):
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008
         """Draws weights; gradients reach m, s and, through the straight-through xi, the mask logits."""
-        noise = torch.randn(self._extended_shape(torch.Size(sample_shape)), device=self.loc.device)
+        noise = torch.randn(
+            self._extended_shape(torch.Size(sample_shape)), dtype=self.loc.dtype, device=self.loc.device
+        )
         return self.mask_value * torch.addcmul(self.loc, self.slab_scale, noise) + (1.0 - self.mask_value) * (
             self.tau_0 * noise
         )
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density given the mask, elementwise."""
-        normal = torch.distributions.Normal(self.mask_value * self.loc, self.scale, validate_args=False)
-        return normal.log_prob(value)
+        """Log-density given the mask, elementwise; where the spike has no width, log 1 at 0."""
+        return _log_density(value, self.mask_value * self.loc, self.scale)
 
 
 @register_kl(SelectionMask, torch.distributions.Bernoulli)

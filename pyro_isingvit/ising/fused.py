@@ -24,9 +24,27 @@ from pyro_isingvit.nets.vit import Watch
 DRAWS = 4  # posterior draws of a training step where the settings leave it open
 
 
-def fusible(model: IsingViT) -> bool:
-    """Whether the fused path computes this model's objective."""
-    return MASK_POSTERIORS[model.ising.mask_posterior].fusible
+REWRITTEN = (  # methods whose work the fused path does itself: a subclass that overrides one takes the Pyro path
+    (IsingViT, ("forward", "sample_weights")),
+    (IsingGuide, ("forward",)),
+)
+
+
+def overridden(*modules: nn.Module) -> list[str]:
+    """Methods of model or guide that the fused path would pass over, as ``Class.method``."""
+    return [
+        f"{type(module).__name__}.{name}"
+        for module in modules
+        for base, names in REWRITTEN
+        if isinstance(module, base)
+        for name in names
+        if getattr(type(module), name) is not getattr(base, name)
+    ]
+
+
+def fusible(model: IsingViT, *guides: IsingGuide) -> bool:
+    """Whether the fused path computes this model's objective, under this guide if one is given."""
+    return MASK_POSTERIORS[model.ising.mask_posterior].fusible and not overridden(model, *guides)
 
 
 class FusedELBO(nn.Module):

@@ -17,15 +17,16 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.precision import single_precision
 from pyro_isingvit.core.processes import averaged, follow_first, own_rows, world
 from pyro_isingvit.core.settings import IsingConfig
 from pyro_isingvit.ising.coupling import COUPLINGS, Network
 from pyro_isingvit.ising.curvature import SALIENCY, second_order_gain
 from pyro_isingvit.ising.distributions import SpikeAndSlabPosterior, log_odds, slab_kl
-from pyro_isingvit.ising.layout import WEIGHT, MaskSite, Spread
+from pyro_isingvit.ising.layout import MaskSite, Spread
 from pyro_isingvit.ising.lean import QUARTER, Squares, is_large
 from pyro_isingvit.ising.masks import MASK_POSTERIORS, Masks, Move, Phase
-from pyro_isingvit.ising.model import IsingViT
+from pyro_isingvit.ising.model import IsingViT, announce
 from pyro_isingvit.ising.scales import curvature_log_scale
 from pyro_isingvit.ising.tempering import tempering
 from pyro_isingvit.nets.vit import Weights
@@ -38,8 +39,8 @@ class IsingGuide(nn.Module):
     """Guide of ``IsingViT``; sampling it draws masks and weights, ``update`` moves the masks.
 
     Args:
-        model: the model whose sites it covers.
-        num_data: N, training images.
+        model: the model whose sites it covers; it is told N and the weight of the KL, which both must share.
+        num_data: N, training images, at least 1.
         initial: weight means to start from, kind -> (layers, out, in); None: Xavier-uniform.
 
     Attributes:
@@ -48,7 +49,8 @@ class IsingGuide(nn.Module):
         log_scale: log s, likewise; without a gradient unless they are learned.
 
     Raises:
-        UserError: unknown saliency, coupling or mask posterior, or a setting out of its range.
+        UserError: unknown saliency, coupling or mask posterior, a setting out of its range, or weights to start from
+            that are not those of the network.
 
     Examples:
         >>> from pyro_isingvit import IsingGuide, IsingViT, ViTConfig, load_data
@@ -65,13 +67,16 @@ class IsingGuide(nn.Module):
         ('ising', True)
     """
 
+    @single_precision()
     def __init__(self, model: IsingViT, num_data: int, initial: Weights | None = None) -> None:
         super().__init__()
         check_ising(model.ising)
+        need(num_data >= 1, f"`num_data` must be at least 1, not {num_data}.")
         self.config, self.num_data, self.layout = model.ising, num_data, model.layout
         kappa_mask = tempering(self.config.kappa_mask, model.num_masked_weights, num_data)
         self.kappa_weights = tempering(self.config.kappa_weights, model.num_masked_weights, num_data)
-        weights = initial or model.initial_weights()
+        model.num_data, model.kappa_weights = num_data, self.kappa_weights
+        weights = _fitting(initial, model) if initial else model.initial_weights()
         self.kinds = tuple(model.vit.matrix_shapes)
         self.loc = nn.ParameterDict({kind: nn.Parameter(weight.clone()) for kind, weight in weights.items()})
         start, learned = math.log(self.config.init_scale), self.config.posterior_scale == "learned"
@@ -182,6 +187,7 @@ class IsingGuide(nn.Module):
 
     def forward(self, x: Tensor | None = None, y: Tensor | None = None, rows: Tensor | None = None) -> None:
         """Samples all mask sites, then all weight sites; the arguments are the model's and unused."""
+        announce(self)
         with poutine.scale(scale=1.0 / self.kappa_weights):
             masks, retention = self.masks.sample()
             for kind in self.kinds:  # the model's order, which the mean-field check wants
@@ -201,7 +207,7 @@ class IsingGuide(nn.Module):
         masks, weights = self.masks.draw(num_samples), {}
         for kind, loc in self.loc.items():
             mask = self.layout.expand(kind, masks)
-            noise = torch.randn(*lead, *loc.shape, device=loc.device)
+            noise = torch.randn(*lead, *loc.shape, dtype=loc.dtype, device=loc.device)
             slab = torch.addcmul(loc, self.log_scale[kind].exp(), noise)
             weights[kind] = mask * slab + (1.0 - mask) * (self.config.tau_0 * noise)
         return weights
@@ -286,7 +292,7 @@ class IsingGuide(nn.Module):
         self.masks.freeze(model, threshold)
 
     def set_noise(self, max_keep: float) -> None:
-        """Sets max_keep, in (0, 1]; masks that were clipped, or are above it, go there at once."""
+        """Sets max_keep; masks that were clipped, or are above it, go there at once; UserError outside (0, 1]."""
         self.masks.set_noise(max_keep)
 
     @torch.no_grad()
@@ -337,6 +343,14 @@ class IsingGuide(nn.Module):
             model.tau_1(kind).copy_((total / keep.sum((1, 2), keepdim=True)).sqrt().clamp(min=floor))
 
 
+def _fitting(initial: Weights, model: IsingViT) -> Weights:
+    """Weight means to start from as float32; raises UserError where they are not those of the network."""
+    shapes = {kind: tuple(shape) for kind, shape in model.vit.matrix_shapes.items()}
+    given = {kind: tuple(weight.shape) for kind, weight in initial.items()}
+    need(given == shapes, f"`initial` has the weights {given}, but the network has {shapes}.")
+    return {kind: initial[kind].float() for kind in shapes}
+
+
 def _lift_masks(guide: nn.Module, state: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:
     """masks.kappa -> kappa and so on, in what ``state_dict`` gives."""
     for name in [name for name in state if name.startswith(f"{prefix}masks.")]:
@@ -358,7 +372,7 @@ def _pool(spread: Spread, c: Tensor, squared: Tensor) -> Tensor:
     """c of each mask of a layer: the mean of its weights' c, weighted by w^2; c (out, 1) or (1, 1)."""
     if c.numel() == 1:
         return c.reshape(())
-    if spread is WEIGHT:
+    if spread.side == "both":
         return c
     covered = spread.reduce(squared[None])[0]
     return spread.reduce((squared * c)[None])[0] / covered.clamp(min=1e-30)

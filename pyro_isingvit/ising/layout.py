@@ -7,6 +7,8 @@ mask covers.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Literal
 
 from torch import Tensor
@@ -48,33 +50,58 @@ class MaskSite:
     coupled_kind: str
 
 
-WEIGHT = Spread(lambda xi: xi, lambda field: field, "both")
-ROW = Spread(lambda xi: xi.unsqueeze(-1), lambda field: field.sum(-1))
-COLUMN = Spread(lambda xi: xi.unsqueeze(-2), lambda field: field.sum(-2), "in")
+# Named functions, not lambdas: a model is pickled with its layout.
 
-BLOCK = Spread(lambda xi: xi[..., None, None], lambda field: field.sum((-1, -2)))
+
+def _as_they_are(values: Tensor) -> Tensor:
+    return values
+
+
+def _widened(xi: Tensor, dims: tuple[int, ...]) -> Tensor:
+    for dim in dims:
+        xi = xi.unsqueeze(dim)
+    return xi
+
+
+def _summed(field: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return field.sum(dims)
+
+
+def _whole(*dims: int, side: Literal["out", "in"] = "out") -> Spread:
+    """One mask over whole axes of a matrix."""
+    return Spread(partial(_widened, dims=dims), partial(_summed, dims=dims), side)
+
+
+WEIGHT = Spread(_as_they_are, _as_they_are, "both")
+ROW, COLUMN, BLOCK = _whole(-1), _whole(-2, side="in"), _whole(-1, -2)
 
 
 def _head_rows(matrix: Matrix) -> Spread:
     """(L, H) over the rows of a matrix that writes heads: row = part * channels + head * d + t."""
-    (out, width), parts = matrix.shape, len(matrix.parts)
-    heads, d = matrix.writes.heads or 1, matrix.writes.head_size
+    shape = (len(matrix.parts), matrix.writes.heads or 1, matrix.writes.head_size)
+    return Spread(partial(_over_rows, shape=shape), partial(_sum_rows, shape=shape))
 
-    def expand(xi: Tensor) -> Tensor:
-        rows = xi[..., None, :, None].expand(*xi.shape[:-1], parts, heads, d)
-        return rows.reshape(*xi.shape[:-1], out, 1)
 
-    return Spread(expand, lambda field: field.reshape(-1, parts, heads, d, width).sum((1, 3, 4)))
+def _over_rows(xi: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    return xi[..., None, :, None].expand(*xi.shape[:-1], *shape).reshape(*xi.shape[:-1], prod(shape), 1)
+
+
+def _sum_rows(field: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    return field.reshape(-1, *shape, field.shape[-1]).sum((1, 3, 4))
 
 
 def _head_columns(matrix: Matrix) -> Spread:
     """(L, H) over the columns of a matrix that reads heads: column = head * d + t."""
-    out, heads, d = matrix.shape[0], matrix.reads.heads or 1, matrix.reads.head_size
+    heads, d = matrix.reads.heads or 1, matrix.reads.head_size
+    return Spread(partial(_over_columns, d=d), partial(_sum_columns, heads=heads, d=d), "in")
 
-    def expand(xi: Tensor) -> Tensor:
-        return xi.repeat_interleave(d, dim=-1).unsqueeze(-2)
 
-    return Spread(expand, lambda field: field.reshape(-1, out, heads, d).sum((1, 3)), "in")
+def _over_columns(xi: Tensor, d: int) -> Tensor:
+    return xi.repeat_interleave(d, dim=-1).unsqueeze(-2)
+
+
+def _sum_columns(field: Tensor, heads: int, d: int) -> Tensor:
+    return field.reshape(-1, field.shape[-2], heads, d).sum((1, 3))
 
 
 def weight_sites(readers: Readers) -> list[MaskSite]:

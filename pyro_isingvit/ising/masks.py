@@ -155,7 +155,11 @@ class MaskPosterior(nn.Module):
 
         Args:
             max_keep: in (0, 1].
+
+        Raises:
+            UserError: outside that.
         """
+        need(0 < max_keep <= 1, f"`max_keep` must lie in (0, 1], not {max_keep}.")
         before, changed, self.max_keep = self.highest, max_keep != self.max_keep, max_keep
         if self.phase == "ising" and changed:
             for name in self.layout.sites:

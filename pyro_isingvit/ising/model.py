@@ -12,10 +12,15 @@ factor prod_c softmax(f_W(x_n))_c^y_nc. With logit adjustment (nets/likelihood.p
 One mask site and one weight site per kind of matrix, stacked over depth; both lie outside the data plate.
 """
 
+import weakref
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.params.param_store import param_with_module_name
+from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import need
@@ -44,6 +49,21 @@ def with_plate_axis(value: Tensor, event_dim: int) -> Tensor:
     return value.unsqueeze(1) if value.dim() == event_dim + 1 else value
 
 
+def announce(module: nn.Module) -> None:
+    """Tells Pyro's handlers of a module's trainable parameters, so that ``pyro.infer.SVI`` trains them.
+
+    They stay where they are: nothing enters Pyro's param store, where a second model would meet them again.
+    """
+    if not am_i_wrapped():
+        return
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            shown: Any = parameter.view_as(parameter)
+            shown.unconstrained = weakref.ref(parameter)  # what SVI hands to the optimiser
+            full_name = param_with_module_name(type(module).__name__, name)
+            effectful(lambda *_, shown=shown: shown, type="param")(name=full_name)
+
+
 class IsingViT(nn.Module):
     """Vision transformer with spike-and-slab weights under an Ising prior; a Pyro model.
 
@@ -55,10 +75,10 @@ class IsingViT(nn.Module):
         frozen: how many of the first blocks stay as they start.
 
     Attributes:
-        num_data: N, the size of the training set, by which the data plate scales; set by ``fit``.
+        num_data: N, the size of the training set, by which the data plate scales; set by ``IsingGuide`` and ``fit``.
         temperature: T of the predictions, fitted on the validation part after training
             (predictive/calibration.py).
-        kappa_weights: the KL is weighted by 1/kappa_weights in the objective; set by ``fit``.
+        kappa_weights: the KL is weighted by 1/kappa_weights in the objective; set by ``IsingGuide`` and ``fit``.
         penalties: further loss terms (nets/penalties.py); none unless training asks for some.
         likelihood: of labels that are given (nets/likelihood.py); the softmax unless training asks for another.
         start: the trained network that ``from_pretrained`` was given, for these images.
@@ -232,8 +252,18 @@ class IsingViT(nn.Module):
 
         Returns:
             logits (B, C), or (S, B, C) under a vectorised sample plate; divided by T where y is None, otherwise those
-            of the likelihood.
+            of the likelihood of training, which knows no T.
+
+        Raises:
+            UserError: labels that are not one for each image.
         """
+        announce(self)
+        fits = y is None or (y.shape == (len(x),) or y.shape == (len(x), self.info.num_classes))
+        need(
+            fits,
+            f"labels of shape {y if y is None else tuple(y.shape)} for {len(x)} images of "
+            f"{self.info.num_classes} classes: give (B,) class numbers or (B, C) probabilities.",
+        )
         weights = self.sample_weights()
         size = len(x) if y is None or self.num_data is None else self.num_data
         if y is None:

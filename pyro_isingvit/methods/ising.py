@@ -17,7 +17,7 @@ from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.ising.elbo import ClosedFormELBO
-from pyro_isingvit.ising.fused import DRAWS, FusedELBO, fusible
+from pyro_isingvit.ising.fused import DRAWS, FusedELBO, fusible, overridden
 from pyro_isingvit.ising.guide import IsingGuide
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.base import Method, Networks, Terms
@@ -64,7 +64,7 @@ class IsingMethod(Method):
         self.model.penalties, self.model.likelihood = self.penalties, self.likelihood
         self.penalties.phase = self._phase
         self.image_noise = settings.noise == "activations"
-        self.fused = settings.engine != "pyro" and fusible(self.model)
+        self.fused = settings.engine != "pyro" and fusible(self.model, self.guide)
         self._elbo: list[FusedELBO] = []  # a list, not a submodule: its parameters are this module's already
         # Otherwise nobody reads the curvature.
         self.watches = dict(self.phases(settings))["ising"] > 0 or self.guide.config.posterior_scale == "curvature"
@@ -95,11 +95,10 @@ class IsingMethod(Method):
 
     def check(self, settings: TrainConfig) -> None:
         """Refuses settings that only the fused engine can honour where the Pyro path is taken."""
-        why = (
-            "`engine` is pyro"
-            if settings.engine == "pyro"
-            else f"`mask_posterior` is {self.model.ising.mask_posterior}"
-        )
+        own = overridden(self.model, self.guide)
+        why = f"`mask_posterior` is {self.model.ising.mask_posterior}"
+        why = f"{' and '.join(own)} is overridden, which it does not call" if own else why
+        why = "`engine` is pyro" if settings.engine == "pyro" else why
         need(self.fused or settings.engine != "fused", f"`engine` fused cannot be used: {why}; set `engine` to auto.")
         saliency, activation = self.model.ising.saliency, self.model.vit.config.activation
         ruled = saliency != "lm" or activation == "gelu"

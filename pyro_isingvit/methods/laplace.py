@@ -91,14 +91,15 @@ class LastLayerLaplace(Plain):
         features, labels = self._read(held_out)
         if not len(labels):
             return None
-        balanced, costs = self.likelihood.shift is not None, dict[float, float]()
+        classes, costs = self.info.num_classes, dict[float, float]()
+        prior = None if self.likelihood.shift is None else (1 / classes,) * classes
         for precision in PRECISIONS:
             posterior.prior_precision = precision
             noise = torch.Generator(features.device).manual_seed(0)  # the same for all
             heads = self._unshifted(posterior.sample(CALIBRATION_SAMPLES, noise))
             probs = self._logits(features, heads).softmax(-1).cpu()
-            mean = temper(probs, fit_temperature(probs, labels, balanced)).mean(0)
-            mean = with_shares_of(labels.cpu(), mean) if balanced else mean
+            mean = temper(probs, fit_temperature(probs, labels, prior)).mean(0)
+            mean = mean if prior is None else with_shares_of(labels.cpu(), mean, prior)
             costs[precision] = float(F.nll_loss(mean.clamp(min=TINY).log(), labels.cpu()))
         return min(costs, key=lambda precision: costs[precision])
 

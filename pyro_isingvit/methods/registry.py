@@ -262,8 +262,10 @@ def unread(config: RunConfig) -> list[str]:
         ['members']
     """
     own = row(config.method)
-    masked = any(METHODS[name].home.endswith(":IsingMethod") for name in (config.method, own.members_of) if name)
-    names = [name for name, readers in READS.items() if config.method not in readers]
+    rows = {name: METHODS[name] for name in (config.method, own.members_of) if name}
+    read = {each.knob[1] for each in rows.values() if each.knob} | ({own.networks} if own.networks else set())
+    masked = any(each.home.endswith(":IsingMethod") for each in rows.values())
+    names = [name for name, readers in READS.items() if not rows.keys() & {*readers} and name not in read]
     found = [name for name in names if getattr(config.baseline, name) != getattr(own.baseline, name)]
     names = [] if masked else [each.name for each in fields(IsingConfig)]
     return found + [name for name in names if getattr(config.ising, name) != getattr(own.ising, name)]

@@ -346,7 +346,13 @@ class Penalties(nn.Module):
             )  # fmt: skip
             if PENALTIES[name].weighs and self.matrices is not None:
                 told = replace(told, matrices=self.matrices())
-            terms[name] = scale * weight * PENALTIES[name].term(told)
+            term = PENALTIES[name].term(told)
+            lead = tuple(seen.logits.shape[:-2])
+            need(
+                tuple(term.shape) in ((), lead),
+                f"the penalty `{name}` gives a tensor of shape {tuple(term.shape)}, not one number; take its mean.",
+            )
+            terms[name] = scale * weight * term
         return terms
 
     def settle(self, rows: Tensor) -> None:

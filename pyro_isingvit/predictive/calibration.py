@@ -6,13 +6,14 @@ posterior predictive is underconfident by construction. Pooling first and calibr
 
     p_T(y | x) = (1/S) sum_s softmax(f_{W_s}(x) / T),
 
-which leaves every draw's ranking of the classes as it is. Where training has made the classes equal (docs/skew.md), p_T
-is multiplied by the classes' shares in the validation part while T is fitted.
+which leaves every draw's ranking of the classes as it is. Where training has counted classes otherwise than by their
+images (docs/skew.md), p_T is moved to the classes' shares in the validation part while T is fitted.
 
 Shapes: S samples, B batch, C classes.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,14 +31,15 @@ def temper(probs: Tensor, temperature: float) -> Tensor:
     return (probs.clamp(min=TINY).log() / temperature).softmax(-1)
 
 
-def with_shares_of(labels: Tensor, probs: Tensor) -> Tensor:
-    """Probabilities under equal classes as they are under the shares that the classes have in ``labels``.
+def with_shares_of(labels: Tensor, probs: Tensor, prior: Sequence[float] | None = None) -> Tensor:
+    """Probabilities under some shares of the classes as they are under those that the classes have in ``labels``.
 
-    p(y | x) proportional to p_equal(y | x) n_y, with n_y the number of labels y: Bayes' rule with another prior.
+    p(y | x) proportional to p_prior(y | x) n_y / prior_y, with n_y the number of labels y: Bayes' rule.
 
     Args:
         labels: (n,) class numbers.
         probs: (..., C), rows sum to 1.
+        prior: (C,), the shares that ``probs`` stand for; None: equal ones. A share of 0 counts as the least above 0.
 
     Returns:
         the same shape, rows sum to 1.
@@ -46,22 +48,26 @@ def with_shares_of(labels: Tensor, probs: Tensor) -> Tensor:
         >>> with_shares_of(torch.tensor([0, 0, 0, 1]), torch.tensor([[0.5, 0.5]]))
         tensor([[0.7500, 0.2500]])
     """
-    moved = probs * torch.bincount(labels, minlength=probs.shape[-1]).to(probs)
+    counts = torch.bincount(labels, minlength=probs.shape[-1]).to(probs)
+    if prior is not None:
+        counts = counts / counts.new_tensor(prior).clamp(min=min(share for share in prior if share > 0))
+    moved = probs * counts
     return moved / moved.sum(-1, keepdim=True).clamp(min=TINY)
 
 
-def fit_temperature(probs: Tensor, labels: Tensor, balanced: bool = False) -> float:
+def fit_temperature(probs: Tensor, labels: Tensor, prior: Sequence[float] | None = None) -> float:
     """The T that gives the labels the highest posterior: -sum log p_T(y) + (log T - m)^2 / (2 s^2).
 
     log T ~ N(m, s^2) beforehand, m = PRIOR_MEAN and s = PRIOR_WIDTH.
 
-    Probabilities under equal classes are first brought to the shares that the classes have in ``labels``: otherwise T
-    would be raised to make up for predictions of rare classes that only the other shares make look wrong.
+    Probabilities under other shares of the classes than the images have, such as equal ones, are first brought to the
+    shares in ``labels``: otherwise T would be raised to make up for predictions of rare classes that only the other
+    shares make look wrong.
 
     Args:
         probs: (S, B, C) draws at T = 1.
         labels: (B,).
-        balanced: the probabilities are those under equal classes (``Run.balanced``).
+        prior: (C,), the shares that ``probs`` stand for (``Run.moved_prior``); None: those of the images.
 
     Returns:
         T in [0.1, 10]; 1 where there are no labels.
@@ -76,7 +82,7 @@ def fit_temperature(probs: Tensor, labels: Tensor, balanced: bool = False) -> fl
 
     def cost(log_t: float) -> float:
         mean = (logs / math.exp(log_t)).softmax(-1).mean(0)  # (B, C)
-        mean = with_shares_of(labels, mean) if balanced else mean
+        mean = mean if prior is None else with_shares_of(labels, mean, prior)
         nll = -mean[rows, labels].clamp(min=TINY).log().sum()
         return float(nll) + (log_t - PRIOR_MEAN) ** 2 / (2 * PRIOR_WIDTH**2)
 

@@ -19,6 +19,7 @@ def from_pyro_svi(
     *args: Any,
     num_samples: int = 1000,
     posterior_predictive: bool = True,
+    log_likelihood: bool = False,
     predictive_args: Sequence[Any] | None = None,
     predictive_kwargs: Mapping[str, Any] | None = None,
     observed_data: Mapping[str, Any] | None = None,
@@ -35,6 +36,7 @@ def from_pyro_svi(
       deterministic sites given z_s. Auxiliary sites and the indices of subsampling plates are left out.
     - ``posterior_predictive`` (sample, ...): y_s ~ p(y | z_s), the observed sites sampled anew, and latent
       sites that the guide lacks; with predictive arguments also that run's deterministic sites.
+    - ``log_likelihood`` (sample, ...), where it is asked for: log p(y | z_s) of the values observed, nats.
     - ``observed_data``, ``constant_data``.
 
     Axes of a plate carry its name, event axes are ``<site>_dim_<k>``. A plate that subsamples at random keeps
@@ -46,6 +48,7 @@ def from_pyro_svi(
         *args: what both were fitted with, data included: they give sites, shapes and observed values.
         num_samples: S.
         posterior_predictive: draw the observed sites too.
+        log_likelihood: add the log-likelihood of the observed values.
         predictive_args: positional arguments of the predictive run, in place of ``args``; for other inputs.
         predictive_kwargs: keyword arguments of the predictive run, laid over ``kwargs``, as {"y": None}.
         observed_data: in place of the values found at the observed sites.
@@ -87,7 +90,7 @@ def from_pyro_svi(
     try:
         tree = io_pyro.from_pyro_svi(
             model=model, guide=guide, model_args=args, model_kwargs=kwargs, num_samples=num_samples,
-            posterior_predictive=posterior_predictive and not elsewhere,
+            posterior_predictive=posterior_predictive and not elsewhere, log_likelihood=log_likelihood,
             predictions_args=predictive_args if posterior_predictive else None,
             predictions_kwargs=predictive_kwargs if posterior_predictive else None,
             observed_data=observed_data, constant_data=constant_data, coords=coords, dims=dims, parallel=parallel,

@@ -234,7 +234,7 @@ def from_masks(
     if form == "bayes":
         vit, weights = run.model.vit.whole(masked_weights(run, kept))
         model = _of_run(run, assemble(vit, run.info, weights, posterior_parts(run, kept)))
-        return calibrated(model, val, run.balanced)
+        return calibrated(model, val, run.moved_prior)
     names: list[Literal["slab", "mean"]] = ["slab", "mean"] if weighting == "auto" else [weighting]
     if val is None or len(val) == 0:
         names = names[:1]
@@ -244,7 +244,7 @@ def from_masks(
         model = _of_run(run, assemble(vit, run.info, weights))
         if merge is not None and reference is not None:
             merge_units(model, reference, merge)
-        models.append(calibrated(model, val, run.balanced))
+        models.append(calibrated(model, val, run.moved_prior))
     if len(models) == 1:
         return models[0]
     assert val is not None
@@ -267,17 +267,17 @@ def dense_network(run: Run, val: Split | None) -> CompactViT:
 
 
 @torch.no_grad()
-def calibrated(model: CompactViT, val: Split | None, balanced: bool = False) -> CompactViT:
+def calibrated(model: CompactViT, val: Split | None, prior: Sequence[float] | None = None) -> CompactViT:
     """The model with its temperature fitted on validation images; as it is where there are none.
 
     Args:
         model: the network.
         val: validation images.
-        balanced: its probabilities are those under equal classes (``Run.balanced``).
+        prior: the shares of the classes that its probabilities stand for (``Run.moved_prior``).
     """
     if val is not None and len(val):
         model.temperature.fill_(1.0)
-        model.temperature.fill_(fit_temperature(model.predict(val.images, SAMPLES), val.labels, balanced))
+        model.temperature.fill_(fit_temperature(model.predict(val.images, SAMPLES), val.labels, prior))
     return model
 
 

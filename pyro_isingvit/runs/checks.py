@@ -57,6 +57,7 @@ def check_training(config: TrainConfig) -> None:
     for name in ("lr", "finetune_lr", "clip_norm", "scale_lr_factor"):
         if not 0 < getattr(config, name) <= LARGEST:
             raise UserError(f"`{name}` must be positive and at most {LARGEST:g}, not {getattr(config, name)}.")
+    need(config.seed >= 0, f"`seed` must not be negative, but is {config.seed}.")
     need(config.frozen_blocks >= 0, f"`frozen_blocks` must not be negative, but is {config.frozen_blocks}.")
     need(0 < config.layer_decay <= 1, f"`layer_decay` must lie in (0, 1], not {config.layer_decay}.")
     for name in ("pilot_fraction", "warmup_fraction"):

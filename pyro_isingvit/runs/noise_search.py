@@ -112,7 +112,7 @@ class NoiseSearch:
         """NLL of each validation image at the temperature that fits them all, (n,)."""
         labels, seed = self.val.labels, self.run.config.train.seed
         probs = draw_predictive(self.run, self.val.images, CALIBRATION_SAMPLES, seed=seed).probs
-        mean = temper(probs, fit_temperature(probs, labels, self.run.balanced)).mean(0)
+        mean = temper(probs, fit_temperature(probs, labels, self.run.moved_prior)).mean(0)
         mean = self.run.among(labels, mean)
         losses = -mean.gather(1, labels.to(mean.device).unsqueeze(1)).squeeze(1).log()
         return averaged(losses.double().to(self.run.device)).cpu()  # all processes must choose alike

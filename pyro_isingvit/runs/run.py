@@ -121,9 +121,18 @@ class Run:
         """Whether the probabilities are those under equal classes."""
         return self.config.train.balance != "none"
 
+    @property
+    def moved_prior(self) -> tuple[float, ...] | None:
+        """``class_prior`` where training counted the classes otherwise than by their images, else None.
+
+        ``TrainConfig.balance`` does so, and so do weights of images.
+        """
+        return self.class_prior if self.balanced or self.info.weighted else None
+
     def among(self, labels: Tensor, probs: Tensor) -> Tensor:
-        """Probabilities (..., C) as they are among images with these labels (n,), where training made classes equal."""
-        return with_shares_of(labels.to(probs.device), probs) if self.balanced else probs
+        """Probabilities (..., C) as they are among images with these labels (n,), where ``moved_prior`` is another."""
+        prior = self.moved_prior
+        return probs if prior is None else with_shares_of(labels.to(probs.device), probs, prior)
 
     @property
     def device(self) -> torch.device:

@@ -193,10 +193,13 @@ class Trainer:
         """Trains from the current epoch to the last.
 
         Raises:
+            UserError: torch records no gradients here.
             TrainingDiverged: the loss was not finite.
             KeyboardInterrupt: Ctrl-C; its message says what is kept.
             ProcessLost: another process of this training is gone.
         """
+        recorded = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        need(recorded, "training needs gradients: leave `torch.no_grad()` or `torch.inference_mode()` first.")
         try:
             self._fit()
         except KeyboardInterrupt as stop:
@@ -250,7 +253,7 @@ class Trainer:
         """Fits T on the validation part, which took no part in training (predictive/calibration.py)."""
         self.run.temperature.fill_(1.0)
         draws = draw_predictive(self.run, self.data.val.images, CALIBRATION_SAMPLES, seed=self.settings.seed)
-        self.run.temperature.fill_(fit_temperature(draws.probs, self.data.val.labels, self.run.balanced))
+        self.run.temperature.fill_(fit_temperature(draws.probs, self.data.val.labels, self.run.moved_prior))
 
     def train_epoch(self, epoch: int) -> tuple[dict[str, Any], float]:
         """The steps of an epoch, and its validation.

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.random import fork_rng
 
 from pyro_isingvit.core.errors import UserError
+from pyro_isingvit.core.precision import single_precision
 from pyro_isingvit.core.random_state import undisturbed
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.ising.layout import head_sites
@@ -41,6 +42,7 @@ MARGIN_IMAGES = 200  # attention margins are stored for at most this many of the
 MARGIN_WORK = 100_000_000  # and for fewer, or none, where their matrices would have more entries: a few seconds
 
 
+@single_precision()
 def run_to_datatree(
     run: Run,
     split: Split,

@@ -284,3 +284,12 @@ def test_a_look_in_inference_mode_leaves_training_as_it_was(noise, scale) -> Non
         elbo(x, y)
     elbo(x, y).backward()
     assert all(loc.grad is not None for loc in guide.loc.values())
+
+
+@pytest.mark.parametrize("engine", ["pyro", "fused"])
+def test_a_penalty_that_is_no_single_number_is_refused(engine, monkeypatch) -> None:
+    monkeypatch.setitem(PENALTIES, "logit_penalty", Penalty(lambda seen: seen.logits.pow(2).mean(-1)))
+    config = RunConfig(vit=TINY, train=TrainConfig(logit_penalty=0.1, engine=engine))
+    method = IsingMethod(config, make_pair(vit=TINY)[0].info, 50)
+    with pytest.raises(UserError, match=r"gives a tensor of shape \(6,\), not one number; take its mean"):
+        method(torch.randn(6, 1, 4, 4), HARD)

@@ -263,7 +263,7 @@ def test_the_temperature_is_not_fooled_by_the_shares_of_the_validation_part() ->
     probs = torch.stack([kind.log_prob(x) for kind in kinds], -1).softmax(-1)[None]
     for true in (0.6, 1.0, 1.7):
         shown = temper(probs, 1 / true)  # its logits times true
-        assert fit_temperature(shown, labels, balanced=True) == pytest.approx(true, rel=0.05)
+        assert fit_temperature(shown, labels, prior=(0.5, 0.5)) == pytest.approx(true, rel=0.05)
         assert abs(math.log(fit_temperature(shown, labels) / true)) > 0.15  # as if the classes were equal
     moved = with_shares_of(labels, probs[0])
     assert float(moved[:, 1].mean()) == pytest.approx(float((labels == 1).float().mean()), abs=0.01)
@@ -281,7 +281,7 @@ def test_the_search_for_the_noise_reads_the_shares_too(skewed: ImageData) -> Non
     assert len(at.noise_search.found) == 3
     run.temperature.fill_(1.0)
     probs = draw_predictive(run, val.images, 50, seed=run.config.train.seed).probs
-    mean = temper(probs, fit_temperature(probs, val.labels, balanced=True)).mean(0)
+    mean = temper(probs, fit_temperature(probs, val.labels, prior=(1 / 3,) * 3)).mean(0)
     losses = -with_shares_of(val.labels, mean)[torch.arange(12), val.labels].log()
     torch.testing.assert_close(at.noise_search._losses(), losses.double())
     scores = run.history[-1]

@@ -256,6 +256,8 @@ def test_shrinkage_sets_the_decay_of_every_step(data) -> None:
     assert decays[0] == pytest.approx(decays[1] / 2, rel=0.1)
     with pytest.raises(UserError, match="`shrinkage` must not be negative"):
         trainer(data, shrinkage=-1.0)
+    with pytest.raises(UserError, match="`seed` must not be negative"):
+        trainer(data, seed=-1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is something to look for")

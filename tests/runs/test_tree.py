@@ -248,7 +248,10 @@ def test_converter_on_isingvit(granularity, parallel):
     run = tiny_run(granularity)
     split = tiny_split(6)  # S = B, where wrong batch axes would go unnoticed
     x = run.info.normalise(split.images)
-    tree = from_pyro_svi(run.model, run.guide, x, split.labels, num_samples=6, predictive_args=(x,), parallel=parallel)
+    tree = from_pyro_svi(
+        run.model, run.guide, x, split.labels, num_samples=6, predictive_args=(x,), parallel=parallel,
+        log_likelihood=True,
+    )  # fmt: skip
     sites = {f"xi_{name}" for name in run.guide.layout.sites} | {f"w_{kind}" for kind in run.guide.loc}
     assert set(tree.posterior.data_vars) == sites
     for name, site in run.guide.layout.sites.items():
@@ -265,6 +268,8 @@ def test_converter_on_isingvit(granularity, parallel):
     np.testing.assert_allclose(drawn["probs"], probs, atol=1e-5)
     assert drawn["y"].shape == (6, 6) and int(drawn["y"].max()) < 3
     np.testing.assert_array_equal(tree.observed_data["y"], split.labels)
+    logs = np.log(probs.numpy())[:, np.arange(6), split.labels]
+    np.testing.assert_allclose(tree["log_likelihood"]["y"], logs, atol=1e-4)
 
 
 # A run ------------------------------------------------------------------------------------------------------
@@ -349,9 +354,18 @@ def test_kept_shares_agree_with_retention(granularity):
     assert len(np.unique(joint, axis=0)) > 10  # the draws differ
 
 
-@pytest.mark.parametrize("granularity", ["weight", "unit", "head"])
-def test_full_draws_are_joint_and_those_of_the_predictions(granularity, caplog):
-    run, split = tiny_run(granularity, head="mlp"), tiny_split(4)
+@pytest.fixture
+def double():
+    """As Pyro users often set it; a network computes in float32 all the same."""
+    yield lambda: torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("granularity", ["weight", "unit", "head", "float64"])
+def test_full_draws_are_joint_and_those_of_the_predictions(granularity, caplog, double):
+    run, split = tiny_run("unit" if granularity == "float64" else granularity, head="mlp"), tiny_split(4)
+    if granularity == "float64":
+        double()
     draws = draw_predictive(run, split.images, num_samples=5, seed=8)
     before = torch.get_rng_state()
     with caplog.at_level(logging.INFO, logger="pyro_isingvit.runs.tree"):
