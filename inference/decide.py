@@ -32,7 +32,8 @@ class DecisionArguments:
 
     prevalence: str | None = None
     """Shares of the classes among these images, where they differ from training: 0.9,0.1 in the order of the classes,
-    or NAME=0.1,... (classes that are not named share the rest as in training), or estimate."""
+    or NAME=0.1,... (classes that are not named share the rest as in training, equally where it made classes equal), or
+    estimate."""
     training_prevalence: str | None = None
     """Shares of the classes in training, for runs that do not know them; as --prevalence, without estimate."""
     coverage: float | None = None
@@ -48,6 +49,8 @@ class DecisionArguments:
         """Raises UserError where they contradict each other, or a number is out of its range."""
         for name, value in (("coverage", self.coverage), ("max_error", self.max_error), ("certainty", self.certainty)):
             need(value is None or 0 < value < 1, f"`{name}` must lie in (0, 1), not {value}.")
+        unused = self.certainty != DecisionArguments.certainty and self.max_error is None
+        need(not unused, "`certainty` belongs to `max_error`; set both.")
         need(not self.classwise or self.coverage is not None, "`classwise` belongs to `coverage`; set both.")
         other = self.prevalence is not None
         need(
@@ -172,8 +175,10 @@ def draws_for(
     """How many draws from which seed to predict with, and the validation part's predictions where they are needed.
 
     Raises:
-        UserError: as ``validation_of``, or draws that are not those of the validation part, on which guarantees rest.
+        UserError: as ``validation_of``, too few validation images for the coverage, or draws that are not those of the
+            validation part, on which guarantees rest.
     """
+    from pyro_isingvit.predictive.conformal import conformal_sets
     from pyro_isingvit.runs.validation import validation_of
 
     if not wanted.guaranteed and wanted.prevalence != ESTIMATE:
@@ -186,6 +191,8 @@ def draws_for(
         f"the guarantee is for the networks that saw the validation part: {val.samples} draws from seed {val.seed}. "
         "Leave `samples` and `seed` out.",
     )
+    if wanted.coverage is not None:  # what is wrong with it is said before anything is predicted
+        conformal_sets(val.probs[:1], val.probs, val.labels, wanted.coverage, classwise=wanted.classwise)
     return s, first, val
 
 
@@ -280,7 +287,7 @@ def print_decisions(found: Decisions, classes: Sequence[str], labels: "Tensor | 
             spread = "" if found.estimate is None else f" [{found.estimate.low[c]:.3f}, {found.estimate.high[c]:.3f}]"
             rows[name] = f"{found.prior[c]:.3f} -> {found.prevalence[c]:.3f}{spread}"
         how = "" if found.estimate is None else f", estimated, {MASS:.0%} intervals"
-        print_table(f"prevalence: training -> here{how}", rows)
+        print_table(f"prevalence: what the network counts on -> here{how}", rows)
     shown: dict[str, object] = {}
     if found.sets is not None:
         sizes = found.sets.sum(-1)

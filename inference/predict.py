@@ -107,8 +107,8 @@ def predict(arguments: PredictArguments) -> None:
         )  # fmt: skip
         return
     assert arguments.samples != "auto"
-    inputs = load_inputs(arguments.input, run.info, data_root=arguments.data_root, source=source)
     samples, seed, val = draws_for(run, wanted, arguments.samples, arguments.seed, own_root)
+    inputs = load_inputs(arguments.input, run.info, data_root=arguments.data_root, source=source)
     how = None if arguments.adapt is None else Adaptation(arguments.adapt, crowd=arguments.adapt_crowd, seed=seed)
     with nullcontext() if how is None else adapted(run, inputs.images, how, progress=True) as done:
         drawn = draw_predictive(run, inputs.images, samples, arguments.chunk, seed, progress=True)

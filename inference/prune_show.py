@@ -1,5 +1,6 @@
 """What inference.prune prints: networks that could be taken, and the cost and quality of the one that was."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ def show(metrics: dict[str, Any], out: Path, plot: bool) -> None:
         from inference.prune_deploy import print_deploy
 
         print_deploy(metrics["deploy"])
-    print(f"compact network: {out}\nreport: python -m analysis.report --run {out}")
+    print(f"compact network: {out}\nreport: python -m analysis.report --run {shlex.quote(str(out))}")
     if plot:
         show_results("analysis.report", "--run", out, "the report")
 

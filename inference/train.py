@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 -m inference.train --dataset digits --preset digits 
 """
 
 import argparse
+import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -118,7 +119,7 @@ def _train_and_report(config: RunConfig, folder: Path, resume: bool, full: bool)
         f"{config.data.dataset}, test part, {metrics['samples']} draws",
         {k: with_interval(metrics, v) for k, v in shown.items() if metrics.get(v) is not None},
     )
-    print(f"run: {folder}\nreport: python -m analysis.report --run {folder}")
+    print(f"run: {folder}\nreport: python -m analysis.report --run {shlex.quote(str(folder))}")
 
 
 def _how_to_go_on(folder: Path) -> str:

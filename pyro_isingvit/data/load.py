@@ -32,7 +32,15 @@ from pyro_isingvit.data.intensity import percentiles
 from pyro_isingvit.data.named import is_own, path_of, reading_of
 from pyro_isingvit.data.npz import Stored
 from pyro_isingvit.data.sources import DATASETS, FOLDERS, PREFIXES, known
-from pyro_isingvit.data.split import UNLABELLED, ImageData, Split, check_division, divide, hold_out_test
+from pyro_isingvit.data.split import (
+    UNLABELLED,
+    ImageData,
+    Split,
+    check_division,
+    divide,
+    hold_out_test,
+    tell_unknown,
+)
 from pyro_isingvit.data.table import table_inputs
 
 log = logging.getLogger(__name__)
@@ -242,6 +250,7 @@ def folder_labels(names: Sequence[str], classes: Sequence[str]) -> torch.Tensor 
     known = {name: number for number, name in enumerate(classes)}
     tops = (name.partition(os.sep) for name in names)
     labels = [known.get(printable(top), UNLABELLED) if rest else UNLABELLED for top, _, rest in tops]
+    tell_unknown(labels, names, "its folder is not called like a class")
     return None if UNLABELLED in labels else torch.tensor(labels)
 
 

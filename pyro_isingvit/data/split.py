@@ -35,6 +35,20 @@ UNLABELLED = -1
 VALIDATION = "validation (`val_fraction` above 0)"  # what images are held out for
 
 
+def tell_unknown(labels: Sequence[int], names: Sequence[str], why: str) -> None:
+    """Says that labels are not used where some are known and others are not.
+
+    Args:
+        labels: class numbers, ``UNLABELLED`` where not known.
+        names: of the images.
+        why: what is wrong with an image whose label is not known.
+    """
+    unknown = [number for number, label in enumerate(labels) if label == UNLABELLED]
+    if unknown and len(unknown) < len(labels):
+        told = "the labels are not used, since %d of %d are not known: of %s, %s"
+        log.warning(told, len(unknown), len(labels), printable(str(names[unknown[0]])), why)
+
+
 @dataclass(frozen=True, init=False)
 class Split:
     """One part of a data set.

@@ -20,7 +20,7 @@ from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.arrays import loss_weights
 from pyro_isingvit.data.files import read_files
 from pyro_isingvit.data.named import Parts, groups_of, path_of, reading_of
-from pyro_isingvit.data.split import UNLABELLED, Split
+from pyro_isingvit.data.split import UNLABELLED, Split, tell_unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,6 +95,7 @@ def table_inputs(source: DataConfig, classes: Sequence[str]) -> tuple[list[Path]
     need(len(table), f"{file} has no lines below its header.")
     known = {name: number for number, name in enumerate(classes)}
     said = [known.get(printable(text.strip()), UNLABELLED) for text in table.get("label", [])]
+    tell_unknown(said, [*table["path"]], "its label is empty or no class of the run")
     unknown = UNLABELLED in said or not said
     labels = torch.full((len(table),), UNLABELLED) if unknown else torch.tensor(said)
     return files_of(table["path"], file), [printable(path) for path in table["path"]], labels

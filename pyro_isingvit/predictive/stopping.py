@@ -107,7 +107,7 @@ def monte_carlo_error(probs: Tensor, certainty: float = 0.95, networks: int | No
     raised = float(((n - 1) / chi2.ppf(LUCK, n - 1)) ** 0.5)
     left = 1.0 if networks is None else (1 - n / networks) ** 0.5
     spread = torch.maximum(probs.std(0) * raised, _logistic_normal_std(probs, raised))
-    return spread.amax(-1) * (quantile * left / n**0.5)
+    return (spread.amax(-1) * (quantile * left / n**0.5)).clamp(max=1.0)  # no probability can be further off
 
 
 def _logistic_normal_std(probs: Tensor, raised: float) -> Tensor:

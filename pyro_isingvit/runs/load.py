@@ -1,5 +1,6 @@
 """A run folder opened again."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, is_shared, read_config
 from pyro_isingvit.runs.run import Run, blank_run, least_numbers
 from pyro_isingvit.runs.shared import open_shared
+
+log = logging.getLogger(__name__)
 
 
 def open_run(folder: str | Path, device: str = "cpu") -> Run:
@@ -35,6 +38,10 @@ def open_run(folder: str | Path, device: str = "cpu") -> Run:
         run.load_state(state)
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
         raise _misfit(folder, error) from error
+    if not state.get("finished", True):
+        log.warning(
+            "the training of %s is not finished: masks, noise and temperature are not what they will be", folder
+        )
     return run.to(device)
 
 

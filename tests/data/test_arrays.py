@@ -188,7 +188,7 @@ LABEL_ERRORS = {
         np.array([0] * 15 + [1] * 13 + [2] * 2), {}, r"class '2' has a single image left, .*validation \(`val_fraction`"
     ),
     "too many": (LABELS, {"classes": ("a", "b")}, "go up to 2, and `classes` name 2"),
-    "unused": (LABELS, {"classes": ("a", "b", "c", "d")}, "no training image has label 3 .'d'."),
+    "unused": (LABELS, {"classes": ("a", "b", "c", "d")}, "no training image has label 3 .'d'.: `labels` go up to 2"),
     "unnamed": (NAMES, {"classes": ("cat", "dog")}, "have 'owl', which `classes` do not name"),
     "no image": (NAMES, {"classes": ("cat", "dog", "owl", "yak")}, "class 'yak' of `classes` has no training image"),
     "twice": (LABELS, {"classes": ("a", "a", "b")}, "name a class twice"),

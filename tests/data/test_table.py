@@ -58,7 +58,7 @@ def test_all_columns_under_other_names(folder):
     assert (8 * data.train.weights).tolist() == pytest.approx(list(range(1, 16)))  # the mean of training images is 1
 
 
-def test_predicting_a_table(folder):
+def test_predicting_a_table(folder, caplog):
     """All of its images, or those for testing; labels are not needed."""
     data = load_data(lines(folder))
     inputs = load_inputs(lines(folder), data.info)
@@ -77,7 +77,9 @@ def test_predicting_a_table(folder):
         assert found.labels.tolist() == ([-1] * COUNT if columns == "path=picture" else inputs.labels.tolist())
     other = (folder / "table.csv").read_text().replace("sick", "unsure")
     (folder / "table.csv").write_text(other)
+    assert not caplog.text
     assert set(load_inputs(spec, data.info, source=DataConfig(columns=columns)).labels.tolist()) == {-1}
+    assert "8 of 24 are not known" in caplog.text or "16 of 24 are not known" in caplog.text
     with pytest.raises(UserError, match="has no column 'path'"):
         load_inputs(spec, data.info)
     with pytest.raises(UserError, match="no line whose split is test"):

@@ -103,6 +103,7 @@ def test_without_decisions_nothing_is_added(run: Path, tmp_path: Path) -> None:
         (["--max-error", 0], ["--max-error must lie in (0, 1)"]),
         (["--max-error", 0.1, "--certainty", 1], ["--certainty must lie in (0, 1)"]),
         (["--classwise"], ["--classwise belongs to --coverage"]),
+        (["--certainty", 0.9], ["--certainty belongs to --max-error"]),
         (["--prevalence", "estimate", "--coverage", 0.9], ["--classwise"]),
         (["--prevalence", "estimate", "--max-error", 0.1], ["--max-error", "--prevalence"]),
         (["--training-prevalence", "0.5,0.5"], ["--training-prevalence belongs to --prevalence"]),
@@ -115,9 +116,10 @@ def test_without_decisions_nothing_is_added(run: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_is_refused(run: Path, tmp_path: Path, flags: list[object], words: list[str]) -> None:
-    out = ["--run", run, "--input", "digits", "--out", tmp_path / "p.nc", "--device", "cpu"]
-    refused(here("inference.predict", *out, *flags), *words)
-    assert not [*tmp_path.iterdir()]
+    for name in ("p.nc", "p.csv"):
+        out = ["--run", run, "--input", "digits", "--out", tmp_path / name, "--device", "cpu"]
+        refused(here("inference.predict", *out, *flags), *words)
+        assert not [*tmp_path.iterdir()]
 
 
 PAGE = (ROOT / "docs" / "decisions.md").read_text()

@@ -112,3 +112,8 @@ def test_one_standard_error_would_not_do() -> None:
     """The test above can fail: a common rule, s / sqrt(n) below the bound, does not keep it."""
     held, _ = outcomes(10, Stopping(0.02, most=3000), lambda draws: draws.std(0).amax(-1) / len(draws) ** 0.5)
     assert held.mean() < 0.9
+
+
+def test_no_probability_can_be_off_by_more_than_1() -> None:
+    probs = torch.tensor([[[0.9, 0.1]], [[0.2, 0.8]]])
+    assert monte_carlo_error(probs).tolist() == [1.0]

@@ -165,7 +165,7 @@ def test_micro_batches_leave_the_run_as_it_is(balance: str, skewed: ImageData) -
 
 
 @pytest.mark.parametrize("balance", BALANCES)
-def test_resumed_equals_uninterrupted(balance: str, skewed: ImageData, tmp_path: Path) -> None:
+def test_resumed_equals_uninterrupted(balance: str, skewed: ImageData, tmp_path: Path, caplog) -> None:
     settings = {"balance": balance, "mix": "mixup", "label_smoothing": 0.1, "epochs": 4}
     trainer(skewed, tmp_path / "whole", **settings).fit()
 
@@ -177,6 +177,10 @@ def test_resumed_equals_uninterrupted(balance: str, skewed: ImageData, tmp_path:
     begun.on_epoch = stop
     with pytest.raises(KeyboardInterrupt):
         begun.fit()
+    for name, told in (("cut", True), ("whole", False)):
+        caplog.clear()
+        open_run(tmp_path / name)
+        assert ("is not finished" in caplog.text) == told
     again = trainer(skewed, tmp_path / "cut", **settings)
     again.restore()
     again.fit()
