@@ -342,7 +342,7 @@ class TrainedRun(Shareable):
             overwrite: replace another run or another evaluation that the folder holds.
 
         Returns:
-            ``report/index.html`` in the folder.
+            ``report/index.html`` in the folder; of its own, as seen from the working directory where it lies below.
 
         Raises:
             UserError: the run is not evaluated, or has no folder, or the folder holds something else.
@@ -369,7 +369,8 @@ class TrainedRun(Shareable):
         self.save(target, overwrite=overwrite)
         from pyro_isingvit.report.run_report import write_report
 
-        return write_report(target)
+        page, here = write_report(target), Path.cwd()
+        return page.relative_to(here) if folder is None and page.is_relative_to(here) else page
 
 
 def _rebuilt(
