@@ -120,7 +120,8 @@ def cross_fit(
     numbers = fold_numbers(labels, folds, data.info.classes, config.train.seed, groups)
     own = config.portable()
     own = replace(own, data=replace(own.data, data_root=""))  # as in the keys of finished folds
-    said = json.dumps([asdict(own), samples, data.info.to_dict()], sort_keys=True).encode()
+    info = {name: value for name, value in data.info.to_dict().items() if name != "pool"}  # prints and labels say more
+    said = json.dumps([asdict(own), samples, info], sort_keys=True).encode()
     val_prints = digests(data.val.images)
     parts = [said, *prints, *val_prints, labels.tobytes(), val_labels.tobytes(), numbers.tobytes()]
     key = hashlib.sha256(b"".join(parts)).hexdigest()

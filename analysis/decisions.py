@@ -115,6 +115,10 @@ def stored(folder: Path) -> "tuple[np.ndarray, np.ndarray, Validation, np.ndarra
 
     run, tree = open_run(folder), load_datatree(folder / POSTERIOR)
     val = Validation.from_tree(tree)
+    need(
+        run.config.data.val_fraction > 0,
+        f"{folder} was trained without a validation part (`val_fraction` 0), which this needs; train anew with one.",
+    )
     if val is None or "predictive_summary" not in tree.children:
         raise UserError(f"{folder / POSTERIOR} keeps no predictions for the validation part; evaluate the run again.")
     summary = tree["predictive_summary"].dataset
@@ -146,7 +150,9 @@ def made_shifts(
                 shares = rng.dirichlet(np.full(classes, concentration))
                 labels = rng.choice(classes, arguments.images, p=shares)
                 drawn = probs[[rng.choice(present[c]) for c in labels]]
-                estimate = estimate_prevalence(drawn, val.probs, val.labels, replicates=300, seed=arguments.seed)
+                estimate = estimate_prevalence(
+                    drawn, val.probs, val.labels, replicates=300, seed=arguments.seed, quiet=bar.n > 0
+                )
                 one = PredictiveDraws(torch.from_numpy(drawn)[None])  # the mean's correction needs the mean alone
                 ways = {
                     "before": one,

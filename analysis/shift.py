@@ -94,7 +94,7 @@ def own_test_part(run: Run, data_root: str | None, max_images: int, seed: int) -
     try:
         data = load_data(**asdict(config), seed=run.config.train.seed)
         told = f"{config.dataset} has other images now than in training, and is divided otherwise."
-        need(data.info.has_counts_of(run.info), told)
+        need(data.info.has_images_of(run.info), told)
         split = data.test
     except UserError as error:
         if run.folder is None or not (run.folder / POSTERIOR).is_file():

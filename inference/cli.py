@@ -212,6 +212,14 @@ def with_interval(metrics: Mapping[str, Any], name: str) -> object:
     return f"{value:.4f} ({ends[0]:.3f} to {ends[1]:.3f})" if ends else value
 
 
+def scores_shown(metrics: Mapping[str, Any]) -> dict[str, object]:
+    """Rows for ``print_table`` of how good predictions were; what is not known is left out."""
+    names = {"balanced accuracy": "balanced_accuracy", "AUROC, macro": "auroc_macro", "sensitivity": "sensitivity",
+             "specificity": "specificity"}  # fmt: skip
+    shown = {"accuracy": metrics["accuracy"], "NLL (nats)": metrics["nll"], "ECE (15 bins)": metrics["ece"]}
+    return shown | {title: with_interval(metrics, k) for title, k in names.items() if metrics.get(k) is not None}
+
+
 def print_table(title: str, rows: Mapping[str, object]) -> None:
     """Prints names and values as a table; floats with four decimals."""
     from rich.console import Console

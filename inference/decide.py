@@ -178,7 +178,7 @@ def draws_for(
         UserError: as ``validation_of``, too few validation images for the coverage, or draws that are not those of the
             validation part, on which guarantees rest.
     """
-    from pyro_isingvit.predictive.conformal import conformal_sets
+    from pyro_isingvit.predictive.conformal import check_images
     from pyro_isingvit.runs.validation import validation_of
 
     if not wanted.guaranteed and wanted.prevalence != ESTIMATE:
@@ -192,7 +192,7 @@ def draws_for(
         "Leave `samples` and `seed` out.",
     )
     if wanted.coverage is not None:  # what is wrong with it is said before anything is predicted
-        conformal_sets(val.probs[:1], val.probs, val.labels, wanted.coverage, classwise=wanted.classwise)
+        check_images(val.labels, run.info.classes, wanted.coverage, classwise=wanted.classwise)
     return s, first, val
 
 
@@ -281,13 +281,7 @@ def add_to_tree(tree: "xr.DataTree", found: Decisions, wanted: DecisionArguments
 
 def print_decisions(found: Decisions, classes: Sequence[str], labels: "Tensor | None") -> None:
     """Tables of what was decided, and of how it went where labels are known."""
-    if found.prevalence is not None and found.prior is not None:
-        rows: dict[str, object] = {}
-        for c, name in enumerate(classes):
-            spread = "" if found.estimate is None else f" [{found.estimate.low[c]:.3f}, {found.estimate.high[c]:.3f}]"
-            rows[name] = f"{found.prior[c]:.3f} -> {found.prevalence[c]:.3f}{spread}"
-        how = "" if found.estimate is None else f", estimated, {MASS:.0%} intervals"
-        print_table(f"prevalence: what the network counts on -> here{how}", rows)
+    print_prevalence(found.prevalence, found.prior, classes, found.estimate)
     shown: dict[str, object] = {}
     if found.sets is not None:
         sizes = found.sets.sum(-1)
@@ -302,16 +296,34 @@ def print_decisions(found: Decisions, classes: Sequence[str], labels: "Tensor | 
             shown["errors among the accepted"] = _share(wrong[found.accepted])
     if shown:
         print_table("decisions", shown)
-    if found.acceptance is not None and found.acceptance.accepted == 0:
-        limit = found.acceptance
-        help_ = (
-            f"about {limit.needed:,} validation images at the present error rates would let some stand (there are "
-            f"{limit.images:,})" if limit.needed
-            else "no number of validation images would help at the present error rates"
-        )  # fmt: skip
-        print(
-            f"no threshold keeps the errors below {limit.max_error:g} for certain: every image is for a human; {help_}."
-        )
+    print_nothing_stands(found.acceptance)
+
+
+def print_prevalence(
+    shares: "np.ndarray | None", prior: "np.ndarray | None", classes: Sequence[str],
+    estimate: "PrevalenceEstimate | None" = None,
+) -> None:  # fmt: skip
+    """A table of another prevalence than training's, (C,) both; nothing where there is none."""
+    if shares is None or prior is None:
+        return
+    rows: dict[str, object] = {}
+    for c, name in enumerate(classes):
+        spread = "" if estimate is None else f" [{estimate.low[c]:.3f}, {estimate.high[c]:.3f}]"
+        rows[name] = f"{prior[c]:.3f} -> {shares[c]:.3f}{spread}"
+    how = "" if estimate is None else f", estimated, {MASS:.0%} intervals"
+    print_table(f"prevalence: what the network counts on -> here{how}", rows)
+
+
+def print_nothing_stands(limit: "Acceptance | None") -> None:
+    """Says how many validation images would help where a limit on the errors lets no image stand."""
+    if limit is None or limit.accepted:
+        return
+    help_ = (
+        f"about {limit.needed:,} validation images at the present error rates would let some stand (there are "
+        f"{limit.images:,})" if limit.needed
+        else "no number of validation images would help at the present error rates"
+    )  # fmt: skip
+    print(f"no threshold keeps the errors below {limit.max_error:g} for certain: every image is for a human; {help_}.")
 
 
 def _share(mask: "Tensor") -> str:

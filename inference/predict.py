@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from inference.cli import print_table, run_script, with_interval
+from inference.cli import print_table, run_script, scores_shown
 from inference.decide import (
     ESTIMATE,
     DecisionArguments,
@@ -63,6 +63,8 @@ class PredictArguments:
     """Replace files that are already there."""
     cache: str | None = None
     """Folder where decoded images are kept, for more of them than fit into memory."""
+    columns: str | None = None
+    """csv: names of the table's columns, as 'path=file,label=finding', where they are others than in training."""
     decisions: DecisionArguments = field(default_factory=DecisionArguments)
     streaming: StreamArguments = field(default_factory=StreamArguments)
     adapt: Literal["tent", "eata", "eata-c"] | None = None
@@ -97,6 +99,9 @@ def predict(arguments: PredictArguments) -> None:
     cuda = arguments.device != "cpu" and torch.cuda.is_available()
     run = open_run(arguments.run, "cuda" if cuda else "cpu")
     source = replace(run.config.data, cache=arguments.cache)
+    if arguments.columns is not None:
+        need(arguments.input.startswith("csv:"), f"`columns` are those of a table csv:FILE, not of {arguments.input}.")
+        source = replace(source, columns=arguments.columns)
     own_root = None if arguments.data_root == PredictArguments.data_root else Path(arguments.data_root)
     read_prevalences(run, wanted, own_root)  # what is wrong with them is said before anything is predicted
     if streams:
@@ -144,12 +149,8 @@ def _show(
         "mean mutual information (nats)": float(draws.mutual_information.mean()),
     }
     if labels is not None:
-        scores = classification_metrics(draws.mean, labels)
-        shown |= {"accuracy": scores["accuracy"], "NLL (nats)": scores["nll"], "ECE (15 bins)": scores["ece"]}
-        by_class = class_metrics(draws.mean, labels, classes)
-        names = {"balanced accuracy": "balanced_accuracy", "AUROC, macro": "auroc_macro", "sensitivity": "sensitivity",
-                 "specificity": "specificity"}  # fmt: skip
-        shown |= {title: with_interval(by_class, k) for title, k in names.items() if by_class.get(k) is not None}
+        metrics = classification_metrics(draws.mean, labels) | class_metrics(draws.mean, labels, classes)
+        shown |= scores_shown(metrics)
     print_table(title, shown)
     counts = torch.bincount(draws.mean.argmax(-1), minlength=len(classes))
     print_table("predicted classes", {name: int(count) for name, count in zip(classes, counts, strict=True)})

@@ -5,8 +5,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from inference.cli import print_table
-from inference.decide import ESTIMATE, DecisionArguments, columns, decide, draws_for
+from inference.cli import print_table, scores_shown
+from inference.decide import (
+    ESTIMATE,
+    DecisionArguments,
+    columns,
+    decide,
+    draws_for,
+    print_nothing_stands,
+    print_prevalence,
+    read_prevalences,
+)
 from pyro_isingvit.core.errors import need
 
 if TYPE_CHECKING:
@@ -79,6 +88,7 @@ class Decider:
     def __init__(
         self, run: "Run", wanted: DecisionArguments, samples: int | None, seed: int | None, own_root: Path | None
     ) -> None:
+        from pyro_isingvit.predictive.selective import acceptance
         from pyro_isingvit.runs.validation import prior_of
 
         if wanted.prevalence is not None and wanted.training_prevalence is None:  # looked up once
@@ -86,7 +96,11 @@ class Decider:
             wanted = replace(wanted, training_prevalence=",".join(map(repr, prior)))
         self.run, self.wanted, self.own_root = run, wanted, own_root
         self.samples, self.seed, self.val = draws_for(run, wanted, samples, seed, own_root)
+        self.prevalences = read_prevalences(run, wanted, own_root)
         self.acceptance: Acceptance | None = None
+        if wanted.max_error is not None:
+            assert self.val is not None
+            self.acceptance = acceptance(self.val.probs, self.val.labels, wanted.max_error, wanted.certainty)
 
     def __call__(
         self, draws: "PredictiveDraws", labels: "Tensor | None"
@@ -100,7 +114,6 @@ class Decider:
             if labels is not None:
                 counted["held"] = int(found.sets[range(len(labels)), labels].sum())
         if found.accepted is not None:
-            self.acceptance = found.acceptance
             counted["accepted"] = int(found.accepted.sum())
             if labels is not None:
                 wrong = found.draws.mean.argmax(-1) != labels
@@ -142,11 +155,11 @@ def predict_stream(
         max_unreadable=0.5 if wanted.max_unreadable is None else wanted.max_unreadable, overwrite=overwrite,
         progress=True,
     )  # fmt: skip
-    _report(done, run, given, out, until if isinstance(until, Stopping) else None)
+    _report(done, decider, given, out, until if isinstance(until, Stopping) else None)
 
 
-def _report(done: "Streamed", run: "Run", given: str, out: Path, stopping: object) -> None:
-    totals, count = done.totals, done.images
+def _report(done: "Streamed", decider: Decider, given: str, out: Path, stopping: object) -> None:
+    totals, count, run = done.totals, done.images, decider.run
     shown: dict[str, object] = {
         "images": count,
         "unreadable images": len(done.unreadable),
@@ -156,8 +169,8 @@ def _report(done: "Streamed", run: "Run", given: str, out: Path, stopping: objec
         "mean entropy (nats)": totals["entropy"] / count,
         "mean mutual information (nats)": totals["mutual_information"] / count,
     }
-    if "labelled" in totals:
-        shown |= {"accuracy": totals["right"] / count, "NLL (nats)": totals["nll"] / count}
+    if done.scores is not None:
+        shown |= scores_shown(done.scores)
     if "in_sets" in totals:
         shown |= {
             "mean size of the sets": totals["in_sets"] / count,
@@ -166,6 +179,8 @@ def _report(done: "Streamed", run: "Run", given: str, out: Path, stopping: objec
     if "held" in totals:
         shown["sets that hold the label"] = _share(totals, "held", count)
     if "accepted" in totals:
+        assert decider.acceptance is not None
+        shown["accepted above the confidence"] = decider.acceptance.threshold
         shown["accepted"] = _share(totals, "accepted", count)
     if totals.get("accepted") and "accepted_wrong" in totals:
         shown["errors among the accepted"] = _share(totals, "accepted_wrong", int(totals["accepted"]))
@@ -177,6 +192,10 @@ def _report(done: "Streamed", run: "Run", given: str, out: Path, stopping: objec
     }
     print_table(f"{run.folder} on {given}", shown)
     print_table("predicted classes", dict(zip(run.info.classes, done.classes, strict=True)))
+    if decider.prevalences is not None:
+        prior, shares = decider.prevalences
+        print_prevalence(shares, prior, run.info.classes)
+    print_nothing_stands(decider.acceptance)
     if stopping is not None and totals["unsettled"]:
         print(f"{int(totals['unsettled'])} images were not settled after all draws; their mc_error says how far.")
     if done.unreadable:

@@ -243,13 +243,17 @@ def data_of(run: "Run", data_root: str | None) -> "ImageData":
     from pyro_isingvit.data.load import is_named, load_data
 
     source = dataclasses.asdict(run.config.data) | ({} if data_root is None else {"data_root": data_root})
-    told = "the run was trained on images given in memory: cut it in Python, `run.prune(...)`."
+    told = (
+        "the run was shared, or trained on images given in memory, and does not say where they are: cut it in Python, "
+        "`run.prune(...)`."
+    )
     need(is_named(run.config.data.dataset), told)
     data = load_data(**source, seed=run.config.train.seed)
     if run.config.init is not None:  # images are normalised as those were from which training started
         data = dataclasses.replace(data, info=data.info.with_scale_of(run.info))
-    same = data.info.has_counts_of(run.info) and len(data.train) == run.method.num_data
-    same = same and dataclasses.replace(data.info, counts=run.info.counts, weighted=run.info.weighted) == run.info
+    same = data.info.has_images_of(run.info) and len(data.train) == run.method.num_data
+    counted = {name: getattr(run.info, name) for name in ("counts", "weighted", "pool")}  # earlier versions lack some
+    same = same and dataclasses.replace(data.info, **counted) == run.info
     need(same, f"{source['dataset']} is no longer the data that the run was trained on; prune with the same data.")
     need(len(data.test), f"{data.info.dataset} has no test part to evaluate on.")
     return data

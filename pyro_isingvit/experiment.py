@@ -25,7 +25,7 @@ from pyro_isingvit.evaluation import write_evaluation
 from pyro_isingvit.ising.model import IsingViT
 from pyro_isingvit.methods.registry import row, started, unread
 from pyro_isingvit.nets.start import Start
-from pyro_isingvit.runs.checks import check_asked
+from pyro_isingvit.runs.checks import check_asked, idle
 from pyro_isingvit.runs.folder import FILES, alone_in, clear_run, need_folder, need_room
 from pyro_isingvit.runs.load import open_run, read_info
 from pyro_isingvit.runs.run import Run
@@ -133,6 +133,8 @@ def _as_before(data: ImageData, config: RunConfig, folder: Path) -> DataInfo:
 def _tell_unread(config: RunConfig) -> None:
     if names := unread(config):
         log.warning("method %s does not read %s, which change nothing", config.method, _named(names))
+    for name, needed in idle(config.train, row(config.method).train):
+        log.warning("`%s` changes nothing without `%s`", name, needed)
 
 
 def _check_weights(data: ImageData, train: TrainConfig) -> None:

@@ -422,7 +422,10 @@ def test_settings_that_a_method_does_not_read_are_told(images, caplog) -> None:
     assert "method dropout does not read `members`, `target_retention`" in caplog.text
     caplog.clear()
     fit(TINY, images, method="dropout", drop_rate=0.3, **{**QUICK_FIT, "epochs": 1})
-    assert "does not read" not in caplog.text
+    assert "does not read" not in caplog.text and "changes nothing" not in caplog.text
+    fit(TINY, images, method="dropout", mix_alpha=0.3, teacher_draws=3, **{**QUICK_FIT, "epochs": 1})
+    assert "`mix_alpha` changes nothing without `mix`" in caplog.text
+    assert "`teacher_draws` changes nothing without `distillation`" in caplog.text
 
 
 def test_which_method_reads_what_is_as_the_settings_say() -> None:

@@ -293,13 +293,11 @@ def find_classes(labels: np.ndarray, names: Sequence[str] | None) -> tuple[tuple
         need(values[-1] < count, f"{beyond}; give a name for each.")
         gap = next((i for i, value in enumerate([*values, -1]) if i != value), 0)
         called = f"{gap}" if names is None or gap >= len(names) else f"{gap} ({names[gap]!r})"
-        need(
-            gap <= values[-1] or gap == count,
-            f"no training image has label {called}: `labels` go up to {values[-1]}; leave out "
-            "of `classes` what has no image.",
-        )
-        fix = "number the classes 0, 1, 2, ... without gaps, or make names of them by `labels.astype(str)`"
-        need(gap == count, f"no training image has label {called}, and labels go up to {count - 1}; {fix}.")
+        fix = (
+            "number the classes 0, 1, 2, ... without gaps, or make names of them by `labels.astype(str)`"
+            if gap < values[-1] else "leave out of `classes` what has no image"
+        )  # fmt: skip
+        need(gap == count, f"no training image has label {called}, and labels go up to {values[-1]}; {fix}.")
         known: dict[Hashable, int] = {value: value for value in values}
         names = names or [str(value) for value in values]
     else:

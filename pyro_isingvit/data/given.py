@@ -4,17 +4,15 @@ Shapes: N images, C channels, H height, W width.
 """
 
 from collections.abc import Hashable
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.data.arrays import class_numbers, label_array, to_array, to_pixels
 from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.data.info import DataInfo
-from pyro_isingvit.data.split import UNLABELLED, ImageData, Split
+from pyro_isingvit.data.split import ImageData, Split
 
 MANY = 256  # images that are looked at
 Labelled = Split | tuple[Any, Any] | ImageData
@@ -64,8 +62,9 @@ def labelled(data: Labelled, info: DataInfo, name: str) -> Split:
     """A part of a data set with labels.
 
     Args:
-        data: a part, whose labels are the numbers of the run's classes; (images, labels); or a data set, of which the
-            test part is taken for ``data`` and the validation part for ``val``, and whose classes count by their names.
+        data: a part of a data set, whose classes count by their names, or by their numbers where they have none;
+            (images, labels); or a data set, of which the test part is taken for ``data`` and the validation part for
+            ``val``.
         info: the images that the network was trained on.
         name: of the argument: ``data`` or ``val``.
 
@@ -73,17 +72,12 @@ def labelled(data: Labelled, info: DataInfo, name: str) -> Split:
         UserError: something else, or images or labels that do not fit.
     """
     if isinstance(data, ImageData):
-        part, own = data.val if name == "val" else data.test, data.info.classes
-        if own == info.classes:
-            return part
-        unknown = [text for text in own if text not in info.classes]
-        told = f"`{name}` has the class {', '.join(unknown[:3])}; the run knows {', '.join(info.classes[:10])}."
-        need(not unknown, told)
-        numbers = torch.tensor([info.classes.index(text) for text in own], device=part.labels.device)
-        there = numbers[part.labels.clamp(min=0)]
-        return replace(part, labels=torch.where(part.labels == UNLABELLED, part.labels, there))
+        data = data.val if name == "val" else data.test
     if isinstance(data, Split):
-        return data
+        try:
+            return data.numbered_as(info.classes)
+        except UserError as error:
+            raise UserError(f"`{name}` does not fit the run: {error}") from error
     if not (isinstance(data, tuple | list) and len(data) == 2):
         raise UserError(f"`{name}` must be a part of a data set or a pair (images, labels), not {type(data).__name__}.")
     what = "val " if name == "val" else ""

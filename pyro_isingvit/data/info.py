@@ -3,7 +3,9 @@
 Shapes: N images, C channels, H height, W width.
 """
 
+import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -35,6 +37,7 @@ class DataInfo:
     high: tuple[float, ...] = ()  # (C,), pixels that become 1; empty: the largest whole number
     counts: tuple[int, ...] = ()  # training images of each class; () where they are not known, as before version 0.7
     weighted: tuple[float, ...] = ()  # sum of the training images' weights in each class; () where all count alike
+    pool: str = ""  # digest of what training images are drawn from (``digest``); "" where not known: before 0.18
 
     @classmethod
     def of(cls, dataset: str, classes: tuple[str, ...], images: Images, intensity: str = "full") -> "DataInfo":
@@ -116,14 +119,14 @@ class DataInfo:
         """The fields, ready for JSON."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
-    def has_counts_of(self, other: "DataInfo") -> bool:
-        """Whether the classes have as many training images as another's, or those are not known."""
-        return other.counts in ((), self.counts)
+    def has_images_of(self, other: "DataInfo") -> bool:
+        """Whether training images are as many and called as another's, as far as those are known."""
+        return other.counts in ((), self.counts) and other.pool in ("", self.pool)
 
     def is_that_of(self, raw: Any) -> bool:
         """Whether ``raw``, which ``to_dict`` wrote, describes these data; before version 0.7 it had fewer fields."""
         before = {"kind": "uint8", "low": [], "high": [], "counts": list(self.counts), "weighted": list(self.weighted)}
-        return isinstance(raw, dict) and before | raw == self.to_dict()
+        return isinstance(raw, dict) and before | {"pool": self.pool} | raw == self.to_dict()
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "DataInfo":
@@ -136,7 +139,7 @@ class DataInfo:
             lists = {key: tuple(value) for key, value in raw.items() if isinstance(value, list)}
             info = cls(**{**raw, **lists})
             sizes = all(type(n) is int and 1 <= n <= 2**16 for n in (info.channels, info.height, info.width))
-            texts = all(isinstance(name, str) for name in (info.dataset, *info.classes))
+            texts = all(isinstance(name, str) for name in (info.dataset, *info.classes, info.pool))
             counted = not info.counts or len(info.counts) == len(info.classes)
             counted = counted and all(type(n) is int and 0 <= n < 2**53 for n in info.counts)
             counted = counted and (not info.weighted or len(info.weighted) == len(info.classes))
@@ -169,6 +172,23 @@ class DataInfo:
         got = f"{('N', *images.shape[1:])} {images.dtype}".replace("'", "")
         need(got == expected, f"expected images {expected}, as in training on {self.dataset}; got {got}.")
         return images
+
+
+def digest(names: Sequence[str], labels: Tensor) -> str:
+    """16 hexadecimal digits that differ where images, in their order, are called or labelled otherwise.
+
+    Args:
+        names: (N,) of the files, or () where there are none.
+        labels: (N,) class numbers.
+
+    Examples:
+        >>> import torch
+        >>> digest(("a.png", "b.png"), torch.tensor([0, 1])) == digest(("a.png", "c.png"), torch.tensor([0, 1]))
+        False
+    """
+    found = hashlib.sha256("\0".join(names).encode())
+    found.update(labels.cpu().numpy().astype("<i8").tobytes())
+    return found.hexdigest()[:16]
 
 
 def _shares(sizes: tuple[float, ...]) -> tuple[float, ...] | None:

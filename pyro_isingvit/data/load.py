@@ -27,7 +27,7 @@ from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.decode import Look, Pages, Reading
 from pyro_isingvit.data.files import image_names, list_images, read_files
 from pyro_isingvit.data.images import Images, Resize
-from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.data.info import DataInfo, digest
 from pyro_isingvit.data.intensity import percentiles
 from pyro_isingvit.data.named import is_own, path_of, reading_of
 from pyro_isingvit.data.npz import Stored
@@ -46,6 +46,7 @@ from pyro_isingvit.data.table import table_inputs
 log = logging.getLogger(__name__)
 TEST_FRACTION = 0.2  # of the images, where there is no official test part
 DEV_SIZE = 5000
+ARRAYS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "npz", "npy")  # data sets without image files
 
 
 def load_data(
@@ -105,6 +106,8 @@ def load_data(
         columns or "", None if cache is None else str(cache),
     )  # fmt: skip
     check_fields(source)
+    for name, reader in idle(source).items():
+        log.warning("`%s` changes nothing here: %s", name, reader)
     return replace(load_divided(source, seed), source=(replace(source, download=False), seed))
 
 
@@ -186,17 +189,20 @@ def load_inputs(
         paths, lines, numbers = table_inputs(replace(source, dataset=spec), info.classes)
         split = replace(load_image_files(paths, info, source), names=tuple(lines), labels=numbers)
     elif is_named(spec):
-        square = spec.startswith(("imagefolder:", "csv:")) and info.height == info.width
-        size = info.height if square else source.image_size
-        asked = replace(source, dataset=spec, data_root=str(data_root), image_size=size, download=False)
+        square, ours = spec.startswith(("imagefolder:", "csv:")) and info.height == info.width, is_own(spec, source)
+        asked = replace(
+            source, dataset=spec, data_root=str(data_root), image_size=info.height if square else source.image_size,
+            groups=source.groups if ours else None, download=False,
+        )  # fmt: skip
         train, _, split, classes = load_parts(asked)
-        whole = is_own(spec, source) and source.train_size is None and not train.groups  # those are rounded to groups
-        if whole and has_grown(len(train), info, source.val_fraction):
+        if ours and has_changed(train, info, source):
             log.warning(
-                "%s has other images than when the run was trained: what is now its test part may hold images that it "
-                "was trained on", spec,
+                "%s has other images than when the run was trained, or they are called otherwise: what is now its test "
+                "part may hold images that it was trained on", spec,
             )  # fmt: skip
-        if classes != info.classes:
+        try:
+            split = replace(split, classes=classes).numbered_as(info.classes)
+        except UserError:
             log.warning("%s has other classes than %s: its labels are not used", spec, info.dataset)
             split = replace(split, labels=torch.full_like(split.labels, UNLABELLED))
     elif path.is_dir():
@@ -222,22 +228,40 @@ def load_inputs(
     return split
 
 
+def idle(source: DataConfig) -> dict[str, str]:
+    """Settings that were given and that nothing reads, each with what would read it.
+
+    Examples:
+        >>> from pyro_isingvit.core.settings import DataConfig
+        >>> idle(DataConfig("digits", groups="p[0-9]+"))
+        {'groups': 'it is for imagefolder:PATH and csv:FILE'}
+    """
+    kind, usual = source.dataset.partition(":")[0], DataConfig()
+    readers = {"groups": "it is for imagefolder:PATH and csv:FILE", "pages": "it is for image files",
+               "columns": "it is for csv:FILE"}  # fmt: skip
+    unread = readers if kind in ARRAYS else {name for name in readers if name == "columns" and kind == "imagefolder"}
+    return {name: readers[name] for name in unread if getattr(source, name) != getattr(usual, name)}
+
+
 def is_named(spec: str) -> bool:
     """Whether a text names a data set, not a path."""
     return spec in DATASETS or spec.partition(":")[0] in PREFIXES
 
 
-def has_grown(images: int, info: DataInfo, val_fraction: float) -> bool:
-    """Whether a data set's training files are not as many as the training and validation part of a run.
+def has_changed(pool: Split, info: DataInfo, source: DataConfig) -> bool:
+    """Whether a data set's training files are others than those of a run.
 
     Args:
-        images: in the training files; without an official validation part.
-        info: of the run.
-        val_fraction: of the run; where the validation part is an official one, images are fewer than is told.
+        pool: the training files.
+        info: of the run. Before version 0.18 it says nothing of the files, and their number is compared.
+        source: of the run.
     """
+    if info.pool:
+        return info.pool != digest(pool.names, pool.labels)
     known = sum(info.counts)
-    parts = known, known + round(val_fraction * images)  # with an official validation part, and without
-    return bool(known) and min(abs(images - part) for part in parts) > info.num_classes
+    parts = known, known + round(source.val_fraction * len(pool))  # with an official validation part, and without
+    told = bool(known) and source.train_size is None and not pool.groups  # validation parts are rounded to groups
+    return told and min(abs(len(pool) - part) for part in parts) > info.num_classes
 
 
 def folder_labels(names: Sequence[str], classes: Sequence[str]) -> torch.Tensor | None:

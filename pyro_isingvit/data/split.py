@@ -27,7 +27,7 @@ from pyro_isingvit.data.arrays import (
     read_dataset,
 )
 from pyro_isingvit.data.images import Images, Normalise, Resize, Resized, as_images, copies
-from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.data.info import DataInfo, digest
 from pyro_isingvit.data.stratify import hold_out, hold_out_groups, shared_group, stratified
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class Split:
         names: (N,) file names, where there are files.
         groups: (N,) the patient, slide or plate of each image, where known; no two parts share one.
         weights: (N,) positive, of each image in the training loss, with mean 1; None: all count alike.
+        classes: what the class numbers are called; () where not known.
 
     Raises:
         UserError: images of another kind, or counts that differ.
@@ -70,6 +71,7 @@ class Split:
     names: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     weights: Tensor | None = None
+    classes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -78,9 +80,11 @@ class Split:
         names: tuple[str, ...] = (),
         groups: tuple[str, ...] = (),
         weights: Tensor | None = None,
+        classes: tuple[str, ...] = (),
     ) -> None:
         fields = {
             "images": as_images(images), "labels": labels, "names": names, "groups": groups, "weights": weights,
+            "classes": classes,
         }  # fmt: skip
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -102,7 +106,7 @@ class Split:
         names, groups = (tuple(texts[i] for i in index if texts) for texts in (self.names, self.groups))
         there = rows.to(self.labels.device)
         weights = None if self.weights is None else self.weights[there]
-        return Split(self.images.take(rows), self.labels[there], names, groups, weights)
+        return Split(self.images.take(rows), self.labels[there], names, groups, weights, self.classes)
 
     def resized(self, size: int | None, how: Resize = "stretch") -> "Split":
         """The part with images of ``size`` pixels a side, resized when they are read; None: as it is."""
@@ -113,6 +117,19 @@ class Split:
         """The part on a device; images that are made on demand stay where they are made."""
         weights = None if self.weights is None else self.weights.to(device)
         return replace(self, images=self.images.to(device), labels=self.labels.to(device), weights=weights)
+
+    def numbered_as(self, classes: tuple[str, ...]) -> "Split":
+        """The part with the class numbers that its classes have among others; as it is where they have no names.
+
+        Raises:
+            UserError: a class that is not among them.
+        """
+        if self.classes in ((), classes):
+            return self
+        unknown = ", ".join(text for text in self.classes if text not in classes)[:60]
+        need(not unknown, f"the class {unknown} is unknown; known are {', '.join(classes[:10])}.")
+        numbers = torch.tensor([*map(classes.index, self.classes), UNLABELLED], device=self.labels.device)
+        return replace(self, labels=numbers[self.labels], classes=classes)
 
     def batches(
         self, size: int, normalise: Normalise, device: torch.device | str | None = None
@@ -158,7 +175,9 @@ class ImageData:
     source: tuple[DataConfig, int] | None = None
 
     def __post_init__(self) -> None:
-        """Counts the training images of each class, unless ``info`` has the counts."""
+        """Counts the training images of each class, unless ``info`` has the counts, and names the parts' classes."""
+        for name in ("train", "val", "test"):
+            object.__setattr__(self, name, replace(getattr(self, name), classes=self.info.classes))
         labels = self.train.labels
         if not self.info.counts and len(labels) and int(labels.min()) >= 0:
             counts, weights = torch.bincount(labels, minlength=self.info.num_classes), self.train.weights
@@ -360,7 +379,8 @@ def divide(
     _, again, tested = copies(part.images for part in (train, val, test))
     if again or tested:
         log.warning("%d validation and %d test images are copies of images in an earlier part", again, tested)
-    return ImageData(train, val, test, DataInfo.of(name, classes, train.images, intensity))
+    info = replace(DataInfo.of(name, classes, train.images, intensity), pool=digest(pool.names, pool.labels))
+    return ImageData(train, val, test, info)
 
 
 def _cut(

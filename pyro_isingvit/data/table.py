@@ -50,6 +50,8 @@ def csv_table(source: DataConfig) -> Parts:
     paths = files_of(table["path"], file)
     labels, names = table["label"].str.strip(), [printable(path) for path in table["path"]]
     _each(file, table, "label", labels != "", "has no label; label or remove the image")
+    said = labels.groupby([str(path) for path in paths]).transform("nunique")
+    _each(file, table, "path", said == 1, "is there again with another label; keep one of the lines")
     numeric = labels.str.fullmatch(r"\d{1,9}").all()
     classes = sorted(set(labels), key=lambda label: (int(label) if numeric else 0, label))
     numbers = torch.tensor(labels.map({label: i for i, label in enumerate(classes)}).to_list())

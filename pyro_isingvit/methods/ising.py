@@ -95,10 +95,7 @@ class IsingMethod(Method):
 
     def check(self, settings: TrainConfig) -> None:
         """Refuses settings that only the fused engine can honour where the Pyro path is taken."""
-        own = overridden(self.model, self.guide)
-        why = f"`mask_posterior` is {self.model.ising.mask_posterior}"
-        why = f"{' and '.join(own)} is overridden, which it does not call" if own else why
-        why = "`engine` is pyro" if settings.engine == "pyro" else why
+        why = self._not_fused(settings)
         need(self.fused or settings.engine != "fused", f"`engine` fused cannot be used: {why}; set `engine` to auto.")
         saliency, activation = self.model.ising.saliency, self.model.vit.config.activation
         ruled = saliency != "lm" or activation == "gelu"
@@ -136,6 +133,14 @@ class IsingMethod(Method):
                 not (settings.compile and asked),
                 f"{name} changes the network in each step, for which `compile` would compile it again; leave out one.",
             )
+
+    def _not_fused(self, settings: TrainConfig) -> str:
+        """Why the Pyro path is taken, where it is."""
+        if settings.engine == "pyro":
+            return "`engine` is pyro"
+        if own := overridden(self.model, self.guide):
+            return f"{' and '.join(own)} is overridden, which it does not call"
+        return f"`mask_posterior` is {self.model.ising.mask_posterior}"
 
     def forward(self, x: Tensor, y: Tensor, rows: Tensor | None = None) -> Terms:
         """The loss; the guide is drawn from once, or once for each of ``draws`` parts of the batch."""

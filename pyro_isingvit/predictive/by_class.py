@@ -52,23 +52,52 @@ def class_metrics(probs: Tensor, labels: Tensor, classes: tuple[str, ...]) -> di
     """
     need(0 < len(probs) == len(labels), f"metrics need labels for all images: {len(labels)} for {len(probs)}.")
     p, y = probs.double().cpu().numpy(), labels.cpu().numpy()
-    every = _by_choice(p, y, len(classes)) | _by_rank(p, y)
+    guesses = (y, p.argmax(-1), np.ones(len(y)))
+    return _described(_by_choice(_table(*guesses, len(classes))) | _by_rank(p, y), np.bincount(y), classes)
+
+
+def choice_metrics(
+    truth: np.ndarray, chosen: np.ndarray, counts: np.ndarray, classes: tuple[str, ...]
+) -> dict[str, Any]:
+    """What ``class_metrics`` says of the most probable classes alone, from counts of images.
+
+    Args:
+        truth: (K,) class numbers.
+        chosen: (K,) class numbers.
+        counts: (K,) images of each such pair.
+        classes: C names.
+
+    Returns:
+        as ``class_metrics``, with the same values, but for what rests on rankings.
+    """
+    sizes = np.bincount(truth, counts)
+    return _described(_by_choice(_table(truth, chosen, counts, len(classes))), sizes, classes)
+
+
+def _described(
+    every: dict[str, tuple[np.ndarray, np.ndarray]], sizes: np.ndarray, classes: tuple[str, ...]
+) -> dict[str, Any]:
+    """Means and rows of values (C,) and their resamples (R, C), by name, for classes of ``sizes`` images."""
+    images = [int(size) for size in sizes] + [0] * (len(classes) - len(sizes))
     rows = [
-        {"class": name, "images": int((y == c).sum()), **_entries({k: (v[c], r[:, c]) for k, (v, r) in every.items()})}
+        {"class": name, "images": images[c], **_entries({k: (v[c], r[:, c]) for k, (v, r) in every.items()})}
         for c, name in enumerate(classes)
     ]
     for row in rows:
-        for name, count in (("sensitivity", row["images"]), ("specificity", len(y) - row["images"])):
+        for name, count in (("sensitivity", row["images"]), ("specificity", sum(images) - row["images"])):
             if row[name] in (0.0, 1.0):
                 row[f"{name}_interval"] = exact_interval(row[name], count)
     present = [c for c, row in enumerate(rows) if row["images"]]
     worst = min(present, key=lambda c: rows[c]["sensitivity"])
     names = {"sensitivity": "balanced_accuracy", "auroc": "auroc_macro", "average_precision": "average_precision_macro"}
-    means = {new: (_mean(every[old][0][present]), _mean(every[old][1][:, present])) for old, new in names.items()}
+    means = {
+        new: (_mean(every[old][0][present]), _mean(every[old][1][:, present]))
+        for old, new in names.items() if old in every
+    }  # fmt: skip
     found = _entries(means) | {f"worst_class_{k}": v for k, v in rows[worst].items() if k.startswith("sensitivity")}
     if len(classes) == 2:
-        pair = [name + end for name in ("sensitivity", "specificity", "average_precision") for end in ("", "_interval")]
-        found |= {name: rows[1][name] for name in pair}
+        kinds = [name for name in ("sensitivity", "specificity", "average_precision") if name in every]
+        found |= {name + end: rows[1][name + end] for name in kinds for end in ("", "_interval")}
     ends = {name.removesuffix("_interval"): value for name, value in found.items() if name.endswith("_interval")}
     values = {name: value for name, value in found.items() if not name.endswith("_interval")}
     return {**values, "worst_class": classes[worst], "by_class": rows, "intervals": ends}
@@ -100,7 +129,8 @@ def interval(value: float, resampled: np.ndarray) -> Interval:
         return None
     if value in (0.0, 1.0) and np.ptp(resampled) == 0:
         return None
-    below = (np.mean(resampled < value) + np.mean(resampled <= value)) / 2
+    exact, own = np.round(resampled, 12), round(value, 12)  # equal numbers may differ in their last digits
+    below = (np.mean(exact < own) + np.mean(exact <= own)) / 2
     bias = ndtri(np.clip(below, 1 / len(resampled), 1 - 1 / len(resampled)))
     ends = ndtr(2 * bias + ndtri([(1 - MASS) / 2, (1 + MASS) / 2]))
     return [float(end) for end in np.quantile(resampled, ends)]
@@ -116,19 +146,26 @@ def exact_interval(share: float, count: int) -> Interval:
     return [float(found.low), float(found.high)]
 
 
-def _by_choice(p: np.ndarray, y: np.ndarray, classes: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Sensitivity and specificity, (C,) and resampled (R, C): each row of the confusion matrix is a multinomial."""
+def _table(truth: np.ndarray, chosen: np.ndarray, counts: np.ndarray, classes: int) -> np.ndarray:
     from sklearn.metrics import confusion_matrix
 
-    table = confusion_matrix(y, p.argmax(-1), labels=np.arange(classes)).astype(float)  # rows: truth
-    sizes, made = table.sum(1), np.random.default_rng(0)
+    found: np.ndarray = confusion_matrix(truth, chosen, labels=np.arange(classes), sample_weight=counts)
+    return found.astype(float)
+
+
+def _by_choice(table: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Sensitivity and specificity, (C,) and resampled (R, C), of a confusion matrix (C, C) whose rows are the truth.
+
+    Each of its rows is a multinomial.
+    """
+    sizes, made, classes = table.sum(1), np.random.default_rng(0), len(table)
     rows = [made.multinomial(int(size), row / max(size, 1), RESAMPLES) if size else np.zeros((RESAMPLES, classes))
             for size, row in zip(sizes, table, strict=True)]  # fmt: skip
     tables = np.concatenate([table[None], np.stack(rows, 1)])  # (1 + R, C, C)
     hits = tables.diagonal(axis1=1, axis2=2)
     with np.errstate(invalid="ignore", divide="ignore"):
         sensitivity = hits / sizes
-        specificity = 1 - (tables.sum(1) - hits) / (len(y) - sizes)
+        specificity = 1 - (tables.sum(1) - hits) / (table.sum() - sizes)
     return {"sensitivity": (sensitivity[0], sensitivity[1:]), "specificity": (specificity[0], specificity[1:])}
 
 

@@ -15,6 +15,7 @@ Shapes: B images, C classes, n validation images.
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ def conformal_sets(
     coverage: float = 0.95,
     *,
     classwise: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> Tensor:
     """Sets of classes that hold the true one with probability ``coverage`` at least.
 
@@ -44,6 +46,7 @@ def conformal_sets(
         coverage: wanted, in (0, 1).
         classwise: hold the coverage among the images of every single class (Mondrian sets): each class has its own
             threshold from its own validation images. It then holds under any other prevalence of the classes too.
+        classes: C names, for messages; None: their numbers.
 
     Returns:
         (B, C) bool.
@@ -60,29 +63,49 @@ def conformal_sets(
         >>> conformal_sets(new, val, labels, 0.9).tolist()
         [[True, False], [True, False], [True, False]]
     """
-    need(0 < coverage < 1, f"`coverage` must lie in (0, 1), not {coverage}.")
     val, y = labelled_probs(val_predictions, val_labels)
-    probs, least = mean_probs(predictions, val.shape[1]), needed_images(coverage)
-    if not classwise:
-        need(
-            len(y) >= least,
-            f"`coverage` {coverage} needs {least} validation images at least; there are {len(y)}. Choose a lower "
-            "coverage, or keep more images for validation.",
-        )
-        held = _mapie_sets(probs, val, y, coverage)
-    else:
-        counts = np.bincount(y, minlength=val.shape[1])
-        few = [f"class {number} has {count}" for number, count in enumerate(counts) if count < least]
-        need(
-            not few,
-            f"`coverage` {coverage} within every class needs {least} validation images of each at least; "
-            f"{', '.join(few[:5])}{' and so on' if len(few) > 5 else ''}. Choose a lower coverage, keep more images "
-            "for validation, or leave `classwise` out.",
-        )
+    names = range(val.shape[1]) if classes is None else classes
+    check_images(y, names, coverage, classwise=classwise)
+    probs = mean_probs(predictions, val.shape[1])
+    if classwise:
         columns = [_mapie_sets(probs, val[y == c], y[y == c], coverage)[:, c] for c in range(val.shape[1])]
         held = np.stack(columns, axis=1)
+    else:
+        held = _mapie_sets(probs, val, y, coverage)
     held[np.arange(len(held)), probs.argmax(1)] = True
     return torch.from_numpy(held)
+
+
+def check_images(
+    labels: Tensor | np.ndarray, classes: Sequence[object], coverage: float, *, classwise: bool = False
+) -> None:
+    """Whether there are enough validation images for sets.
+
+    Args:
+        labels: (n,) class numbers of the validation images.
+        classes: what the C classes are called, in messages.
+        coverage: wanted.
+        classwise: within every class.
+
+    Raises:
+        UserError: there are too few, of all or of one class, or a coverage outside of (0, 1).
+    """
+    need(0 < coverage < 1, f"`coverage` must lie in (0, 1), not {coverage}.")
+    least, counts = needed_images(coverage), np.bincount(np.asarray(labels), minlength=len(classes))
+    if not classwise:
+        need(
+            len(labels) >= least,
+            f"`coverage` {coverage} needs {least} validation images at least; there are {len(labels)}. Choose a lower "
+            "coverage, or keep more images for validation.",
+        )
+        return
+    few = [f"class {name} has {count}" for name, count in zip(classes, counts, strict=True) if count < least]
+    need(
+        not few,
+        f"`coverage` {coverage} within every class needs {least} validation images of each at least; "
+        f"{', '.join(few[:5])}{' and so on' if len(few) > 5 else ''}. Choose a lower coverage, keep more images "
+        "for validation, or leave `classwise` out.",
+    )
 
 
 def needed_images(coverage: float) -> int:

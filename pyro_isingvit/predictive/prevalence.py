@@ -108,6 +108,7 @@ def estimate_prevalence(
     mass: float = 0.95,
     replicates: int = 1000,
     seed: int = 0,
+    quiet: bool = False,
 ) -> PrevalenceEstimate:
     """Black-box shift estimation (Lipton, Wang & Smola, arXiv 1802.03916), with its uncertainty.
 
@@ -129,6 +130,7 @@ def estimate_prevalence(
         mass: of the intervals, in (0, 1).
         replicates: of the bootstrap.
         seed: of the bootstrap.
+        quiet: log no warning.
 
     Raises:
         UserError: predictions that cannot be, no new images, a class without validation images, or numbers out of their
@@ -157,12 +159,12 @@ def estimate_prevalence(
     missing = np.flatnonzero(counts == 0).tolist()
     need(not missing, f"the validation part has no image of class {missing[:5]}: its prevalence cannot be estimated.")
     singular = float(np.linalg.svd(table / counts, compute_uv=False)[-1])
-    if counts.min() < FEW:
+    if counts.min() < FEW and not quiet:
         log.warning(
             "%d classes have fewer than %d validation images: the estimated prevalence is rough",
             int((counts < FEW).sum()), FEW,
         )  # fmt: skip
-    if singular < NEARLY_SINGULAR:
+    if singular < NEARLY_SINGULAR and not quiet:
         log.warning(
             "the confusion matrix is nearly singular (least singular value %.2f): some classes can hardly be told "
             "apart, and neither can their shares", singular,

@@ -13,6 +13,27 @@ REPARAMETRISED = ("sigma_reparam", "weight_compander")
 LARGEST = 1e15  # of rates and norms: torch computes with them in single precision
 
 
+NEEDS = {  # settings that do nothing without another
+    "mix_alpha": "mix", "lasso_groups": "group_lasso", "early_learning_momentum": "early_learning",
+    "distillation_power": "distillation", "distillation_weighted": "distillation", "teacher_draws": "distillation",
+    "finetune_lr": "finetune_epochs",
+}  # fmt: skip
+
+
+def idle(config: TrainConfig, usual: TrainConfig) -> list[tuple[str, str]]:
+    """Settings that differ from a method's usual ones and do nothing, each with the one that it needs.
+
+    Examples:
+        >>> from pyro_isingvit.core.train_settings import TrainConfig
+        >>> idle(TrainConfig(mix_alpha=0.4), TrainConfig())
+        [('mix_alpha', 'mix')]
+        >>> idle(TrainConfig(mix="mixup", mix_alpha=0.4), TrainConfig())
+        []
+    """
+    asked = ((name, needed) for name, needed in NEEDS.items() if getattr(config, name) != getattr(usual, name))
+    return [(name, needed) for name, needed in asked if getattr(config, needed) in (0, "none")]
+
+
 def check_asked(config: TrainConfig) -> None:
     """Raises UserError where a setting of a new training would do nothing, or not what it says.
 

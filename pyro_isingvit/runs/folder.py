@@ -110,6 +110,8 @@ def read_config(folder: Path) -> RunConfig:
         raise UserError(f"there is no run folder {folder}; name the folder of a trained run.")
     path = folder / CONFIG
     if not path.is_file():
+        cut = (folder / COMPACT).is_file()
+        need(not cut, f"{folder} holds a network that was cut out of a run, and no run; name the run's own folder.")
         raise UserError(f"{folder} holds no run: {CONFIG} is missing.")
     if is_shared(folder):
         raise UserError(

@@ -50,7 +50,7 @@ def write_shared(run: Run, num_data: int, folder: Path) -> None:
     info = run.info.to_dict()
     settings = {
         "model_type": TYPE, "format": FORMAT, "run": json.loads(shared_config(run.config).to_json()),
-        "info": info | {"dataset": shared_name(info["dataset"])}, "num_data": num_data,
+        "info": info | {"dataset": shared_name(info["dataset"]), "pool": ""}, "num_data": num_data,
         "state": {name: value for name, value in state.items() if name not in tensors},
     }  # fmt: skip
     content = save(tensors, {"format": "pt"})  # in memory first: safetensors reports a full disk as an error of its own

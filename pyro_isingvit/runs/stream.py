@@ -3,6 +3,7 @@
 Shapes: n draws, B images of a part, C classes.
 """
 
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -22,8 +23,8 @@ from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.images import VALUES
 from pyro_isingvit.data.streamed import ImageStream, Part
 from pyro_isingvit.predictive.draws import PredictiveDraws
-from pyro_isingvit.predictive.metrics import TINY
 from pyro_isingvit.predictive.stopping import Stopping
+from pyro_isingvit.predictive.sums import metrics_of, score_sums, together
 from pyro_isingvit.predictive.table import Column, summary_columns
 from pyro_isingvit.runs.parts import Parts, Sums, listed_beside
 from pyro_isingvit.runs.predict import CHUNK
@@ -33,7 +34,7 @@ from pyro_isingvit.version import __version__
 
 PART = 2048  # images of a part, and fewer where they or their draws are large
 NUMBERS = 2**25  # probabilities of all draws of a part
-FORMAT = 1  # raised when a part becomes another than before
+FORMAT = 2  # raised when a part becomes another than before
 # Draws of some images and their labels, or None -> the draws to be shown, more columns, more sums.
 Decide = Callable[[PredictiveDraws, Tensor | None], tuple[PredictiveDraws, dict[str, Column], Mapping[str, float]]]
 
@@ -47,7 +48,8 @@ class Streamed:
         unreadable: file and reason of those that were not.
         listed: where they are listed.
         totals: sums over all images: draws, confidence, entropy and mutual_information (nats), unsettled (images that
-            had not reached the bound), right and nll (nats) where there are labels, and what ``decide`` counts.
+            had not reached the bound), and what ``decide`` counts.
+        scores: where there are labels, what ``predictive.sums.metrics_of`` gives; otherwise None.
         mc_error: the largest of any image.
         classes: (C,) how often each was predicted.
         new: images that were predicted now, not by an earlier call that was interrupted.
@@ -59,6 +61,7 @@ class Streamed:
     unreadable: list[tuple[str, str]]
     listed: Path
     totals: dict[str, float]
+    scores: dict[str, Any] | None
     mc_error: float
     classes: list[int]
     new: int
@@ -145,12 +148,14 @@ def stream_predictions(
             )
         parts.finish(unreadable, {"pyro_isingvit": json.dumps(plan)})
     worst, counts = max(sums.pop("mc_error") for sums in found), [sums.pop("classes") for sums in found]
+    known = [scores for sums in found if (scores := sums.pop("scores")) is not None]
+    scores = metrics_of(functools.reduce(together, known), run.info.classes) if known else None
     totals: dict[str, float] = {}
     for sums in found:
         for name, value in sums.items():
             totals[name] = totals.get(name, 0) + value
     return Streamed(
-        len(stream) - len(unreadable), unreadable, listed, totals, worst, np.sum(counts, axis=0).tolist(), new,
+        len(stream) - len(unreadable), unreadable, listed, totals, scores, worst, np.sum(counts, axis=0).tolist(), new,
         time.monotonic() - start, waited,
     )  # fmt: skip
 
@@ -178,7 +183,7 @@ def _table(
 ) -> tuple[dict[str, Column] | None, Sums]:  # fmt: skip
     """Columns of a part, in the order of its images, and sums over them."""
     classes = run.info.classes
-    sums: Sums = {"unreadable": part.unreadable, "mc_error": 0.0, "classes": [0] * len(classes)}
+    sums: Sums = {"unreadable": part.unreadable, "mc_error": 0.0, "classes": [0] * len(classes), "scores": None}
     tables: list[dict[str, Column]] = []
     for group in groups:
         rows, draws, more = part.rows[group.rows], group.draws, dict[str, Column]()
@@ -195,11 +200,12 @@ def _table(
             table |= {f"prob_{printable(name)}": mean[:, c].float().numpy() for c, name in enumerate(classes)}
         tables.append(table | more)
         over = 0 if stopping is None else int((group.mc_error > stopping.bound).sum())
-        known = {} if labels is None else _scores(mean, labels)
+        if labels is not None:
+            sums["scores"] = together(sums["scores"], score_sums(mean, labels))
         added = {
             "draws": len(draws.probs) * len(rows), "confidence": _sum(table["probability"]),
             "entropy": _sum(table["entropy"]), "mutual_information": _sum(table["mutual_information"]),
-            "unsettled": over, **known, **counted,
+            "unsettled": over, **counted,
         }  # fmt: skip
         sums |= {name: sums.get(name, 0) + value for name, value in added.items()}
         sums["mc_error"] = max(sums["mc_error"], float(group.mc_error.max()))
@@ -209,11 +215,6 @@ def _table(
         return None, sums
     order = torch.cat([group.rows for group in groups]).argsort().numpy()
     return {name: _ordered([table[name] for table in tables], order) for name in tables[0]}, sums
-
-
-def _scores(mean: Tensor, labels: Tensor) -> dict[str, float]:
-    nll = -mean.double().gather(1, labels[:, None]).clamp(min=TINY).log()
-    return {"right": int((mean.argmax(-1) == labels).sum()), "nll": float(nll.sum()), "labelled": len(labels)}
 
 
 def _sum(column: Column) -> float:

@@ -73,13 +73,16 @@ def _validation_part(run: Run, data_root: str | Path | None) -> Split:
 def _own_data(run: Run, data_root: str | Path | None, told: str) -> ImageData:
     """The parts that the run was trained on, from its settings and seed; ``told`` is what is said where that fails."""
     source = run.config.data
-    need(is_named(source.dataset), f"{told}. It was trained on images given in memory.")
+    need(
+        is_named(source.dataset),
+        f"{told}. It was shared, or trained on images given in memory, and does not say where they are.",
+    )
     try:
         root = source.data_root if data_root is None else str(data_root)
         data = load_data(**asdict(replace(source, download=False, data_root=root)), seed=run.config.train.seed)
     except UserError as error:
         raise UserError(f"{told}. Its data cannot be loaded: {error}") from error
     same = (data.info.classes, data.info.image_shape) == (run.info.classes, run.info.image_shape)
-    same = same and data.info.has_counts_of(run.info)
+    same = same and data.info.has_images_of(run.info)
     need(same, f"{told}. {source.dataset} has other classes or images now than in training.")
     return data

@@ -39,4 +39,8 @@ def test_what_cannot_be_is_refused(digits_run: Path, tmp_path: Path) -> None:
     del tree[GROUP]
     save_datatree(tree, old / "posterior.nc")
     refused(here("analysis.decisions", "--run", old), "keeps no predictions for the validation part")
+    settings = json.loads((old / "config.json").read_text())
+    settings["data"]["val_fraction"] = 0.0
+    (old / "config.json").write_text(json.dumps(settings))
+    refused(here("analysis.decisions", "--run", old), "was trained without a validation part", "train anew")
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,7 @@
 """Your own arrays and torch data sets: every shape, every type, every error."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from pyro_isingvit.data.arrays import label_array, to_pixels, to_uint8
 from pyro_isingvit.data.given import labelled
 from pyro_isingvit.data.given import pixels as given_pixels
 from pyro_isingvit.data.load import load_data
-from pyro_isingvit.data.split import ImageData
+from pyro_isingvit.data.split import ImageData, Split
 
 N = 30
 LABELS = np.arange(N) % 3
@@ -188,7 +190,7 @@ LABEL_ERRORS = {
         np.array([0] * 15 + [1] * 13 + [2] * 2), {}, r"class '2' has a single image left, .*validation \(`val_fraction`"
     ),
     "too many": (LABELS, {"classes": ("a", "b")}, "go up to 2, and `classes` name 2"),
-    "unused": (LABELS, {"classes": ("a", "b", "c", "d")}, "no training image has label 3 .'d'.: `labels` go up to 2"),
+    "unused": (LABELS, {"classes": ("a", "b", "c", "d")}, "no training image has label 3 .'d'., and labels go up to 2"),
     "unnamed": (NAMES, {"classes": ("cat", "dog")}, "have 'owl', which `classes` do not name"),
     "no image": (NAMES, {"classes": ("cat", "dog", "owl", "yak")}, "class 'yak' of `classes` has no training image"),
     "twice": (LABELS, {"classes": ("a", "a", "b")}, "name a class twice"),
@@ -408,6 +410,22 @@ def test_numbers_against_classes_that_are_called_by_numbers():
     assert named.labels.tolist() == LABELS.tolist()
     plain = ImageData.from_arrays(GREY, LABELS)
     assert labelled((GREY, LABELS), plain.info, "data").labels.tolist() == LABELS.tolist()
+
+
+def test_parts_of_another_data_set_count_by_their_names():
+    """Its classes have other numbers, and not all are there."""
+    data = ImageData.from_arrays(GREY, np.array(["cat", "dog", "owl"])[LABELS])
+    other = ImageData.from_arrays(GREY, np.array(["owl", "cat", "owl"])[LABELS])
+    names = np.array(other.info.classes)[other.test.labels.numpy()]
+    for each in (other.test, other, other.test.take(np.arange(len(other.test))), other.test.to("cpu")):
+        found = labelled(each, data.info, "data")
+        assert np.array(data.info.classes)[found.labels.numpy()].tolist() == names.tolist()
+    unlabelled = replace(other.test, labels=torch.full_like(other.test.labels, -1))
+    assert set(labelled(unlabelled, data.info, "data").labels.tolist()) == {-1}
+    with pytest.raises(UserError, match=r"`data` does not fit the run: the class dog is unknown; known are cat, owl\."):
+        labelled(data.test, other.info, "data")
+    nameless = Split(other.test.images, other.test.labels)
+    assert labelled(nameless, data.info, "data") is nameless
 
 
 def test_bool_labels_with_names_are_taken_back():

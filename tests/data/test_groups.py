@@ -1,5 +1,8 @@
 """Images of one patient, slide or plate never fall into two parts."""
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +14,10 @@ from PIL import Image
 from pyro_isingvit import ImageData, load_data
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import DataConfig
-from pyro_isingvit.data.load import development_data
+from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.data.load import development_data, load_inputs
 from pyro_isingvit.data.named import groups_of
+from pyro_isingvit.data.split import UNLABELLED
 from pyro_isingvit.data.stratify import hold_out_groups, shared_group
 
 RNG = np.random.default_rng(0)
@@ -123,3 +128,37 @@ def test_groups_of_any_kind_stay_together():
         data = ImageData.from_arrays(np.zeros((60, 4, 4)), np.arange(60) // 30, groups=groups)
         assert len(set(data.train.groups)) > 5
         check(data)
+
+
+def test_another_data_set_needs_no_groups(tmp_path):
+    """Its names are not those of the training images, and all of its test images are predicted in any case."""
+    for name in "ab":
+        (tmp_path / "test" / name).mkdir(parents=True)
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for part in ("train", "test"):
+            for i in range(3):
+                Image.fromarray(pixels(6, 6, seed=i)).save(tmp_path / part / name / f"{i}.png")
+    info, source = DataInfo("x", ("a", "b"), 1, 6, 6, (0.5,), (0.25,)), DataConfig(groups=r"patient(\d+)")
+    split = load_inputs(f"imagefolder:{tmp_path}", info, source=source)
+    assert len(split) == 6 and split.labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_classes_count_by_their_names(tmp_path, caplog):
+    """A folder in which one of the run's classes is missing has labels all the same."""
+    for part, name in itertools.product(("train", "test"), "bd"):
+        (tmp_path / part / name).mkdir(parents=True)
+        Image.fromarray(pixels(6, 6, seed=ord(name))).save(tmp_path / part / name / "1.png")
+    info = DataInfo("x", ("a", "b", "c", "d"), 1, 6, 6, (0.5,), (0.25,))
+    assert load_inputs(f"imagefolder:{tmp_path}", info).labels.tolist() == [1, 3]
+    assert "other classes" not in caplog.text
+    other = replace(info, classes=("a", "b", "c"))
+    assert load_inputs(f"imagefolder:{tmp_path}", other).labels.tolist() == [UNLABELLED] * 2
+    assert "other classes" in caplog.text
+
+
+def test_settings_that_nothing_reads_are_told_of(caplog):
+    load_data("digits", train_size=100)
+    assert "changes nothing" not in caplog.text
+    load_data("digits", train_size=100, groups="p[0-9]+", columns="path=file", pages="channels")
+    for name in ("groups", "columns", "pages"):
+        assert f"`{name}` changes nothing here" in caplog.text

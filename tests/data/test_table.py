@@ -223,3 +223,13 @@ def test_no_table_at_all(text, folder):
     (folder / "table.csv").write_text(text)
     with pytest.raises(UserError, match="cannot read .* as a table"):  # noqa: RUF043
         load_data(f"csv:{folder / 'table.csv'}")
+
+
+def test_one_image_with_two_labels_is_refused(folder):
+    spec = lines(folder)
+    table = folder / "table.csv"
+    table.write_text(table.read_text() + "\nscans/p0_1.png,well")
+    assert len(load_data(spec).info.classes) == 2  # the same label again
+    table.write_text(table.read_text() + "\nscans/./p0_1.png,sick")
+    with pytest.raises(UserError, match=r"line 3: path 'scans/p0_1\.png' is there again with another label.*2 more"):
+        load_data(spec)

@@ -110,7 +110,7 @@ def test_without_decisions_nothing_is_added(run: Path, tmp_path: Path) -> None:
         (["--coverage", 0.9, "--samples", 7], ["5 draws from seed 3", "--samples", "--seed"]),
         (["--coverage", 0.9, "--seed", 4], ["5 draws from seed 3"]),
         (["--coverage", 0.999], ["needs 1000 validation images"]),
-        (["--coverage", 0.995, "--classwise"], ["needs 200 validation images of each"]),
+        (["--coverage", 0.995, "--classwise"], ["needs 200 validation images of each", "class 0 has"]),
         (["--prevalence", "0.5,0.5"], ["--prevalence needs a share for each of 10 classes"]),
         (["--prevalence", "8=0.9", "--training-prevalence", "8=0.1"], ["--training-prevalence must name every class"]),
     ],

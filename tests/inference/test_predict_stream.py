@@ -70,17 +70,44 @@ def test_the_table_is_that_of_the_tree(run: Path, digits: Path, tmp_path: Path, 
         assert words in shown, words
     same = [line for line in whole.splitlines() if line.startswith(("│ accuracy ", "│ sets that hold"))]
     assert len(same) == 2
+    same += [line for line in whole.splitlines() if line.startswith(("│ balanced acc", "│ ECE", "│ accepted above"))]
+    assert len(same) == 5
     for line in same:
         assert " ".join(line.split()) in " ".join(shown.split())
 
 
 def test_a_given_prevalence(run: Path, digits: Path, tmp_path: Path) -> None:
-    _, before = predict(run, digits, tmp_path / "n.nc", "--prevalence", "8=0.9", "--samples", 7)
-    _, after = predict(run, digits, tmp_path / "s.csv", "--prevalence", "8=0.9", "--samples", 7, "--part", 30)
+    whole, before = predict(run, digits, tmp_path / "n.nc", "--prevalence", "8=0.9", "--samples", 7)
+    shown, after = predict(run, digits, tmp_path / "s.csv", "--prevalence", "8=0.9", "--samples", 7, "--part", 30)
+    shares = [line for line in whole.splitlines() if " -> 0.900 " in line]
+    assert len(shares) == 1 and shares[0] in shown
     assert [row["class"] for row in after] == [row["class"] for row in before]
     for old, new in zip(before, after, strict=True):
         assert float(new["probability"]) == pytest.approx(float(old["probability"]), abs=2e-5)
         assert "mc_error" not in new
+
+
+def test_where_no_image_may_stand_both_say_what_would_help(run: Path, digits: Path, tmp_path: Path) -> None:
+    flags = ["--max-error", 0.001]
+    whole, _ = predict(run, digits, tmp_path / "n.nc", *flags)
+    shown, rows = predict(run, digits, tmp_path / "s.csv", *flags)
+    told = [line for line in whole.splitlines() if line.startswith("no threshold keeps the errors below 0.001")]
+    assert len(told) == 1 and told[0] in shown.splitlines() and {row["decision"] for row in rows} == {"human"}
+
+
+@pytest.mark.parametrize("name", ["n.nc", "s.csv"])
+def test_a_table_with_other_names_of_columns(run: Path, digits: Path, tmp_path: Path, name: str) -> None:
+    files = sorted(digits.rglob("*.png"))[:10]
+    for i, file in enumerate(files):
+        (tmp_path / f"{i}.png").write_bytes(file.read_bytes())
+    lines = ["picture,finding", *(f"{i}.png,{file.parent.name}" for i, file in enumerate(files))]
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    given, columns = f"csv:{tmp_path / 'table.csv'}", ["--columns", "path=picture,label=finding"]
+    shown, rows = predict(run, given, tmp_path / name, "--samples", 2, *columns)
+    assert len(rows) == 10 and "accuracy" in shown
+    words = ["--run", run, "--out", tmp_path / f"x{name}", "--input"]
+    refused(here("inference.predict", *words, given), "has no column 'path'", "--columns")
+    refused(here("inference.predict", *words, digits, *columns), "--columns", "csv:FILE")
 
 
 def test_auto_draws_less_where_the_answer_is_settled(run: Path, digits: Path, tmp_path: Path) -> None:

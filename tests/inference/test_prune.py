@@ -106,6 +106,8 @@ def test_what_is_there_stays_unless_asked(run: Path, small: Path) -> None:
     refused(here("inference.prune", "--run", run, "--out", run), "own folder")
     refused(here("inference.prune", "--run", run, "--out", run.parent), "holds the run")
     assert (small / "compact.safetensors").read_bytes() == before
+    words = ["--run", small, "--input", "digits", "--out", small.parent / "p.nc"]
+    refused(here("inference.predict", *words), "was cut out of a run", "name the run's own folder")
 
 
 @pytest.mark.parametrize(

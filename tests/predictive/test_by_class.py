@@ -17,6 +17,8 @@ from sklearn.metrics import (
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.predictive.by_class import class_metrics, weighted_ranking
 from pyro_isingvit.predictive.intervals import overall_intervals
+from pyro_isingvit.predictive.metrics import classification_metrics
+from pyro_isingvit.predictive.sums import metrics_of, score_sums, together
 
 NAMES = ("a", "b", "c", "d")
 
@@ -57,6 +59,36 @@ def test_two_classes_have_the_numbers_of_the_second() -> None:
         assert found[name] == second[name] and found["intervals"][name] == second[f"{name}_interval"]
     assert found["specificity"] == found["by_class"][0]["sensitivity"]
     assert found["auroc_macro"] == pytest.approx(second["auroc"])
+    ends = [row["auroc_interval"] for row in found["by_class"]]
+    assert ends[0] == pytest.approx(ends[1], abs=1e-9)  # one ranking, read from both of its ends
+
+
+@pytest.mark.parametrize(("classes", "size"), [(4, 7), (2, 400), (4, 1)])
+def test_sums_over_parts_give_what_all_images_give(classes: int, size: int) -> None:
+    probs, labels = made(400 if size > 1 else 60, classes)
+    names, sums = NAMES[:classes], None
+    for start in range(0, len(labels), size):
+        part = score_sums(probs[start : start + size], labels[start : start + size])
+        sums = together(sums, json.loads(json.dumps(part)))
+    assert sums is not None
+    found, whole = metrics_of(sums, names), class_metrics(probs, labels, names)
+    overall = classification_metrics(probs, labels)
+    for name in ("accuracy", "nll", "ece"):
+        assert found[name] == pytest.approx(overall[name], abs=1e-6), name
+    for name in ("balanced_accuracy", "worst_class", "worst_class_sensitivity"):
+        assert found[name] == whole[name]
+        assert found["intervals"].get(name) == whole["intervals"].get(name)
+    for row, other in zip(found["by_class"], whole["by_class"], strict=True):
+        assert row == {name: other[name] for name in row} and "auroc" not in row
+    if classes == 2:
+        assert found["specificity"] == whole["specificity"]
+
+
+def test_sums_of_perfect_and_certain_predictions() -> None:
+    labels = torch.tensor([0, 1, 1])
+    found = metrics_of(score_sums(torch.eye(3)[labels], labels), NAMES[:3])  # the third class has no image
+    assert (found["accuracy"], found["nll"], found["ece"], found["balanced_accuracy"]) == (1.0, 0.0, 0.0, 1.0)
+    assert [row["images"] for row in found["by_class"]] == [1, 2, 0] and found["by_class"][2]["sensitivity"] is None
 
 
 @pytest.mark.parametrize("digits", [1, 2, 9])

@@ -142,6 +142,9 @@ def test_warnings(caplog: pytest.LogCaptureFixture) -> None:
         estimate_prevalence(probs[:50], probs[:60], labels[:60], replicates=5)
     assert "fewer than 10 validation images" in caplog.text
     caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        estimate_prevalence(probs[:50], probs[:60], labels[:60], replicates=5, quiet=True)
+    assert not caplog.text
     rough, y = np.full((100, 2), 0.5), np.array([0, 1] * 50)
     rough[::3] += [0.1, -0.1]
     rough[1::3] -= [0.1, -0.1]

@@ -258,3 +258,26 @@ def test_a_kill_between_checkpoint_and_history_loses_no_line(tmp_path) -> None:
     again = made(tmp_path / "p")
     again.restore()
     assert (tmp_path / "p" / "metrics.jsonl").read_text() == history
+
+
+@pytest.mark.parametrize("groups", [None, r"/(\d+)_"])
+def test_renamed_files_are_told_of(tmp_path, caplog, groups):
+    """The held-out fifth is found by the order of the names: with others it would hold images of the training part."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for number in range(40):
+            Image.new("L", (8, 8), number).save(tmp_path / name / f"{number // 2}_{number}.png")
+    source = DataConfig(dataset=f"imagefolder:{tmp_path}", groups=groups, train_size=20)
+    data = load_data(source.dataset, groups=groups, train_size=20)
+    load_inputs(source.dataset, data.info, source=source)
+    assert "other images than when" not in caplog.text
+    for name in "ab":
+        for path in list((tmp_path / name).iterdir()):
+            path.rename(path.with_name(f"7{path.name}"))
+    changed = load_data(source.dataset, groups=groups, train_size=20)
+    assert changed.info.counts == data.info.counts and not changed.info.has_images_of(data.info)
+    load_inputs(source.dataset, data.info, source=source)
+    assert "or they are called otherwise" in caplog.text
+    caplog.clear()
+    load_inputs(source.dataset, replace(data.info, pool=""), source=source)  # a run of before, which does not know
+    assert "other images" not in caplog.text

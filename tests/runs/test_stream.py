@@ -189,10 +189,14 @@ def test_labels_give_scores(images: Path, tmp_path: Path) -> None:
     done = stream_predictions(run, stream, tmp_path / "p.csv", 6, part=5)
     (part,) = stream.parts(COUNT, [0])
     draws = draw_predictive(run, part.images, 6)
-    assert stream.labels is not None
-    assert done.totals["right"] == int((draws.mean.argmax(-1) == stream.labels).sum())
+    assert stream.labels is not None and done.scores is not None
+    right = int((draws.mean.argmax(-1) == stream.labels).sum())
+    assert done.scores["accuracy"] * COUNT == pytest.approx(right)
     nll = torch.nn.functional.nll_loss(draws.mean.log(), stream.labels, reduction="sum")
-    assert done.totals["nll"] == pytest.approx(float(nll), rel=1e-4) and done.totals["labelled"] == COUNT
+    assert done.scores["nll"] * COUNT == pytest.approx(float(nll), rel=1e-4)
+    assert sum(row["images"] for row in done.scores["by_class"]) == COUNT
+    calls = stream_predictions(run, stream_of(images / INFO.classes[0]), tmp_path / "n.csv", 6)
+    assert calls.scores is None  # no labels
 
 
 # Kills ----------------------------------------------------------------------------------------------------------
