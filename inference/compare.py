@@ -75,7 +75,8 @@ class CompareArguments:
     """Name of the data set in the tables; by default that of --dataset."""
     data: DataConfig = field(default_factory=DataConfig)
     regularisers: tuple[str, ...] = ()
-    """Compare these with none, for every method, on images of the training files alone: NAME, NAME:STRENGTH, or all."""
+    """Compare these with none, for every method, on images of the training files alone: NAME, NAME:STRENGTH, NAME+NAME
+    for several at once, or all."""
     flipped: float = 0.0
     """With regularisers: share of the training and validation labels that are moved to another class."""
     overwrite: bool = False

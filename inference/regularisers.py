@@ -82,16 +82,19 @@ def chosen(names: Sequence[str]) -> list[str]:
     """Regularisers as NAME:STRENGTH, none first; ``all`` is every one of the registry at its usual strength.
 
     Raises:
-        UserError: an unknown name, or a strength out of its range.
+        UserError: an unknown name, a strength out of its range, or names in one sum that contradict each other.
+
+    Examples:
+        >>> chosen(["mhe", "attention-log:0.1+mhe"])
+        ['none', 'mhe:1', 'attention-log:0.1+mhe:1']
     """
     every = [*REGULARISERS] if ALL in names else []
     given = [*every, *(name for name in names if name not in (ALL, NONE))]
     settings = RunConfig().train
     strengths: dict[str, None] = {}  # each once
     for name in given:
-        kind = name.partition(":")[0]
-        strength = getattr(regularised(settings, [name]), REGULARISERS[kind].setting)
-        strengths[f"{kind}:{strength:g}"] = None
+        train, kinds = regularised(settings, name.split("+")), [each.partition(":")[0] for each in name.split("+")]
+        strengths["+".join(f"{kind}:{getattr(train, REGULARISERS[kind].setting):g}" for kind in kinds)] = None
     return [NONE, *strengths]
 
 
@@ -120,7 +123,7 @@ def make_cells(plain: Iterable[tuple[str, str, RunConfig]], names: Sequence[str]
         }  # fmt: skip
         for name in chosen(names):
             try:
-                train = config.train if name == NONE else regularised(config.train, [name])
+                train = config.train if name == NONE else regularised(config.train, name.split("+"))
                 check_training(train)
                 check_asked(train)
             except UserError as error:
