@@ -116,7 +116,7 @@ def stored(folder: Path) -> "tuple[np.ndarray, np.ndarray, Validation, np.ndarra
     run, tree = open_run(folder), load_datatree(folder / POSTERIOR)
     val = Validation.from_tree(tree)
     need(
-        run.config.data.val_fraction > 0,
+        val is not None or run.config.data.val_fraction > 0,
         f"{folder} was trained without a validation part (`val_fraction` 0), which this needs; train anew with one.",
     )
     if val is None or "predictive_summary" not in tree.children:

@@ -54,7 +54,8 @@ def load_runs(folders: Sequence[Path], device: str) -> dict[str, Run]:
     runs = {name: open_run(folder, place) for name, folder in zip(names, folders, strict=True)}
     first, *others = runs.items()
     for name, run in others:
-        same = data_of(run) == data_of(first[1])
+        pools = {run.info.pool, first[1].info.pool, ""}  # not known before version 0.18
+        same = data_of(run) == data_of(first[1]) and len(pools) < 3
         need(
             same,
             f"{first[0]} and {name} were trained on different data, or on data that were read or divided otherwise: "

@@ -80,6 +80,8 @@ def predict(arguments: PredictArguments) -> None:
 
     from pyro_isingvit.core.checkpoint import write_text
     from pyro_isingvit.data.load import load_inputs
+    from pyro_isingvit.data.named import path_of
+    from pyro_isingvit.data.table import read_table
     from pyro_isingvit.predictive.datatree import save_datatree
     from pyro_isingvit.predictive.tree import predictions_to_datatree
     from pyro_isingvit.runs.adapt import Adaptation, adapted
@@ -102,6 +104,8 @@ def predict(arguments: PredictArguments) -> None:
     if arguments.columns is not None:
         need(arguments.input.startswith("csv:"), f"`columns` are those of a table csv:FILE, not of {arguments.input}.")
         source = replace(source, columns=arguments.columns)
+        named = [pair.partition("=")[0].strip() for pair in arguments.columns.split(",")]
+        read_table(path_of(replace(source, dataset=arguments.input)), arguments.columns, named)  # has them all
     own_root = None if arguments.data_root == PredictArguments.data_root else Path(arguments.data_root)
     read_prevalences(run, wanted, own_root)  # what is wrong with them is said before anything is predicted
     if streams:

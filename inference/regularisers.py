@@ -15,6 +15,7 @@ refused, error                 alone: the method does not go with the regularise
 
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -85,7 +86,7 @@ def chosen(names: Sequence[str]) -> list[str]:
         UserError: an unknown name, a strength out of its range, or names in one sum that contradict each other.
 
     Examples:
-        >>> chosen(["mhe", "attention-log:0.1+mhe"])
+        >>> chosen(["mhe", "mhe+attention-log:0.1"])
         ['none', 'mhe:1', 'attention-log:0.1+mhe:1']
     """
     every = [*REGULARISERS] if ALL in names else []
@@ -93,9 +94,14 @@ def chosen(names: Sequence[str]) -> list[str]:
     settings = RunConfig().train
     strengths: dict[str, None] = {}  # each once
     for name in given:
-        train, kinds = regularised(settings, name.split("+")), [each.partition(":")[0] for each in name.split("+")]
+        train, kinds = regularised(settings, several(name)), sorted(each.partition(":")[0] for each in several(name))
         strengths["+".join(f"{kind}:{getattr(train, REGULARISERS[kind].setting):g}" for kind in kinds)] = None
     return [NONE, *strengths]
+
+
+def several(name: str) -> list[str]:
+    """The terms of NAME:STRENGTH+NAME:STRENGTH, whose numbers may be like 1e+6."""
+    return re.split(r"\+(?=[a-z])", name)
 
 
 def make_cells(plain: Iterable[tuple[str, str, RunConfig]], names: Sequence[str], flipped: float) -> list[Cell]:
@@ -123,7 +129,7 @@ def make_cells(plain: Iterable[tuple[str, str, RunConfig]], names: Sequence[str]
         }  # fmt: skip
         for name in chosen(names):
             try:
-                train = config.train if name == NONE else regularised(config.train, name.split("+"))
+                train = config.train if name == NONE else regularised(config.train, several(name))
                 check_training(train)
                 check_asked(train)
             except UserError as error:

@@ -77,7 +77,8 @@ def labelled(data: Labelled, info: DataInfo, name: str) -> Split:
         try:
             return data.numbered_as(info.classes)
         except UserError as error:
-            raise UserError(f"`{name}` does not fit the run: {error}") from error
+            numbers = "If its class numbers are those of the run, give (part.images, part.labels)."
+            raise UserError(f"`{name}` does not fit the run: {error} {numbers}") from error
     if not (isinstance(data, tuple | list) and len(data) == 2):
         raise UserError(f"`{name}` must be a part of a data set or a pair (images, labels), not {type(data).__name__}.")
     what = "val " if name == "val" else ""

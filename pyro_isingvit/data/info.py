@@ -4,6 +4,7 @@ Shapes: N images, C channels, H height, W width.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -126,7 +127,9 @@ class DataInfo:
     def is_that_of(self, raw: Any) -> bool:
         """Whether ``raw``, which ``to_dict`` wrote, describes these data; before version 0.7 it had fewer fields."""
         before = {"kind": "uint8", "low": [], "high": [], "counts": list(self.counts), "weighted": list(self.weighted)}
-        return isinstance(raw, dict) and before | {"pool": self.pool} | raw == self.to_dict()
+        if not isinstance(raw, dict):
+            return False
+        return before | raw | {"pool": raw.get("pool") or self.pool} == self.to_dict()
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "DataInfo":
@@ -174,20 +177,23 @@ class DataInfo:
         return images
 
 
-def digest(names: Sequence[str], labels: Tensor) -> str:
-    """16 hexadecimal digits that differ where images, in their order, are called or labelled otherwise.
+def digest(labels: Tensor, names: Sequence[str] = (), groups: Sequence[str] = ()) -> str:
+    """16 hexadecimal digits that differ where images, in their order, are called, labelled or grouped otherwise.
 
     Args:
-        names: (N,) of the files, or () where there are none.
         labels: (N,) class numbers.
+        names: (N,) of the files, or () where there are none.
+        groups: (N,) of the images, or ().
 
     Examples:
         >>> import torch
-        >>> digest(("a.png", "b.png"), torch.tensor([0, 1])) == digest(("a.png", "c.png"), torch.tensor([0, 1]))
+        >>> labels = torch.tensor([0, 1])
+        >>> digest(labels, ("a.png", "b.png")) == digest(labels, ("a.png", "c.png"))
         False
     """
-    found = hashlib.sha256("\0".join(names).encode())
-    found.update(labels.cpu().numpy().astype("<i8").tobytes())
+    found = hashlib.sha256(labels.cpu().numpy().astype("<i8").tobytes())
+    for texts in (names, groups):
+        found.update(json.dumps([*texts]).encode())
     return found.hexdigest()[:16]
 
 

@@ -29,7 +29,7 @@ from pyro_isingvit.data.files import image_names, list_images, read_files
 from pyro_isingvit.data.images import Images, Resize
 from pyro_isingvit.data.info import DataInfo, digest
 from pyro_isingvit.data.intensity import percentiles
-from pyro_isingvit.data.named import is_own, path_of, reading_of
+from pyro_isingvit.data.named import Parts, UnfitGroupsError, is_own, path_of, reading_of
 from pyro_isingvit.data.npz import Stored
 from pyro_isingvit.data.sources import DATASETS, FOLDERS, PREFIXES, known
 from pyro_isingvit.data.split import (
@@ -189,13 +189,12 @@ def load_inputs(
         paths, lines, numbers = table_inputs(replace(source, dataset=spec), info.classes)
         split = replace(load_image_files(paths, info, source), names=tuple(lines), labels=numbers)
     elif is_named(spec):
-        square, ours = spec.startswith(("imagefolder:", "csv:")) and info.height == info.width, is_own(spec, source)
-        asked = replace(
-            source, dataset=spec, data_root=str(data_root), image_size=info.height if square else source.image_size,
-            groups=source.groups if ours else None, download=False,
-        )  # fmt: skip
-        train, _, split, classes = load_parts(asked)
-        if ours and has_changed(train, info, source):
+        square = spec.startswith(("imagefolder:", "csv:")) and info.height == info.width
+        size = info.height if square else source.image_size
+        asked = replace(source, dataset=spec, data_root=str(data_root), image_size=size, download=False)
+        train, _, official, classes = _official_parts(asked, like=source)
+        train, split = hold_out_test(train, classes, TEST_FRACTION) if official is None else (train, official)
+        if official is None and is_own(spec, source) and has_changed(train, info, source):
             log.warning(
                 "%s has other images than when the run was trained, or they are called otherwise: what is now its test "
                 "part may hold images that it was trained on", spec,
@@ -239,7 +238,8 @@ def idle(source: DataConfig) -> dict[str, str]:
     kind, usual = source.dataset.partition(":")[0], DataConfig()
     readers = {"groups": "it is for imagefolder:PATH and csv:FILE", "pages": "it is for image files",
                "columns": "it is for csv:FILE"}  # fmt: skip
-    unread = readers if kind in ARRAYS else {name for name in readers if name == "columns" and kind == "imagefolder"}
+    unread = {"columns"} if kind == "imagefolder" else {*readers} if kind in ARRAYS else set()
+    unread -= {"groups"} if kind in ("npz", "npy") else set()  # refused there
     return {name: readers[name] for name in unread if getattr(source, name) != getattr(usual, name)}
 
 
@@ -257,7 +257,7 @@ def has_changed(pool: Split, info: DataInfo, source: DataConfig) -> bool:
         source: of the run.
     """
     if info.pool:
-        return info.pool != digest(pool.names, pool.labels)
+        return info.pool != digest(pool.labels, pool.names, pool.groups)
     known = sum(info.counts)
     parts = known, known + round(source.val_fraction * len(pool))  # with an official validation part, and without
     told = bool(known) and source.train_size is None and not pool.groups  # validation parts are rounded to groups
@@ -306,6 +306,25 @@ def load_parts(source: DataConfig, numbered: bool = False) -> tuple[Split, Split
         source: the settings.
         numbered: images without a file are named by their row in the part that the data set has.
     """
+    train, val, test, classes = _official_parts(source, numbered)
+    if test is None:
+        train, test = hold_out_test(train, classes, TEST_FRACTION)
+    return train, val, test, classes
+
+
+def _official_parts(source: DataConfig, numbered: bool = False, like: DataConfig | None = None) -> Parts:
+    """The parts that a data set has, of the wanted size.
+
+    Args:
+        source: the settings.
+        numbered: as for ``load_parts``.
+        like: settings that those are taken from, of another data set perhaps, whose names need not have their groups.
+    """
+    if like is not None and source.groups is not None and not is_own(source.dataset, like):
+        try:
+            return _official_parts(source, numbered)
+        except UnfitGroupsError:
+            return _official_parts(replace(source, groups=None), numbered)
     spec, size = source.dataset, source.image_size
     name, _, path = spec.partition(":")
     loader = PREFIXES.get(name) if path else DATASETS.get(spec)
@@ -318,8 +337,6 @@ def load_parts(source: DataConfig, numbered: bool = False) -> tuple[Split, Split
     train = train.resized(size, source.resize)
     val, test = (None if part is None else part.resized(size, source.resize) for part in (val, test))
     need(len(classes) > 1, f"{spec} has only the class {classes[0]!r}; at least two are needed.")
-    if test is None:
-        train, test = hold_out_test(train, classes, TEST_FRACTION)
     return train, val, test, classes
 
 
@@ -355,8 +372,9 @@ def load_unlabelled(
     if folder and not is_named(spec) and path.resolve() == path_of(source).resolve():
         spec = source.dataset  # whose held-out test images are no images to learn from
     if is_named(spec):
-        train, *_ = load_parts(replace(source, dataset=spec, data_root=str(data_root)))
-        return train.images
+        asked = replace(source, dataset=spec, data_root=str(data_root))
+        train, _, official, classes = _official_parts(asked, like=source)
+        return (hold_out_test(train, classes, TEST_FRACTION)[0] if official is None else train).images
     if path.is_dir():
         apart, found = path / FOLDERS["test"][0], list_images(path)
         kept = [file for file in found if test or apart not in file.parents]

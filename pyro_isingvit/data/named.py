@@ -5,11 +5,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.errors import UserError, why
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.decode import Reading
 from pyro_isingvit.data.split import Split
+
+
+class UnfitGroupsError(UserError):
+    """The settings' ``groups`` cannot be found in the names of a data set's files, or it has groups of its own."""
+
 
 Parts = tuple[Split, Split | None, Split | None, tuple[str, ...]]  # official train, val, test; class names
 
@@ -42,7 +47,8 @@ def groups_of(names: Sequence[str], pattern: str | None) -> tuple[str, ...]:
         pattern: a regular expression; None: no groups.
 
     Raises:
-        UserError: no regular expression, or a name in which it finds nothing.
+        UserError: no regular expression.
+        UnfitGroupsError: a name in which it finds nothing.
     """
     if pattern is None:
         return ()
@@ -53,5 +59,6 @@ def groups_of(names: Sequence[str], pattern: str | None) -> tuple[str, ...]:
     found = [search(name) for name in names]
     told = [match and match[min(1, match.re.groups)] for match in found]
     lost = next((name for name, group in zip(names, told, strict=True) if not group), None)
-    need(lost is None, f"`groups` {pattern!r} finds no group in the file name {printable(lost or '')!r}.")
+    if lost is not None:
+        raise UnfitGroupsError(f"`groups` {pattern!r} finds no group in the file name {printable(lost)!r}.")
     return tuple(printable(group or "") for group in told)

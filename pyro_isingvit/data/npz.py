@@ -19,7 +19,7 @@ from pyro_isingvit.core.untrusted import check_archive, printable
 from pyro_isingvit.data.cache import Cache, digest_of
 from pyro_isingvit.data.decode import Look
 from pyro_isingvit.data.images import MOST_CHANNELS, Images, InMemory, from_numpy
-from pyro_isingvit.data.named import Parts, path_of
+from pyro_isingvit.data.named import Parts, UnfitGroupsError, path_of
 from pyro_isingvit.data.on_disk import SMALL, Layout, array_header, layout_of, open_member, open_npy
 from pyro_isingvit.data.split import UNLABELLED, Split
 
@@ -187,7 +187,8 @@ def npz(source: DataConfig) -> Parts:
         UserError: missing or damaged file, an array that is not as above, a class without training image.
     """
     path = path_of(source)
-    need(source.groups is None, f"`groups` is for names of files; give {path} an array train_groups instead.")
+    if source.groups is not None:
+        raise UnfitGroupsError(f"`groups` is for names of files; give {path} an array train_groups instead.")
     stored = Stored(path, source.cache)
     given = [name for name in PARTS if name == "train" or f"{name}_images" in stored.names]
     parts = {name: stored.part(f"{name}_images", f"{name}_labels", f"{name}_groups") for name in given}

@@ -90,16 +90,19 @@ def imagefolder(source: DataConfig) -> Parts:
         listed[part] = {folder.name: list_images(folder, within=root) for folder in folders}
         odd = sorted(set(listed[part]) ^ set(listed["train"]))
         need(not odd, f"{root}: class folders of train/ and {name}/ must agree; not in both: {odd}.")
-    paths = [path for classes in listed.values() for files in classes.values() for path in files]
-    images, _ = read_files(paths, reading_of(source), cache=source.cache)
+    files = {part: [path for found in classes.values() for path in found] for part, classes in listed.items()}
+    groups = {
+        part: groups_of([path.relative_to(root / names[part]).as_posix() for path in paths], source.groups)
+        for part, paths in files.items()
+    }  # fmt: skip
+    images, _ = read_files([path for paths in files.values() for path in paths], reading_of(source), cache=source.cache)
     parts, start = {}, 0
     for part, classes in listed.items():
-        counts = [len(files) for files in classes.values()]
+        counts = [len(found) for found in classes.values()]
         rows = slice(start, start := start + sum(counts))
         labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        inner = [path.relative_to(root / names[part]).as_posix() for path in paths[rows]]
-        file_names = tuple(printable("/".join(path.parts[len(root.parts) :])) for path in paths[rows])
-        parts[part] = Split(images.take(rows), labels, file_names, groups_of(inner, source.groups))
+        file_names = tuple(printable("/".join(path.parts[len(root.parts) :])) for path in files[part])
+        parts[part] = Split(images.take(rows), labels, file_names, groups[part])
     return parts["train"], parts.get("val"), parts.get("test"), tuple(map(printable, listed["train"]))
 
 

@@ -32,6 +32,7 @@ from pyro_isingvit.data.stratify import hold_out, hold_out_groups, shared_group,
 
 log = logging.getLogger(__name__)
 UNLABELLED = -1
+SHOWN = 10  # classes that a log line names
 VALIDATION = "validation (`val_fraction` above 0)"  # what images are held out for
 
 
@@ -176,8 +177,11 @@ class ImageData:
 
     def __post_init__(self) -> None:
         """Counts the training images of each class, unless ``info`` has the counts, and names the parts' classes."""
+        classes = self.info.classes
         for name in ("train", "val", "test"):
-            object.__setattr__(self, name, replace(getattr(self, name), classes=self.info.classes))
+            part = getattr(self, name)
+            part = part.numbered_as(classes) if {*part.classes} <= {*classes} else part  # or they are called anew
+            object.__setattr__(self, name, replace(part, classes=classes))
         labels = self.train.labels
         if not self.info.counts and len(labels) and int(labels.min()) >= 0:
             counts, weights = torch.bincount(labels, minlength=self.info.num_classes), self.train.weights
@@ -373,13 +377,17 @@ def divide(
         val = pool.take(np.arange(0))
     if train.weights is not None:
         train = replace(train, weights=train.weights / train.weights.mean())
-    log.info("%s: %d training, %d validation, %d test images", name, len(train), len(val), len(test))
+    counts = torch.bincount(train.labels, minlength=len(classes)).tolist()
+    told = ", ".join(map("{} {}".format, classes[:SHOWN], counts)) + (", ..." if len(classes) > SHOWN else "")
+    log.info("%s: %d training (%s), %d validation, %d test images", name, len(train), told, len(val), len(test))
     if strange := shared_group(part.groups for part in (train, val, test)):
         raise UserError(f"group {strange!r} has images in two parts of {name}; put all of its images into one part.")
     _, again, tested = copies(part.images for part in (train, val, test))
     if again or tested:
         log.warning("%d validation and %d test images are copies of images in an earlier part", again, tested)
-    info = replace(DataInfo.of(name, classes, train.images, intensity), pool=digest(pool.names, pool.labels))
+    info = replace(
+        DataInfo.of(name, classes, train.images, intensity), pool=digest(pool.labels, pool.names, pool.groups)
+    )
     return ImageData(train, val, test, info)
 
 

@@ -19,7 +19,7 @@ from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.arrays import loss_weights
 from pyro_isingvit.data.files import read_files
-from pyro_isingvit.data.named import Parts, groups_of, path_of, reading_of
+from pyro_isingvit.data.named import Parts, UnfitGroupsError, groups_of, path_of, reading_of
 from pyro_isingvit.data.split import UNLABELLED, Split, tell_unknown
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def csv_table(source: DataConfig) -> Parts:
     classes = sorted(set(labels), key=lambda label: (int(label) if numeric else 0, label))
     numbers = torch.tensor(labels.map({label: i for i, label in enumerate(classes)}).to_list())
     if "group" in table:
-        need(source.groups is None, f"{file} has a column of groups; leave out `groups`, or name another column.")
+        if source.groups is not None:
+            raise UnfitGroupsError(f"{file} has a column of groups; leave out `groups`, or name another column.")
         said = table["group"].str.strip()  # a space more is no other patient
         _each(file, table, "group", said != "", "has no group; name one, or remove the image")
         groups = tuple(map(printable, said))

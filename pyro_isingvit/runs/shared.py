@@ -47,10 +47,10 @@ def write_shared(run: Run, num_data: int, folder: Path) -> None:
     state = {name: value for name, value in state.items() if ".penalties." not in name}
     tensors = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, x in state.items() if isinstance(x, Tensor)}  # fmt: skip
-    info = run.info.to_dict()
+    info = {name: value for name, value in run.info.to_dict().items() if name != "pool"}  # of files that stay here
     settings = {
         "model_type": TYPE, "format": FORMAT, "run": json.loads(shared_config(run.config).to_json()),
-        "info": info | {"dataset": shared_name(info["dataset"]), "pool": ""}, "num_data": num_data,
+        "info": info | {"dataset": shared_name(info["dataset"])}, "num_data": num_data,
         "state": {name: value for name, value in state.items() if name not in tensors},
     }  # fmt: skip
     content = save(tensors, {"format": "pt"})  # in memory first: safetensors reports a full disk as an error of its own

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.images import VALUES
+from pyro_isingvit.data.info import digest
 from pyro_isingvit.data.streamed import ImageStream, Part
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.predictive.stopping import Stopping
@@ -119,7 +120,7 @@ def stream_predictions(
     plan = {
         "version": f"{__version__}, {FORMAT}", "run": run_digest(run), "images": stream.digest.hex(), **_words(until),
         **_words({"seed": seed, "chunk": draws.chunk, "part": size, "all_classes": all_classes}),
-        "device": run.device.type,
+        "device": run.device.type, "labels and names": _digest(stream),
         **(settings or {}),
     }  # fmt: skip
     start, waited, new = time.monotonic(), 0.0, 0
@@ -171,6 +172,11 @@ def run_digest(run: Run) -> str:
             else:
                 found.update(repr(value).encode())
     return found.hexdigest()
+
+
+def _digest(stream: ImageStream) -> str:
+    labels = torch.empty(0) if stream.labels is None else stream.labels
+    return digest(labels, [stream.name(row) for row in range(len(stream))])
 
 
 def _words(values: Mapping[str, Any]) -> dict[str, str]:

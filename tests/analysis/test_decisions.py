@@ -6,6 +6,7 @@ from pathlib import Path
 
 from helpers import here, refused
 
+from analysis.decisions import stored
 from pyro_isingvit.predictive.datatree import load_datatree, save_datatree
 from pyro_isingvit.predictive.validation import GROUP
 
@@ -42,5 +43,8 @@ def test_what_cannot_be_is_refused(digits_run: Path, tmp_path: Path) -> None:
     settings = json.loads((old / "config.json").read_text())
     settings["data"]["val_fraction"] = 0.0
     (old / "config.json").write_text(json.dumps(settings))
+    assert len(stored(Path(shutil.copytree(digits_run, tmp_path / "whole")))[2]) > 0
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(settings))
+    assert len(stored(tmp_path / "whole")[2]) > 0  # it was evaluated with validation images of its own
     refused(here("analysis.decisions", "--run", old), "was trained without a validation part", "train anew")
     assert not (tmp_path / "out").exists()

@@ -424,6 +424,10 @@ def test_parts_of_another_data_set_count_by_their_names():
     assert set(labelled(unlabelled, data.info, "data").labels.tolist()) == {-1}
     with pytest.raises(UserError, match=r"`data` does not fit the run: the class dog is unknown; known are cat, owl\."):
         labelled(data.test, other.info, "data")
+    mixed = replace(data, test=other.test)  # by name here too
+    assert np.array(data.info.classes)[mixed.test.labels.numpy()].tolist() == names.tolist()
+    renamed = replace(data, info=replace(data.info, classes=("x", "y", "z")))
+    assert renamed.test.labels.equal(data.test.labels) and renamed.test.classes == ("x", "y", "z")
     nameless = Split(other.test.images, other.test.labels)
     assert labelled(nameless, data.info, "data") is nameless
 

@@ -1,6 +1,7 @@
 """Images of one patient, slide or plate never fall into two parts."""
 
 import itertools
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from pyro_isingvit import ImageData, load_data
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.data.info import DataInfo
-from pyro_isingvit.data.load import development_data, load_inputs
+from pyro_isingvit.data.load import development_data, load_inputs, load_unlabelled
 from pyro_isingvit.data.named import groups_of
 from pyro_isingvit.data.split import UNLABELLED
 from pyro_isingvit.data.stratify import hold_out_groups, shared_group
@@ -162,3 +163,36 @@ def test_settings_that_nothing_reads_are_told_of(caplog):
     load_data("digits", train_size=100, groups="p[0-9]+", columns="path=file", pages="channels")
     for name in ("groups", "columns", "pages"):
         assert f"`{name}` changes nothing here" in caplog.text
+
+
+def test_groups_hold_where_the_folder_was_moved(tmp_path):
+    """Images of a patient who was trained on are not in the test part of a copy."""
+    for name in "ab":
+        (tmp_path / "here" / name).mkdir(parents=True)
+        for i in range(30):
+            Image.fromarray(pixels(6, 6, seed=i)).save(tmp_path / "here" / name / f"{i % 10}_{i}.png")
+    source = DataConfig(f"imagefolder:{tmp_path / 'here'}", groups=r"(\d+)_")
+    data = load_data(source.dataset, groups=source.groups)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    moved = load_inputs(f"imagefolder:{tmp_path / 'there'}", data.info, source=source)
+    assert moved.names == data.test.names and not {*moved.groups} & {*data.train.groups}
+    kept = load_unlabelled(f"imagefolder:{tmp_path / 'there'}", source=source)
+    assert len(kept) == 60 - len(moved)
+    np.savez(tmp_path / "x.npz", train_images=pixels(20, 6, 6), train_labels=np.arange(20) % 2)
+    assert len(load_unlabelled(f"npz:{tmp_path / 'x.npz'}", source=source)) == 16
+    assert len(load_inputs(f"npz:{tmp_path / 'x.npz'}", data.info, source=source)) == 4
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_files_that_cannot_move_into_the_test_part_are_no_reason_to_warn(tmp_path, caplog, official):
+    tops = [tmp_path / "train", tmp_path / "test"] if official else [tmp_path]
+    parts = [top / name for top in tops for name in "ab"]
+    for place in parts:
+        place.mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(pixels(6, 6, seed=i)).save(place / f"{i}.png")
+    source = DataConfig(f"imagefolder:{tmp_path}")
+    info = load_data(source.dataset).info
+    (parts[0] / "3.png").rename(parts[0] / "x.png")
+    load_inputs(source.dataset, info, source=source)
+    assert ("other images than when" in caplog.text) != official

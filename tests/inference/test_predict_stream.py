@@ -106,6 +106,8 @@ def test_a_table_with_other_names_of_columns(run: Path, digits: Path, tmp_path: 
     shown, rows = predict(run, given, tmp_path / name, "--samples", 2, *columns)
     assert len(rows) == 10 and "accuracy" in shown
     words = ["--run", run, "--out", tmp_path / f"x{name}", "--input"]
+    typo = here("inference.predict", *words, given, "--columns", "path=picture,label=fnding")
+    refused(typo, "has no column 'fnding'", "picture, finding")
     refused(here("inference.predict", *words, given), "has no column 'path'", "--columns")
     refused(here("inference.predict", *words, digits, *columns), "--columns", "csv:FILE")
 

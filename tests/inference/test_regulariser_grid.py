@@ -43,7 +43,8 @@ def test_none_comes_first_and_all_are_those_of_the_registry() -> None:
     assert [name.partition(":")[0] for name in chosen(["all"])] == [NONE, *REGULARISERS]
     assert chosen(["car", "car:0.3", "vne:2", "none"]) == [NONE, "car:0.3", "vne:2"]
     assert "vne:2" in chosen(["all", "vne:2"]) and "vne:0.01" in chosen(["all", "vne:2"])
-    assert chosen(["mhe+vne:2", "mhe:1+vne:2"]) == [NONE, "mhe:1+vne:2"]
+    assert chosen(["mhe+vne:2", "vne:2+mhe"]) == [NONE, "mhe:1+vne:2"]
+    assert len(cells_of([("d", "ising", RunConfig())], ["mhe:1e6", "mhe:2e+7"], 0.0)) == 3  # with none
     (cell,) = [cell for cell in cells_of([("d", "ising", RunConfig())], ["mhe+vne:2"], 0.0) if cell.trial["sets"]]
     assert cell.trial["sets"] == {"hyperspherical_energy": 1.0, "feature_entropy": 2.0}
     assert (cell.config.train.hyperspherical_energy, cell.config.train.feature_entropy) == (1.0, 2.0)

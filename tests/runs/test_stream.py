@@ -259,7 +259,7 @@ def test_finished_parts_are_not_predicted_again(images: Path, tmp_path: Path, mo
     assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes() and not parts.exists()
 
 
-@pytest.mark.parametrize("change", ["seed", "samples", "part", "images", "run", "all_classes"])
+@pytest.mark.parametrize("change", ["seed", "samples", "part", "images", "run", "all_classes", "labels and names"])
 def test_parts_of_another_table_are_refused_or_replaced(images: Path, tmp_path: Path, monkeypatch, change) -> None:
     out = tmp_path / "p.csv"
     with monkeypatch.context() as patch:
@@ -270,6 +270,10 @@ def test_parts_of_another_table_are_refused_or_replaced(images: Path, tmp_path: 
                    {"all_classes": True}}.get(change, {})  # fmt: skip
     if change == "images":
         os.utime(images / "00000.png", (1, 1))
+    if change == "labels and names":  # of a table that is read by another column
+        stream = stream_of(images)
+        stream.labels = torch.zeros(len(stream), dtype=torch.long)
+        monkeypatch.setitem(globals(), "stream_of", lambda _: stream)
     if change == "run":
         other["run"] = make_run()
         with torch.no_grad():
