@@ -74,11 +74,13 @@ def labelled(data: Labelled, info: DataInfo, name: str) -> Split:
     if isinstance(data, ImageData):
         data = data.val if name == "val" else data.test
     if isinstance(data, Split):
-        try:
-            return data.numbered_as(info.classes)
-        except UserError as error:
-            numbers = "If its class numbers are those of the run, give (part.images, part.labels)."
-            raise UserError(f"`{name}` does not fit the run: {error} {numbers}") from error
+        unknown = ", ".join(text for text in data.classes if text not in info.classes)
+        need(
+            not unknown,
+            f"`{name}` has the class {unknown:.60}; the run knows {', '.join(info.classes[:10])}. If its class numbers "
+            "are those of the run, give (part.images, part.labels).",
+        )
+        return data.numbered_as(info.classes)
     if not (isinstance(data, tuple | list) and len(data) == 2):
         raise UserError(f"`{name}` must be a part of a data set or a pair (images, labels), not {type(data).__name__}.")
     what = "val " if name == "val" else ""

@@ -127,8 +127,7 @@ class Split:
         """
         if self.classes in ((), classes):
             return self
-        unknown = ", ".join(text for text in self.classes if text not in classes)[:60]
-        need(not unknown, f"the class {unknown} is unknown; known are {', '.join(classes[:10])}.")
+        need({*self.classes} <= {*classes}, f"not all of {self.classes!r:.60} are among {classes!r:.60}.")
         numbers = torch.tensor([*map(classes.index, self.classes), UNLABELLED], device=self.labels.device)
         return replace(self, labels=numbers[self.labels], classes=classes)
 
@@ -180,8 +179,9 @@ class ImageData:
         classes = self.info.classes
         for name in ("train", "val", "test"):
             part = getattr(self, name)
-            part = part.numbered_as(classes) if {*part.classes} <= {*classes} else part  # or they are called anew
-            object.__setattr__(self, name, replace(part, classes=classes))
+            if part.classes != classes:
+                part = part.numbered_as(classes) if {*part.classes} <= {*classes} else part  # or they are called anew
+                object.__setattr__(self, name, replace(part, classes=classes))
         labels = self.train.labels
         if not self.info.counts and len(labels) and int(labels.min()) >= 0:
             counts, weights = torch.bincount(labels, minlength=self.info.num_classes), self.train.weights
@@ -377,9 +377,9 @@ def divide(
         val = pool.take(np.arange(0))
     if train.weights is not None:
         train = replace(train, weights=train.weights / train.weights.mean())
-    counts = torch.bincount(train.labels, minlength=len(classes)).tolist()
-    told = ", ".join(map("{} {}".format, classes[:SHOWN], counts)) + (", ..." if len(classes) > SHOWN else "")
-    log.info("%s: %d training (%s), %d validation, %d test images", name, len(train), told, len(val), len(test))
+    counts = map("{} {}".format, classes[:SHOWN], torch.bincount(train.labels).tolist())
+    told, sizes = ", ".join(counts), (len(train), len(val), len(test))
+    log.info("%s: %d training, %d validation, %d test images; to train on, of each class: %s", name, *sizes, told)
     if strange := shared_group(part.groups for part in (train, val, test)):
         raise UserError(f"group {strange!r} has images in two parts of {name}; put all of its images into one part.")
     _, again, tested = copies(part.images for part in (train, val, test))

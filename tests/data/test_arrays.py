@@ -422,7 +422,7 @@ def test_parts_of_another_data_set_count_by_their_names():
         assert np.array(data.info.classes)[found.labels.numpy()].tolist() == names.tolist()
     unlabelled = replace(other.test, labels=torch.full_like(other.test.labels, -1))
     assert set(labelled(unlabelled, data.info, "data").labels.tolist()) == {-1}
-    with pytest.raises(UserError, match=r"`data` does not fit the run: the class dog is unknown; known are cat, owl\."):
+    with pytest.raises(UserError, match=r"`data` has the class dog; the run knows cat, owl\."):
         labelled(data.test, other.info, "data")
     mixed = replace(data, test=other.test)  # by name here too
     assert np.array(data.info.classes)[mixed.test.labels.numpy()].tolist() == names.tolist()
