@@ -299,14 +299,17 @@ def load_image_files(paths: Sequence[Path], info: DataInfo, source: DataConfig |
     return Split(images, torch.full((len(paths),), UNLABELLED), tuple(printable(str(path)) for path in paths))
 
 
-def load_parts(source: DataConfig, numbered: bool = False) -> tuple[Split, Split | None, Split, tuple[str, ...]]:
+def load_parts(
+    source: DataConfig, numbered: bool = False, like: DataConfig | None = None
+) -> tuple[Split, Split | None, Split, tuple[str, ...]]:
     """The parts, test being the official one or a fifth that is taken away from training.
 
     Args:
         source: the settings.
         numbered: images without a file are named by their row in the part that the data set has.
+        like: settings that those are taken from, of another data set perhaps, whose names need not have their groups.
     """
-    train, val, test, classes = _official_parts(source, numbered)
+    train, val, test, classes = _official_parts(source, numbered, like)
     if test is None:
         train, test = hold_out_test(train, classes, TEST_FRACTION)
     return train, val, test, classes
@@ -318,7 +321,7 @@ def _official_parts(source: DataConfig, numbered: bool = False, like: DataConfig
     Args:
         source: the settings.
         numbered: as for ``load_parts``.
-        like: settings that those are taken from, of another data set perhaps, whose names need not have their groups.
+        like: the same.
     """
     if like is not None and source.groups is not None and not is_own(source.dataset, like):
         try:
@@ -373,8 +376,8 @@ def load_unlabelled(
         spec = source.dataset  # whose held-out test images are no images to learn from
     if is_named(spec):
         asked = replace(source, dataset=spec, data_root=str(data_root))
-        train, _, official, classes = _official_parts(asked, like=source)
-        return (hold_out_test(train, classes, TEST_FRACTION)[0] if official is None else train).images
+        train, *_ = load_parts(asked, like=source)
+        return train.images
     if path.is_dir():
         apart, found = path / FOLDERS["test"][0], list_images(path)
         kept = [file for file in found if test or apart not in file.parents]

@@ -33,7 +33,6 @@ def conformal_sets(
     coverage: float = 0.95,
     *,
     classwise: bool = False,
-    classes: Sequence[str] | None = None,
 ) -> Tensor:
     """Sets of classes that hold the true one with probability ``coverage`` at least.
 
@@ -46,7 +45,6 @@ def conformal_sets(
         coverage: wanted, in (0, 1).
         classwise: hold the coverage among the images of every single class (Mondrian sets): each class has its own
             threshold from its own validation images. It then holds under any other prevalence of the classes too.
-        classes: C names, for messages; None: their numbers.
 
     Returns:
         (B, C) bool.
@@ -64,8 +62,7 @@ def conformal_sets(
         [[True, False], [True, False], [True, False]]
     """
     val, y = labelled_probs(val_predictions, val_labels)
-    names = range(val.shape[1]) if classes is None else classes
-    check_images(y, names, coverage, classwise=classwise)
+    check_images(y, range(val.shape[1]), coverage, classwise=classwise)
     probs = mean_probs(predictions, val.shape[1])
     if classwise:
         columns = [_mapie_sets(probs, val[y == c], y[y == c], coverage)[:, c] for c in range(val.shape[1])]

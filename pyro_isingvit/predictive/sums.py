@@ -24,7 +24,7 @@ def score_sums(mean: Tensor, labels: Tensor) -> ScoreSums:
 
     Returns:
         ``images``; ``nll`` (nats); ``pairs``, (K, 3) class, predicted class and number of such images; ``bins``,
-        (15, 3) images, right ones and confidence of bins of the confidence of equal width.
+        (15, 2) right images and sum of the confidence in bins of the confidence of equal width.
     """
     confidence, chosen = mean.double().cpu().max(-1)
     y = labels.cpu()
@@ -32,8 +32,8 @@ def score_sums(mean: Tensor, labels: Tensor) -> ScoreSums:
     pairs, counts = torch.stack([y, chosen], 1).unique(dim=0, return_counts=True)
     ends = torch.linspace(0, 1, ECE_BINS + 1)  # each bin has its lower one, as torchmetrics has them
     bins = (torch.bucketize(confidence.float(), ends, right=True) - 1).clamp(max=ECE_BINS - 1)
-    of_each = torch.stack([torch.ones_like(confidence), (chosen == y).double(), confidence], 1)
-    summed = torch.zeros(ECE_BINS, 3, dtype=torch.double).index_add(0, bins, of_each)
+    of_each = torch.stack([(chosen == y).double(), confidence], 1)
+    summed = torch.zeros(ECE_BINS, 2, dtype=torch.double).index_add(0, bins, of_each)
     return {
         "images": len(y), "nll": float(nll.sum()), "bins": summed.tolist(),
         "pairs": torch.cat([pairs, counts[:, None]], 1).tolist(),
@@ -64,7 +64,7 @@ def metrics_of(sums: ScoreSums, classes: tuple[str, ...]) -> dict[str, Any]:
         ``accuracy``, ``nll`` (nats), ``ece`` (15 bins of equal width) and what ``choice_metrics`` gives.
     """
     truth, chosen, counts = np.array(sums["pairs"]).T
-    _, right, confidence = np.array(sums["bins"]).T
+    right, confidence = np.array(sums["bins"]).T
     images = sums["images"]
     return {
         "accuracy": float(right.sum() / images), "nll": sums["nll"] / images,
