@@ -15,7 +15,7 @@ from inference.cli import print_table, results_file, run_script
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.presets import preset
 from pyro_isingvit.core.settings import IsingConfig, ViTConfig
-from pyro_isingvit.core.train_settings import TrainConfig
+from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.version import __version__
 
 RESULTS, PROFILE = "benchmark.json", "profile.txt"
@@ -109,7 +109,7 @@ def measure(arguments: BenchmarkArguments) -> dict[str, Any]:
     def turns(cases: dict, label: str) -> dict[str, list[float]]:
         return interleaved(cases, arguments.repeats, label=label)
 
-    ours, pyro = ising_step(shape), ising_step(shape, settings=TrainConfig(engine="pyro"))
+    ours, pyro = ising_step(shape), ising_step(shape, settings=replace(METHODS["ising"].train, engine="pyro"))
     repeats = turns(
         {"plain_step": times(plain_step(shape), steps), "ising_step": times(ours.amortised, steps),
          "ising_step_alone": times(ours.step, steps), "mask_update": ours.update,

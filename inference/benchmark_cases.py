@@ -142,7 +142,7 @@ class IsingStep:
 
 def ising_step(shape: Shape, ising: IsingConfig | None = None, settings: TrainConfig | None = None) -> IsingStep:
     """A step of SVI, with the fused ELBO unless the settings say otherwise."""
-    settings = replace(settings or TrainConfig(), compile=shape.compiled, lr=LR)
+    settings = replace(settings or METHODS["ising"].train, compile=shape.compiled, lr=LR)
     run = ising_run(shape, ising)
     config = replace(run.config, train=settings)
     method = IsingMethod(config, shape.info, shape.num_data, run.model, run.guide).to(shape.device)

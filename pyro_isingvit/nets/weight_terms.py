@@ -138,6 +138,9 @@ def hyperspherical_energy(matrices: Matrices) -> Tensor:
     values = []
     for weight in _each(matrices, classifier=True):
         w = weight * (weight.square().sum(-1, keepdim=True) + 1e-4).rsqrt()
-        first, second = torch.triu_indices(w.shape[1], w.shape[1], 1, device=w.device)
-        values.append(1 / (2 - 2 * (w @ w.mT)[:, first, second]))
-    return torch.stack([each.mean(-1).sum() for each in values]).sum()
+        rows = w.shape[1]
+        # |w_i - w_j|^2 / 2 = 1 - w_i . w_j, and infinite on the diagonal, where sum and gradient are then 0.
+        start = torch.ones(rows, rows, dtype=w.dtype, device=w.device).fill_diagonal_(torch.inf)
+        half = torch.baddbmm(start, w, w.mT, alpha=-1)
+        values.append(half.reciprocal().sum() / (2 * rows * (rows - 1)))
+    return torch.stack(values).sum()
