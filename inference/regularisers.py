@@ -128,8 +128,8 @@ def make_cells(plain: Iterable[tuple[str, str, RunConfig]], names: Sequence[str]
             "settings": Trial({}, config, 0).changes() | {"vit": differing(config.vit, ViTConfig())},
             **({"init": config.init} if config.init else {}), **({"data": data} if data else {}),
         }  # fmt: skip
-        # None means none: what is a default by now is measured too.
-        config = replace(config, train=replace(config.train, **dict.fromkeys(HELPS, 0.0)))
+        off: dict[str, Any] = dict.fromkeys(HELPS, 0.0)  # none means none: what is a default by now is measured too
+        config = replace(config, train=replace(config.train, **off))
         for name in chosen(names):
             try:
                 train = config.train if name == NONE else regularised(config.train, several(name))
