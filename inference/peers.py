@@ -24,7 +24,7 @@ from inference.cli import results_file, run_script
 from pyro_isingvit.core.errors import need, why
 from pyro_isingvit.core.presets import default_preset, preset, without_stem
 from pyro_isingvit.core.settings import DataConfig, RunConfig
-from pyro_isingvit.methods.registry import METHODS
+from pyro_isingvit.methods.registry import METHODS, WITHOUT
 from pyro_isingvit.version import __version__
 
 RESULTS = "peers.json"
@@ -93,6 +93,7 @@ def make_config(arguments: PeersArguments) -> RunConfig:
         METHODS[REFERENCE].train, epochs=arguments.epochs, batch_size=arguments.batch_size,
         lr=LR * min(1.0, WIDTH / vit.width) if arguments.lr is None else arguments.lr, seed=arguments.seed,
         samples=arguments.samples, device=arguments.device, average=0.0, rate_rule="uniform",
+        **WITHOUT,  # what no peer's loss has
     )  # fmt: skip
     return RunConfig(name, REFERENCE, arguments.data, vit, train=train, version=__version__)
 

@@ -115,7 +115,7 @@ def make_cells(plain: Iterable[tuple[str, str, RunConfig]], names: Sequence[str]
         flipped: share of wrong labels in the training and validation part.
     """
     from inference.search_trials import Trial
-    from pyro_isingvit.methods.registry import HELPS
+    from pyro_isingvit.methods.registry import WITHOUT
     from pyro_isingvit.runs.checks import check_asked, check_training
 
     cells = []
@@ -128,8 +128,7 @@ def make_cells(plain: Iterable[tuple[str, str, RunConfig]], names: Sequence[str]
             "settings": Trial({}, config, 0).changes() | {"vit": differing(config.vit, ViTConfig())},
             **({"init": config.init} if config.init else {}), **({"data": data} if data else {}),
         }  # fmt: skip
-        off: dict[str, Any] = dict.fromkeys(HELPS, 0.0)  # none means none: what is a default by now is measured too
-        config = replace(config, train=replace(config.train, **off))
+        config = replace(config, train=replace(config.train, **WITHOUT))  # what is a default by now is measured too
         for name in chosen(names):
             try:
                 train = config.train if name == NONE else regularised(config.train, several(name))

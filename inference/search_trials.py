@@ -15,7 +15,7 @@ from pyro_isingvit.core.presets import PRESETS, default_preset, preset
 from pyro_isingvit.core.settings import DataConfig, RunConfig, ViTConfig
 from pyro_isingvit.data.load import DEV_SIZE
 from pyro_isingvit.methods.plain import check_baseline
-from pyro_isingvit.methods.registry import HELPS, OURS, row, with_defaults
+from pyro_isingvit.methods.registry import OURS, WITHOUT, row, with_defaults
 from pyro_isingvit.runs.checks import check_asked, check_training
 from pyro_isingvit.version import __version__
 
@@ -84,7 +84,7 @@ class Trial:
 def same_settings(now: dict[str, Any], record: dict[str, Any]) -> bool:
     """Whether a record was measured with the settings ``now``; those that it does not know are not compared."""
     then = record.get("resolved", {})
-    then = dict.fromkeys(HELPS, 0.0) | then if then else {}  # what was not there was off
+    then = WITHOUT | then if then else {}  # what was not there was off
     return all(now[name] == value for name, value in then.items() if name in now)
 
 

@@ -18,8 +18,8 @@ from forks import exit_code, fork
 from inference.train import main as train_script
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig, ViTConfig
-from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.experiment import train_run
+from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.runs.folder import holds_run
 
 SIZES = {"train": 48, "val": 12, "test": 12}
@@ -33,7 +33,8 @@ def make_config(folder: Path, ising: IsingConfig) -> RunConfig:
         made = np.random.default_rng(0)
         arrays = {f"{part}_images": made.integers(0, 255, (n, 8, 8), dtype=np.uint8) for part, n in SIZES.items()}
         np.savez(folder / "x.npz", **arrays, **{f"{part}_labels": np.arange(n) % 3 for part, n in SIZES.items()})
-    train = TrainConfig(
+    train = replace(
+        METHODS["ising"].train,
         epochs=5,
         finetune_epochs=2,
         batch_size=16,

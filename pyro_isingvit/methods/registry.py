@@ -71,10 +71,10 @@ PAPER_TRAIN = TrainConfig(
     calibrate=False, draws=1, average=0.0, rate_rule="uniform", shrinkage=0.0,
 )  # fmt: skip
 # On for every method that was tried with it: it lowers the NLL in every column of docs/regularisers.md, and still does
-# with twice the epochs (Two at once, and the default).
+# with twice the epochs (The default).
 HELPS: dict[str, Any] = {"hyperspherical_energy": 1.0}
-BEFORE = TrainConfig()
-PLAIN = replace(BEFORE, **HELPS)
+WITHOUT: dict[str, Any] = dict.fromkeys(HELPS, 0.0)
+PLAIN = TrainConfig(**HELPS)
 BARE = replace(PLAIN, shrinkage=3.0)  # nothing but the decay holds these back
 CUT = replace(PLAIN, epochs=48, finetune_epochs=32, finetune_lr=0.5)  # trained on after one cut
 RARELY = BaselineConfig(drop_rate=0.05)
@@ -163,7 +163,7 @@ def ensemble_of(name: str) -> Row:
 
 
 # What a training that starts from a trained network does otherwise, whatever the method (docs/starting.md).
-STARTED: dict[str, Any] = {"lr": 4e-3, "layer_decay": 0.75} | dict.fromkeys(HELPS, 0.0)
+STARTED: dict[str, Any] = {"lr": 4e-3, "layer_decay": 0.75} | WITHOUT
 
 
 def started(chosen: Row, init: str | None) -> Row:

@@ -53,6 +53,7 @@ def job() -> Job:
         average=0.0,
         rate_rule="uniform",
         weight_decay=0.05,
+        hyperspherical_energy=0.0,
     )
     config = RunConfig("digits", "deterministic", DataConfig("digits", train_size=200), SHAPE, train=settings)
     return Job(config, load_data("digits", train_size=200), torch.device("cpu"))

@@ -10,15 +10,15 @@ from inference.search_trials import Trial, same_settings
 from pyro_isingvit.core.regularise import REGULARISERS, regularised
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.core.train_settings import TrainConfig
-from pyro_isingvit.methods.registry import HELPS, METHODS, row, started, with_defaults
+from pyro_isingvit.methods.registry import HELPS, METHODS, WITHOUT, row, started, with_defaults
 
-WITHOUT = {"ising-paper", "mean-field"}  # as they were published
+AS_PUBLISHED = {"ising-paper", "mean-field"}  # as they were published
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_helps_is_on_but_for_methods_as_published_and_trained_networks(name: str) -> None:
     usual = {field: getattr(row(name).train, field) for field in HELPS}
-    assert usual == (dict.fromkeys(HELPS, 0.0) if name in WITHOUT else HELPS)
+    assert usual == (WITHOUT if name in AS_PUBLISHED else HELPS)
     assert not any(getattr(started(row(name), "timm:x").train, field) for field in HELPS)
 
 
@@ -47,7 +47,7 @@ def test_the_ablation_measures_it_against_none(method: str) -> None:
 def test_a_record_that_does_not_know_it_is_of_a_training_without() -> None:
     config = with_defaults("dropout", RunConfig(method="dropout"))
     now = Trial({}, config, 0).resolved()
-    without = Trial({}, replace(config, train=replace(config.train, **dict.fromkeys(HELPS, 0.0))), 0).resolved()
+    without = Trial({}, replace(config, train=replace(config.train, **WITHOUT)), 0).resolved()
     older = {"resolved": {key: value for key, value in json.loads(json.dumps(now)).items() if key not in HELPS}}
     assert same_settings(without, older) and not same_settings(now, older)
     assert same_settings(now, {"resolved": now}) and same_settings(now, {})  # before 0.12 nothing was recorded
