@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inference.peer_network import Clock, Job, decayed, train
-from pyro_isingvit.methods.registry import HELPS
 from pyro_isingvit.methods.registry import METHODS as OWN
+from pyro_isingvit.methods.registry import WITHOUT
 from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.trainer import Trainer
 
@@ -31,7 +31,7 @@ def own(job: Job, clock: Clock, method: str) -> Predict:
     settings = replace(
         OWN[method].train, epochs=asked.epochs, batch_size=asked.batch_size, lr=asked.lr, seed=asked.seed,
         samples=asked.samples, device=asked.device, average=asked.average,
-        rate_rule=asked.rate_rule, **{name: getattr(asked, name) for name in HELPS},
+        rate_rule=asked.rate_rule, **WITHOUT,
     )  # fmt: skip
     config = replace(job.config, method=method, ising=OWN[method].ising, train=settings)
     # The peers have no validation, so the epochs' times leave it out.

@@ -82,9 +82,12 @@ class Trial:
 
 
 def same_settings(now: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Whether a record was measured with the settings ``now``; those that it does not know are not compared."""
+    """Whether a record was measured with the settings ``now``.
+
+    Those that it does not know are not compared, but for ``WITHOUT``: what was not there was off.
+    """
     then = record.get("resolved", {})
-    then = WITHOUT | then if then else {}  # what was not there was off
+    then = WITHOUT | then if then else {}
     return all(now[name] == value for name, value in then.items() if name in now)
 
 
