@@ -11,6 +11,7 @@ Shapes: D width, H heads, L blocks.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor
@@ -134,7 +135,7 @@ class Readers:
         """The matrices that write a space, in order."""
         return tuple(matrix for matrix in self.matrices if matrix.writes == space)
 
-    @property
+    @cached_property  # every training step asks for them
     def branches(self) -> tuple[Branch, ...]:
         """The branches of the residual blocks; those of one name are one ``Branch`` for all blocks."""
         inner: dict[str, list[Space]] = {}

@@ -9,9 +9,11 @@ Shapes: (layers, out, in) for the matrices of a kind; of queries, keys and value
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyro_isingvit.nets.readers import Readers
 from pyro_isingvit.nets.vit import ViT, Weights
@@ -126,6 +128,30 @@ def spectral(matrices: Matrices) -> Tensor:
     return 0.5 * torch.stack(values).sum()
 
 
+class _Energy(torch.autograd.Function):
+    """Energy of a stack (matrices, rows, in), summed; its gradient is made with it, which halves the time."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        inverse = (weight.square().sum(-1, keepdim=True) + 1e-4).rsqrt()
+        u, rows = weight * inverse, weight.shape[1]
+        # |u_i - u_j|^2 / 2 = 1 - u_i . u_j, and infinite on the diagonal, where energy and gradient are then 0.
+        start = torch.ones(rows, rows, dtype=u.dtype, device=u.device).fill_diagonal_(torch.inf)
+        energy = torch.baddbmm(start, u, u.mT, alpha=-1).reciprocal_()
+        total = energy.sum() / (2 * rows * (rows - 1))
+        if ctx.needs_input_grad[0]:
+            pull = (energy.square_() @ u).div_(rows * (rows - 1))
+            pull.sub_(u * (u * pull).sum(-1, keepdim=True))  # du/dw = (1 - u u^T) / length
+            ctx.save_for_backward(pull.mul_(inverse))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (gradient,) = ctx.saved_tensors
+        return grads[0] * gradient
+
+
 def hyperspherical_energy(matrices: Matrices) -> Tensor:
     """Sum over matrices of the mean over pairs of rows of 1 / |w_i - w_j|^2 of the rows at length 1.
 
@@ -135,12 +161,4 @@ def hyperspherical_energy(matrices: Matrices) -> Tensor:
     Returns:
         a scalar; a matrix of orthogonal rows has 1/2.
     """
-    values = []
-    for weight in _each(matrices, classifier=True):
-        w = weight * (weight.square().sum(-1, keepdim=True) + 1e-4).rsqrt()
-        rows = w.shape[1]
-        # |w_i - w_j|^2 / 2 = 1 - w_i . w_j, and infinite on the diagonal, where sum and gradient are then 0.
-        start = torch.ones(rows, rows, dtype=w.dtype, device=w.device).fill_diagonal_(torch.inf)
-        half = torch.baddbmm(start, w, w.mT, alpha=-1)
-        values.append(half.reciprocal().sum() / (2 * rows * (rows - 1)))
-    return torch.stack(values).sum()
+    return torch.stack([_Energy.apply(weight) for weight in _each(matrices, classifier=True)]).sum()

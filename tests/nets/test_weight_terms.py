@@ -133,6 +133,8 @@ def test_hyperspherical_energy() -> None:
     equal = torch.ones(3, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(hyperspherical_energy(only("fc1", equal)), equal)
     assert bool(gradient.isfinite().all())
+    w = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: hyperspherical_energy(Matrices({"fc1": w}, matrices().readers)), w)
 
 
 # What they see --------------------------------------------------------------------------------------------------------
