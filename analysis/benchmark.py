@@ -79,6 +79,7 @@ def table(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     rows = [
         ("plain step", "plain_step", None), ("our step, mask updates included", "ising_step", "step_ratio_eager"),
+        ("the same without the default regulariser", "ising_step_unregularised", "step_ratio_unregularised"),
         ("our step alone", "ising_step_alone", None),
         ("with mask updates, through Pyro's handlers", "pyro_engine_step", "step_ratio_pyro_engine"),
         ("plain step, torch.compile", "plain_step_compiled", None),

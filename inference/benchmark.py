@@ -15,7 +15,7 @@ from inference.cli import print_table, results_file, run_script
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.presets import preset
 from pyro_isingvit.core.settings import IsingConfig, ViTConfig
-from pyro_isingvit.methods.registry import METHODS
+from pyro_isingvit.methods.registry import METHODS, WITHOUT
 from pyro_isingvit.version import __version__
 
 RESULTS, PROFILE = "benchmark.json", "profile.txt"
@@ -109,10 +109,13 @@ def measure(arguments: BenchmarkArguments) -> dict[str, Any]:
     def turns(cases: dict, label: str) -> dict[str, list[float]]:
         return interleaved(cases, arguments.repeats, label=label)
 
-    ours, pyro = ising_step(shape), ising_step(shape, settings=replace(METHODS["ising"].train, engine="pyro"))
+    usual = METHODS["ising"].train
+    ours, pyro = ising_step(shape), ising_step(shape, settings=replace(usual, engine="pyro"))
+    bare = ising_step(shape, settings=replace(usual, **WITHOUT))
     repeats = turns(
         {"plain_step": times(plain_step(shape), steps), "ising_step": times(ours.amortised, steps),
          "ising_step_alone": times(ours.step, steps), "mask_update": ours.update,
+         "ising_step_unregularised": times(bare.amortised, steps),
          "pyro_engine_step": times(pyro.amortised, steps)}, "eager steps",
     )  # fmt: skip
     if arguments.compiled:
@@ -127,6 +130,7 @@ def measure(arguments: BenchmarkArguments) -> dict[str, Any]:
         "step_ratio_eager": median["ising_step"] / median["plain_step"],
         "step_ratio_compiled": median["ising_step_compiled"] / median["plain_step_compiled"]
         if arguments.compiled else None,
+        "step_ratio_unregularised": median["ising_step_unregularised"] / median["plain_step"],
         "step_ratio_pyro_engine": median["pyro_engine_step"] / median["plain_step"],
         "predictive_ratio": median["ising_draws"] / median["plain_draws"],
         "mask_update_share": median["mask_update"] / steps / median["ising_step"],
@@ -205,6 +209,7 @@ def print_result(result: dict[str, Any]) -> None:
         "step, plain (ms)": 1e3 * median["plain_step"],
         "step, ours with mask updates (ms)": 1e3 * median["ising_step"],
         "ratio, eager": result["step_ratio_eager"],
+        "ratio without the default regulariser": result["step_ratio_unregularised"],
         "ratio, torch.compile": "not measured" if result["step_ratio_compiled"] is None
         else result["step_ratio_compiled"],
         "ratio, Pyro's path (--engine pyro)": result["step_ratio_pyro_engine"],

@@ -11,7 +11,7 @@ import torch
 from helpers import TINY
 
 from analysis.benchmark import main as draw
-from analysis.benchmark import read, table
+from analysis.benchmark import read, spread, table
 from inference import benchmark_cases
 from inference.benchmark import main as benchmark
 from inference.benchmark_cases import Shape, ising_step, plain_network
@@ -45,7 +45,13 @@ def folder(tmp_path_factory) -> Path:
 
 def test_results_hold_the_promised_keys(folder) -> None:
     result = json.loads((folder / "benchmark.json").read_text())
-    for key in ("step_ratio_eager", "predictive_ratio", "mask_update_share", "step_ratio_pyro_engine"):
+    for key in (
+        "step_ratio_eager",
+        "predictive_ratio",
+        "mask_update_share",
+        "step_ratio_pyro_engine",
+        "step_ratio_unregularised",
+    ):
         assert result[key] > 0
     assert result["step_ratio_compiled"] is None and result["peak_memory_mb"] is None  # not asked for
     assert {len(taken) for taken in result["repeats_s"].values()} == {3}
@@ -71,6 +77,7 @@ def test_tables_and_figures(folder, capsys) -> None:
     draw(["--results", str(folder)])
     text = (folder / "benchmark.md").read_text()
     assert f"| {result['step_ratio_eager']:.3f} |" in text and result["machine"]["processor"] in text
+    assert f"without the default regulariser | {spread(result['repeats_s']['ising_step_unregularised'])}" in text
     assert "| weight | gnb |" in text and "| tyxe | 3.25 |" in text and "| bayesian-torch | not installed |" in text
     printed = capsys.readouterr().out
     assert all((folder / f"{name}.png").is_file() and name in printed for name in ("steps", "scaling", "memory"))
