@@ -25,7 +25,7 @@ CURVES: dict[str, tuple[int, ...]] = {
     "width": (64, 128, 256, 512, 768), "depth": (2, 4, 6, 8, 12), "batch": (16, 64, 128, 256, 512),
     "draws": (1, 10, 50, 200),
 }  # fmt: skip
-CHUNKS = (32, 128, 512)
+CHUNKS = (32, 64, 256)
 MEMORY_DRAWS, MEMORY_IMAGES, CURVE_IMAGES = 1000, 512, 256
 
 

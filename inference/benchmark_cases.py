@@ -17,6 +17,7 @@ from inference.peer_network import decayed
 from pyro_isingvit.core.settings import IsingConfig, RunConfig, ViTConfig
 from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.batches import count_steps
+from pyro_isingvit.data.images import network_chunk
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.methods.registry import METHODS
@@ -171,15 +172,17 @@ def ising_step(shape: Shape, ising: IsingConfig | None = None, settings: TrainCo
 
 
 def plain_draws(shape: Shape, draws: int, images: int) -> Case:
-    """S forward passes of a plain ViT over the same images, normalised beforehand."""
+    """S forward passes of a plain ViT over the same images, normalised beforehand, as many at a time as ours."""
     network, x = plain_network(shape).eval(), shape.info.normalise(shape.images(images))
     forward = torch.compile(network) if shape.compiled else network
+    pieces = x.split(network_chunk(CHUNK, x.device))
 
     @torch.inference_mode()
     def passes() -> None:
         for _ in range(draws):
-            with shape.autocast():
-                forward(x).float()
+            for piece in pieces:
+                with shape.autocast():
+                    forward(piece).float()
 
     return passes
 

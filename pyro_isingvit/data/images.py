@@ -19,6 +19,7 @@ from pyro_isingvit.core.pixels import Kind
 
 CHUNK = 4096  # images at a time in passes over all of them, and fewer where they are large
 VALUES = 2**26  # pixels that such a pass holds
+CPU_CHUNK = 256  # images that a network is given at a time on a CPU: the activations of more leave its caches
 MOST_CHANNELS = 16
 CPU = torch.device("cpu")
 
@@ -27,6 +28,11 @@ Where = int | slice | Tensor | np.ndarray | list[int]
 Normalise = Callable[[Tensor], Tensor]  # (B, C, H, W) as read -> float32
 TYPES: dict[torch.dtype, Kind] = {torch.uint8: "uint8", torch.uint16: "uint16", torch.float32: "float32"}
 Resize = Literal["fit", "crop", "stretch"]
+
+
+def network_chunk(chunk: int, device: torch.device) -> int:
+    """How many images a network is given at a time for its predictions, at most ``chunk``."""
+    return min(chunk, CPU_CHUNK) if device.type == "cpu" else chunk
 
 
 @runtime_checkable

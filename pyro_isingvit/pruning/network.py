@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from pyro_isingvit.core.checkpoint import write_atomically, write_text
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.precision import single_precision
-from pyro_isingvit.data.images import Images, as_images
+from pyro_isingvit.data.images import Images, as_images, network_chunk
 from pyro_isingvit.nets.shape import ACTIVATIONS, patch_grid
 from pyro_isingvit.nets.stem import ConvStem
 from pyro_isingvit.pruning.card import FILES, METRICS, WEIGHTS, write_compact_card
@@ -257,7 +257,7 @@ class CompactViT(nn.Module):
             images: (B, channels, height, width) of the training images' type: ``Images``, a tensor or an array.
             samples: S, networks drawn; the form ``mean`` is one network, S = 1.
             seed: of the draws.
-            chunk: at most this many images pass at a time.
+            chunk: at most this many images pass at a time, and at most 256 on a CPU.
 
         Returns:
             (S, B, C).
@@ -267,7 +267,7 @@ class CompactViT(nn.Module):
         """
         need(samples >= 1 and chunk >= 1, f"`samples` ({samples}) and `chunk` ({chunk}) must be at least 1.")
         bayes, images = self.config.form == "bayes", as_images(images)
-        chunk = min(chunk, images.chunk)
+        chunk = network_chunk(min(chunk, images.chunk), self.position.device)
         noise = torch.Generator(device=self.position.device).manual_seed(seed)
         result = torch.empty(samples if bayes else 1, len(images), len(self.config.classes), dtype=self.position.dtype)
         for s in range(len(result)):

@@ -14,7 +14,7 @@ from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.precision import single_precision
 from pyro_isingvit.core.processes import gathered, own_rows
 from pyro_isingvit.core.random_state import RandomState, undisturbed
-from pyro_isingvit.data.images import Images, as_images
+from pyro_isingvit.data.images import Images, as_images, network_chunk
 from pyro_isingvit.methods.base import Networks
 from pyro_isingvit.nets.margins import log_margins
 from pyro_isingvit.nets.trunk import one_trunk, with_trunk
@@ -50,7 +50,8 @@ def draw_predictive(
         run: a trained run.
         images: (B, channels, height, width) uint8, as the data set gives them: ``Images``, a tensor or an array.
         num_samples: S, at most as many as the method has networks.
-        chunk: at most this many (draw, image) pairs pass through the network at a time; fewer where images are large.
+        chunk: at most this many (draw, image) pairs pass through the network at a time; fewer where images are large,
+            and at most 256 on a CPU, whose caches then hold what passes.
         seed: of the draws; the global random state is left as it was.
         progress: show a progress bar.
 
@@ -73,14 +74,15 @@ def draw_predictive(
         need(whole, f"`{name}` must be a whole number and at least 1, not {count!r}.")
     images = as_images(images)
     run.info.normalise(images[:1])  # refuses images that do not fit before any work
-    batch, classes, chunk = len(images), run.info.num_classes, min(chunk, images.chunk)
+    batch, classes, most = len(images), run.info.num_classes, min(chunk, images.chunk)
+    chunk = network_chunk(most, run.device)
     num_samples = min(num_samples, run.max_draws or num_samples)
     images = images.take(own_rows(batch))
     probs = torch.empty(num_samples, len(images), classes)
     # A CPU is faster with one draw after another than with their matrices stacked.
     group = 1 if run.device.type == "cpu" else max(1, min(chunk // max(batch, 1), num_samples))
-    # Images that fit into one chunk are normalised once, others anew for every draw.
-    ready = list(images.batches(chunk, run.info.normalise, run.device)) if len(images) <= chunk else None
+    # Few images are normalised once, many anew for every draw.
+    ready = list(images.batches(chunk, run.info.normalise, run.device)) if len(images) <= most else None
     with undisturbed(seed, run.device):
         if with_trunk(run.method):
             _images_first(run, images, probs, min(chunk, TRUNK_CHUNK), progress)

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.random_state import seed_devices, undisturbed
+from pyro_isingvit.data.images import network_chunk
 from pyro_isingvit.methods.base import Networks
 from pyro_isingvit.nets.trunk import keep_images, one_trunk, with_trunk
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.predictive.stopping import Stopping, monte_carlo_error
 from pyro_isingvit.runs.predict import CHUNK, TRUNK_CHUNK, SameDraws
 from pyro_isingvit.runs.run import Run
-
-CPU_CHUNK = 512  # images in one pass on a CPU; more are slower, for their activations leave its caches
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class SequentialDraws:
         run: a trained run.
         samples: S draws of every image, or when to stop; at most as many as the method has networks.
         seed: of the draws.
-        chunk: at most this many images pass through the network at a time, and at most 512 on a CPU.
+        chunk: at most this many images pass through the network at a time, and at most 256 on a CPU.
 
     Raises:
         UserError: S or chunk below 1.
@@ -56,7 +55,7 @@ class SequentialDraws:
         most = samples.most if isinstance(samples, Stopping) else samples
         need(most >= 1 and chunk >= 1, f"`samples` ({most}) and `chunk` ({chunk}) must be at least 1.")
         self.run, self.seed, self.same = run, seed, SameDraws(run)
-        self.chunk = min(chunk, CPU_CHUNK) if run.device.type == "cpu" else chunk
+        self.chunk = network_chunk(chunk, run.device)
         self.most = min(most, run.max_draws or most)
         self.stopping = samples if isinstance(samples, Stopping) else None
         self.certainty = self.stopping.certainty if self.stopping else Stopping.certainty

@@ -7,6 +7,8 @@ from helpers import around, make_pair
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.random_state import RandomState, undisturbed
+from pyro_isingvit.data.images import CPU_CHUNK
+from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.run import Run
@@ -52,6 +54,30 @@ def test_at_most_chunk_pairs_pass_through_the_network_at_a_time(monkeypatch) -> 
         seen.clear()
         draw_predictive(run, IMAGES, num_samples=6, chunk=chunk)
         assert max(seen) <= max(chunk, 1) and sum(seen) == 6 * 7
+    seen.clear()
+    many = torch.randint(0, 256, (CPU_CHUNK + 44, 1, 4, 4)).to(torch.uint8)
+    probs = draw_predictive(run, many, num_samples=2).probs
+    assert seen == [CPU_CHUNK, 44] * 2  # the caches of a CPU hold what passes
+    torch.testing.assert_close(
+        probs[:, -44:], draw_predictive(run, many[-44:], num_samples=2).probs, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_few_images_are_normalised_once(monkeypatch) -> None:
+    run, asked = make_run(), []
+    normalise = DataInfo.normalise
+
+    def spy(info, images):
+        asked.append(len(images))
+        return normalise(info, images)
+
+    monkeypatch.setattr(DataInfo, "normalise", spy)
+    many = torch.randint(0, 256, (CPU_CHUNK + 44, 1, 4, 4)).to(torch.uint8)
+    draw_predictive(run, many, num_samples=3)
+    assert asked == [1, CPU_CHUNK, 44]  # the first is the check that images fit
+    asked.clear()
+    draw_predictive(run, many, num_samples=3, chunk=CPU_CHUNK)
+    assert asked == [1] + 3 * [CPU_CHUNK, 44]
 
 
 def test_the_global_random_state_is_left_alone() -> None:
