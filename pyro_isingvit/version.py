@@ -1,3 +1,3 @@
 """The version, in one place."""
 
-__version__ = "0.19.0"
+__version__ = "0.20.0"
