@@ -145,12 +145,12 @@ def test_a_case_that_takes_long_has_three_repeats_at_least() -> None:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_memory_of_draws_is_bounded_by_the_chunk(start: str, monkeypatch) -> None:
-    """80 MB of activations at once, or a few: what a chunk holds is what is added. A CPU makes 256 of 24,000."""
+    """380 MB of activations at once, or a few: what a chunk holds is what is added. A CPU makes 256 of 24,000."""
     context = multiprocessing.get_context(start)  # a fork is not fresh, but its growth is its own
     monkeypatch.setattr("multiprocessing.get_context", lambda _: context)
-    shape = replace(SHAPE, vit=replace(TINY, width=64, heads=4), side=16)
-    small, large = (in_fresh_process(peak_of_draws, shape, chunk, 8, 3000) for chunk in (8, 24_000))
-    assert small["result_mb"] == large["result_mb"] == pytest.approx(8 * 3000 * 3 * 4e-6)
+    shape = replace(SHAPE, vit=replace(TINY, width=64, heads=4), side=48)
+    small, large = (in_fresh_process(peak_of_draws, shape, chunk, 8, 600) for chunk in (4, 24_000))
+    assert small["result_mb"] == large["result_mb"] == pytest.approx(8 * 600 * 3 * 4e-6)
     assert small["growth_mb"] < 0.25 * large["growth_mb"]
 
 
