@@ -22,6 +22,7 @@ from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.methods.registry import METHODS
 from pyro_isingvit.nets.plain import PlainViT
+from pyro_isingvit.nets.shape import widest_activation
 from pyro_isingvit.runs.averaging import Averaging
 from pyro_isingvit.runs.optimiser import make_optimizer, make_schedule, with_decay
 from pyro_isingvit.runs.predict import CHUNK, draw_predictive
@@ -175,7 +176,8 @@ def plain_draws(shape: Shape, draws: int, images: int) -> Case:
     """S forward passes of a plain ViT over the same images, normalised beforehand, as many at a time as ours."""
     network, x = plain_network(shape).eval(), shape.info.normalise(shape.images(images))
     forward = torch.compile(network) if shape.compiled else network
-    pieces = x.split(network_chunk(CHUNK, x.device))
+    most = widest_activation(shape.vit, *x.shape[-2:])
+    pieces = x.split(network_chunk(CHUNK, x.device, most))
 
     @torch.inference_mode()
     def passes() -> None:

@@ -52,7 +52,8 @@ class PredictArguments:
     """Posterior predictive draws; by default 100, or those that the validation part was shown to, where it is used.
     auto: of each image as many as its probabilities need (--mc-error); for .parquet and .csv."""
     chunk: int = 2048
-    """Images times draws in one pass through the network; limits the memory. On a CPU at most 256 images pass."""
+    """Images times draws in one pass through the network; limits the memory. On a CPU at most 256 images pass,
+    fewer where the network is wide."""
     seed: int | None = None
     """Seed of the draws; by default 0, or that of the validation part's, where it is used."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -20,6 +20,7 @@ from pyro_isingvit.core.pixels import Kind
 CHUNK = 4096  # images at a time in passes over all of them, and fewer where they are large
 VALUES = 2**26  # pixels that such a pass holds
 CPU_CHUNK = 256  # images that a network is given at a time on a CPU: the activations of more leave its caches
+CPU_VALUES = 2**22  # numbers of their widest activation: Linux gives arrays above 32 MB back, and clears them anew
 MOST_CHANNELS = 16
 CPU = torch.device("cpu")
 
@@ -30,9 +31,15 @@ TYPES: dict[torch.dtype, Kind] = {torch.uint8: "uint8", torch.uint16: "uint16", 
 Resize = Literal["fit", "crop", "stretch"]
 
 
-def network_chunk(chunk: int, device: torch.device) -> int:
-    """How many images a network is given at a time for its predictions, at most ``chunk``."""
-    return min(chunk, CPU_CHUNK) if device.type == "cpu" else chunk
+def network_chunk(chunk: int, device: torch.device, widest: int = 1) -> int:
+    """How many images a network is given at a time for its predictions, at most ``chunk``.
+
+    Args:
+        chunk: at most so many.
+        device: of the network; a CPU is faster with few, whose activations its caches hold.
+        widest: numbers of the widest activation of one image.
+    """
+    return min(chunk, CPU_CHUNK, max(1, CPU_VALUES // widest)) if device.type == "cpu" else chunk
 
 
 @runtime_checkable

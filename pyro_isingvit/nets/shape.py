@@ -42,6 +42,22 @@ def patch_grid(height: int, width: int, size: int, stride: int) -> tuple[tuple[i
     return (rows, columns), (0, (columns - 1) * stride + size - width, 0, (rows - 1) * stride + size - height)
 
 
+def widest_activation(config: ViTConfig, height: int, width: int) -> int:
+    """Numbers of the widest activation of one image: hidden units, or queries, keys and values, of all tokens.
+
+    Args:
+        config: of the network.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+
+    Examples:
+        >>> widest_activation(ViTConfig(patch_size=7, width=64, mlp_ratio=4), 28, 28)
+        4096
+    """
+    (rows, columns), _ = patch_grid(height, width, config.patch_size, config.stride)
+    return (rows * columns + config.prefix) * config.width * max(config.mlp_ratio, 3)
+
+
 def check_shape(config: ViTConfig, height: int, width: int, classes: int) -> None:
     """Raises UserError where the network cannot be built for such images."""
     sizes = ("patch_size", "width", "heads", "depth", "mlp_ratio")

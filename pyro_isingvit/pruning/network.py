@@ -257,7 +257,7 @@ class CompactViT(nn.Module):
             images: (B, channels, height, width) of the training images' type: ``Images``, a tensor or an array.
             samples: S, networks drawn; the form ``mean`` is one network, S = 1.
             seed: of the draws.
-            chunk: at most this many images pass at a time, and at most 256 on a CPU.
+            chunk: at most this many images pass at a time, and at most 256 on a CPU, fewer where the network is wide.
 
         Returns:
             (S, B, C).
@@ -266,8 +266,9 @@ class CompactViT(nn.Module):
             UserError: images that do not fit, or samples or chunk below 1.
         """
         need(samples >= 1 and chunk >= 1, f"`samples` ({samples}) and `chunk` ({chunk}) must be at least 1.")
+        most = max(matrix.out_features for matrix in self.modules() if isinstance(matrix, nn.Linear))
         bayes, images = self.config.form == "bayes", as_images(images)
-        chunk = network_chunk(min(chunk, images.chunk), self.position.device)
+        chunk = network_chunk(min(chunk, images.chunk), self.position.device, len(self.position) * most)
         noise = torch.Generator(device=self.position.device).manual_seed(seed)
         result = torch.empty(samples if bayes else 1, len(images), len(self.config.classes), dtype=self.position.dtype)
         for s in range(len(result)):

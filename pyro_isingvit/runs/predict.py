@@ -17,6 +17,7 @@ from pyro_isingvit.core.random_state import RandomState, undisturbed
 from pyro_isingvit.data.images import Images, as_images, network_chunk
 from pyro_isingvit.methods.base import Networks
 from pyro_isingvit.nets.margins import log_margins
+from pyro_isingvit.nets.shape import widest_activation
 from pyro_isingvit.nets.trunk import one_trunk, with_trunk
 from pyro_isingvit.nets.vit import Watch
 from pyro_isingvit.predictive.draws import PredictiveDraws
@@ -51,7 +52,7 @@ def draw_predictive(
         images: (B, channels, height, width) uint8, as the data set gives them: ``Images``, a tensor or an array.
         num_samples: S, at most as many as the method has networks.
         chunk: at most this many (draw, image) pairs pass through the network at a time; fewer where images are large,
-            and at most 256 on a CPU, whose caches then hold what passes.
+            and at most 256 on a CPU, fewer where the network is wide: its caches then hold what passes.
         seed: of the draws; the global random state is left as it was.
         progress: show a progress bar.
 
@@ -75,7 +76,7 @@ def draw_predictive(
     images = as_images(images)
     run.info.normalise(images[:1])  # refuses images that do not fit before any work
     batch, classes, most = len(images), run.info.num_classes, min(chunk, images.chunk)
-    chunk = network_chunk(most, run.device)
+    chunk = images_at_once(run, most)
     num_samples = min(num_samples, run.max_draws or num_samples)
     images = images.take(own_rows(batch))
     probs = torch.empty(num_samples, len(images), classes)
@@ -96,6 +97,14 @@ def draw_predictive(
                 logits = networks(x) / run.temperature  # (S, B, C)
                 probs[first : first + size, i * chunk : (i + 1) * chunk] = logits.softmax(-1).cpu()
     return PredictiveDraws(gathered(probs, batch, 1, run.device))
+
+
+def images_at_once(run: Run, chunk: int) -> int:
+    """How many images pass through the run's network at a time, at most ``chunk``."""
+    info = run.info
+    # With a trunk each part of the images takes all draws, so that many parts would cost more than the caches save.
+    widest = 1 if with_trunk(run.method) else widest_activation(run.config.vit, info.height, info.width)
+    return network_chunk(chunk, run.device, widest)
 
 
 class SameDraws:

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from pyro_isingvit.core.errors import need
 from pyro_isingvit.core.random_state import seed_devices, undisturbed
-from pyro_isingvit.data.images import network_chunk
 from pyro_isingvit.methods.base import Networks
 from pyro_isingvit.nets.trunk import keep_images, one_trunk, with_trunk
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.predictive.stopping import Stopping, monte_carlo_error
-from pyro_isingvit.runs.predict import CHUNK, TRUNK_CHUNK, SameDraws
+from pyro_isingvit.runs.predict import CHUNK, TRUNK_CHUNK, SameDraws, images_at_once
 from pyro_isingvit.runs.run import Run
 
 
@@ -45,7 +44,8 @@ class SequentialDraws:
         run: a trained run.
         samples: S draws of every image, or when to stop; at most as many as the method has networks.
         seed: of the draws.
-        chunk: at most this many images pass through the network at a time, and at most 256 on a CPU.
+        chunk: at most this many images pass through the network at a time, and at most 256 on a CPU,
+            fewer where the network is wide.
 
     Raises:
         UserError: S or chunk below 1.
@@ -55,7 +55,7 @@ class SequentialDraws:
         most = samples.most if isinstance(samples, Stopping) else samples
         need(most >= 1 and chunk >= 1, f"`samples` ({most}) and `chunk` ({chunk}) must be at least 1.")
         self.run, self.seed, self.same = run, seed, SameDraws(run)
-        self.chunk = network_chunk(chunk, run.device)
+        self.chunk = images_at_once(run, chunk)
         self.most = min(most, run.max_draws or most)
         self.stopping = samples if isinstance(samples, Stopping) else None
         self.certainty = self.stopping.certainty if self.stopping else Stopping.certainty

@@ -7,8 +7,13 @@ from helpers import around, make_pair
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.random_state import RandomState, undisturbed
-from pyro_isingvit.data.images import CPU_CHUNK
+from pyro_isingvit.core.settings import ViTConfig
+from pyro_isingvit.data import images as images_module
+from pyro_isingvit.data.images import CPU_CHUNK, network_chunk
 from pyro_isingvit.data.info import DataInfo
+from pyro_isingvit.nets.plain import PlainViT
+from pyro_isingvit.nets.shape import widest_activation
+from pyro_isingvit.nets.vit import ViT
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.runs.predict import draw_predictive
 from pyro_isingvit.runs.run import Run
@@ -61,6 +66,36 @@ def test_at_most_chunk_pairs_pass_through_the_network_at_a_time(monkeypatch) -> 
     torch.testing.assert_close(
         probs[:, -44:], draw_predictive(run, many[-44:], num_samples=2).probs, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("mlp_ratio", [1, 2, 16])
+def test_the_widest_activation_is_that_of_a_forward_pass(mlp_ratio: int) -> None:
+    config = ViTConfig(patch_size=3, width=8, heads=2, depth=2, mlp_ratio=mlp_ratio)
+    network, seen = PlainViT(ViT(config, 1, 8, 10, 3)), []
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _, given, out: seen.append(out[0].numel()))
+    network(torch.zeros(5, 1, 8, 10))
+    assert max(seen) == widest_activation(config, 8, 10)
+
+
+def test_a_wide_network_is_given_fewer_images_on_a_cpu(monkeypatch) -> None:
+    run, seen = make_run(), []
+    whole = draw_predictive(run, IMAGES, num_samples=3).probs
+    widest = widest_activation(run.config.vit, 4, 4)
+    monkeypatch.setattr(images_module, "CPU_VALUES", 3 * widest + 1)
+    forward = run.model.vit.forward
+
+    def spy(weights, images):
+        seen.append(len(images))
+        return forward(weights, images)
+
+    monkeypatch.setattr(run.model.vit, "forward", spy)
+    probs = draw_predictive(run, IMAGES, num_samples=3).probs
+    assert seen == [3, 3, 1] * 3
+    torch.testing.assert_close(probs, whole, rtol=1e-4, atol=1e-5)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert network_chunk(256, cpu, 10**9) == 1 and network_chunk(256, cuda, 10**9) == 256
 
 
 def test_few_images_are_normalised_once(monkeypatch) -> None:
