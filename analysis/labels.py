@@ -59,11 +59,14 @@ def find_doubtful(arguments: Arguments) -> None:
     from analysis.crossfit import cross_fit
     from analysis.shift import print_columns
     from pyro_isingvit.core.checkpoint import write_text
+    from pyro_isingvit.data.load import is_named
     from pyro_isingvit.predictive.labels import doubt
     from pyro_isingvit.report.labels_report import Checked, to_csv, write_page
     from pyro_isingvit.runs.folder import read_config
 
     config = read_config(arguments.run)
+    told = f"{arguments.run} was trained on images given in memory, so check their labels in Python (docs/labels.md)"
+    need(is_named(config.data.dataset), f"unknown data set {config.data.dataset!r}: {told}.")
     data_config = replace(config.data, download=False, data_root=arguments.data_root or config.data.data_root)
     config = replace(config, data=data_config, train=replace(config.train, device=arguments.device))
     samples = config.train.samples if arguments.samples is None else arguments.samples

@@ -118,6 +118,9 @@ def with_clear_errors(call: Callable[[], object], arguments: type | None = None)
         call()
     except UserError as error:
         _fail(f"error: {in_flags(str(error), arguments)}\n")
+    except BrokenPipeError:  # the reader of what is printed has left, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush at the exit
+        raise SystemExit(141) from None
     except ProcessLost as lost:  # each process that is left says so: which ones are is not known
         sys.stderr.write(f"error: {in_flags(str(lost), arguments)}\n")
         raise SystemExit(1) from None

@@ -68,7 +68,7 @@ class ResumeArguments:
 
 def train(arguments: TrainArguments) -> None:
     """Train an Ising-ViT by stochastic variational inference, or a baseline. To continue a run: --resume DIR alone."""
-    from pyro_isingvit.runs.folder import holds_run
+    from pyro_isingvit.runs.folder import CONFIG, holds_run
 
     config = RunConfig(
         arguments.preset, arguments.method.partition(":")[0], arguments.data, arguments.vit, arguments.ising,
@@ -80,6 +80,8 @@ def train(arguments: TrainArguments) -> None:
         need(arguments.vit == usual, SHAPED)
         config = replace(config, preset="custom")
     if holds_run(arguments.out) and not arguments.overwrite:
+        lost = not (arguments.out / CONFIG).is_file()
+        need(not lost, f"{arguments.out} holds a run whose {CONFIG} is lost; replace it with --overwrite.")
         raise UserError(
             f"{arguments.out} already holds a run; continue it with --resume {arguments.out} alone, or replace it with "
             "--overwrite."

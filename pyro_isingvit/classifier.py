@@ -241,8 +241,8 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         """(N, C, H, W) uint8.
 
         Raises:
-            UserError: images of another size than those of the training, of another type where those were uint8, or
-                whole numbers above 1 where those were floats from 0 to 1.
+            UserError: images of another size than those of the training, of another type where those were uint8, or on
+                another scale.
         """
         shape, (height, width, channels) = X.shape, self.image_shape_
         if X.ndim == 2 and shape[1] == height * width * channels:
@@ -257,17 +257,24 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
             need(X.dtype == np.uint8, f"`X` is {X.dtype}; the training images were uint8.")
         else:
             low, high = self.pixel_range_
+            floats = getattr(self, "_floats", None)  # None: it was saved by an earlier version
             need(
-                not getattr(self, "_floats", False)
-                or X.dtype.kind == "f"
-                or not 0 <= low <= high <= 1
-                or X.max(initial=0) <= 1,
-                f"`X` is {X.dtype} up to {X.max(initial=0)}; the training images were floats from {low:.3g} to "
-                f"{high:.3g}. Scale both alike.",
+                not self._scaled_otherwise(X, low, high, floats),
+                f"`X` is {X.dtype} up to {X.max(initial=0):.5g}; the training images were "
+                f"{'floats' if floats else 'whole numbers'} from {low:.3g} to {high:.5g}. Scale both alike.",
             )
             share = (np.clip(X.astype(np.float64), low, high) - low) / ((high - low) or 1.0)
             X = np.rint(255 * share).astype(np.uint8)
         return torch.from_numpy(np.moveaxis(X, 3, 1).copy())  # a view may be read-only
+
+    def _scaled_otherwise(self, X: np.ndarray, low: float, high: float, floats: bool | None) -> bool:
+        """Whether images are on another scale, 0 to 1, 8 or 16 bits, than the training images from low to high."""
+        top = X.max(initial=0)
+        if floats:  # what overshoots a little is clipped
+            return 0 <= low <= high <= 1 and top > (2 if X.dtype.kind == "f" else 1)
+        if floats is None or high <= 1:
+            return False
+        return (X.dtype == np.uint8 and high > 255) or (top <= 1 and bool(((X > 0) & (X < 1)).any()))
 
     def _network(self) -> ViTConfig | str:
         if self.vit is not None:

@@ -228,6 +228,17 @@ def test_whole_numbers_after_shares_are_refused(made) -> None:
     assert (counts.predict(2 * black_and_white) == counts.predict(black_and_white)).all()
 
 
+def test_images_on_another_scale_are_refused(made) -> None:
+    images, names = made
+    shares, deep = images / 255.0, images.astype(np.uint16) * 257
+    bright, dark = quick(epochs=1).fit(deep, names), quick(epochs=1).fit(shares, names)
+    for classifier, X in ((bright, images), (bright, shares), (dark, images * 1.0)):
+        with pytest.raises(UserError, match="Scale both alike"):
+            classifier.predict(X)
+    assert bright.predict(deep // 2).shape == dark.predict(1.2 * shares).shape == (90,)
+    assert (bright.predict(deep.astype(float)) == bright.predict(deep)).all()
+
+
 def test_numbers_of_numpy_are_numbers(made) -> None:
     """A grid over ``np.arange`` gives them."""
     settings = {**QUICK, "batch_size": np.int64(32), "lr": np.float64(1e-2)}

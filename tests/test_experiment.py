@@ -91,6 +91,7 @@ def test_models_and_their_settings(images) -> None:
     [
         ("huge", {}, "unknown `preset` 'huge'"),
         (TINY, {"method": "magic"}, "unknown `method` 'magic'"),
+        (TINY, {"method": "dropout:0.1"}, "give 'dropout', and the number as `drop_rate`"),
         (7, {}, "`model` must be"),
         (TINY, {"epoch": 3, "kepe": 1}, "`epoch`, `kepe`"),
         (TINY, {"epochs": 0}, "`epochs`"),

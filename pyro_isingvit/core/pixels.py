@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyro_isingvit.core.errors import need
+
 Kind = Literal["uint8", "uint16", "float32"]
 KINDS: tuple[Kind, ...] = ("uint8", "uint16", "float32")
 TOP = {"uint8": 255.0, "uint16": 65535.0}
@@ -39,6 +41,22 @@ class Scale:
     def dtype(self) -> torch.dtype:
         """Of the images as they are read: those of more than 8 bits come as float32."""
         return torch.uint8 if self.kind == "uint8" else torch.float32
+
+    def check(self, images: Tensor, told: str) -> None:
+        """Raises UserError where images as they are read hold no pixels of this kind.
+
+        Args:
+            images: (B, C, H, W).
+            told: how the message begins.
+        """
+        if self.kind == "uint8" or not images.numel():
+            return
+        need(bool(images.isfinite().all()), f"{told}: they hold nan or infinite values.")
+        if self.kind == "uint16":
+            low, high = (float(end) for end in images.aminmax())
+            between = high <= 1 and bool(((images > 0) & (images < 1)).any())
+            need(not between, f"{told}: whole numbers to 65535, not floats to 1.")
+            need(low >= 0 and high <= 65535, f"{told}: numbers from 0 to 65535, not from {low:g} to {high:g}.")
 
     def scaled(self, images: Tensor) -> Tensor:
         """(B, C, H, W) as they are read to float32 in [0, 1], or any floats where nothing is scaled."""

@@ -49,12 +49,8 @@ def pixels(images: Any, info: DataInfo, what: str = "") -> Images:
     read = info.kind == "uint16" and found.kind == "float32"  # as images of 16 bits are read
     kind = f"`{what}images` are {found.kind}; expected {info.kind}, as in training on {info.dataset}"
     need(found.kind == info.kind or read, f"{kind}.")
-    if read and len(found):
-        some = found[:MANY]
-        between = bool(((some > 0) & (some < 1)).any())
-        need(not (between and float(some.max()) <= 1), f"{kind}: whole numbers to 65535, not floats to 1.")
-        low, high = float(some.min()), float(some.max())
-        need(low >= 0 and high <= 65535, f"{kind}: numbers from 0 to 65535, not from {low:g} to {high:g}.")
+    if read:
+        info.scale.check(found[:MANY], kind)
     return found
 
 

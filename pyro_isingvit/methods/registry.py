@@ -189,6 +189,9 @@ def row(name: str) -> Row:
     Raises:
         UserError: there is none of that name.
     """
+    alone, _, number = name.partition(":")
+    if number and (known := METHODS.get(alone)) and known.knob:
+        raise UserError(f"unknown `method` {name!r}: give {alone!r}, and the number as `{known.knob[1]}`.")
     need(name in METHODS, f"unknown `method` {name!r}; known: {', '.join(METHODS)}.")
     return METHODS[name]
 

@@ -172,7 +172,7 @@ class CompactViT(nn.Module):
         """(scaled - mean) / std, (B, channels, height, width) to float32; scaled = images / 255 for 8 bits.
 
         Raises:
-            UserError: another shape or type.
+            UserError: another shape or type, or values that are no pixels of the training images' kind.
         """
         wanted, scale = self.config.image_shape, self.config.scale
         need(
@@ -180,6 +180,7 @@ class CompactViT(nn.Module):
             f"images of shape {tuple(images.shape)} {images.dtype} given, the network reads (B, "
             f"{', '.join(map(str, wanted))}) {scale.dtype}.",
         )
+        scale.check(images, f"the network reads {scale.kind}")
         return scale.standardised(scale.scaled(images))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ def predict_onnx(path: str | Path, images: Images | Tensor | np.ndarray, chunk: 
 
     def normalise(rows: Tensor) -> Tensor:
         need(rows.dtype == scale.dtype, f"images of type {rows.dtype} given, {path} reads {scale.dtype}.")
+        scale.check(rows, f"{path} reads {scale.kind}")
         return scale.standardised(scale.scaled(rows))
 
     passes = [

@@ -15,6 +15,7 @@ from helpers import CONFIG, EVIL, INFO, here, refused, script, trainer, write_np
 from analysis import crossfit
 from analysis.crossfit import cross_fit, digests, read_fold
 from inference.spoil import flip_labels
+from pyro_isingvit import fit
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.data.folds import copy_groups, fold_numbers
@@ -369,3 +370,9 @@ def test_doubts_take_a_list_and_no_nan():
     assert not doubt(probs, np.array([[0.9, 0.8]]), [0, 1], resamples=0).flagged.any()
     with pytest.raises(UserError, match="NaN or infinite"):
         doubt(probs, np.array([[0.9, np.nan]]), [0, 1], resamples=0)
+
+
+def test_a_run_of_images_in_memory_is_checked_in_python(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (60, 8, 8), dtype=np.uint8)
+    fit("digits", ImageData.from_arrays(images, [0, 1] * 30), epochs=1, progress=False).save(tmp_path / "run")
+    refused(here("analysis.labels", "--run", tmp_path / "run"), "given in memory", "docs/labels.md")

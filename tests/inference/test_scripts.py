@@ -3,11 +3,13 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import QUICK_FLAGS, SCRIPTS, here, new_process, refused, script
+from helpers import QUICK_FLAGS, ROOT, SCRIPTS, here, new_process, refused, script
 from kills import untimed
 
 from pyro_isingvit.predictive.datatree import load_datatree
@@ -41,6 +43,20 @@ def test_a_run_is_not_overwritten_unless_asked(run: Path) -> None:
     before = (run / "checkpoint.pt").read_bytes()
     refused(script("inference.train", *QUICK_FLAGS, "--out", run), "already holds a run", "--overwrite", "--resume")
     assert (run / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_that_lost_its_settings_is_not_said_to_resume(run: Path, tmp_path: Path) -> None:
+    lost = Path(shutil.copytree(run, tmp_path / "lost"))
+    (lost / "config.json").unlink()
+    result = script("inference.train", *QUICK_FLAGS, "--out", lost)
+    refused(result, "whose config.json is lost", "--overwrite")
+    assert "--resume" not in result.stderr
+
+
+def test_a_reader_that_leaves_ends_a_script_without_a_word() -> None:
+    command = f"{sys.executable} -m inference.train --help | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.startswith("usage") and "Traceback" not in done.stderr, done.stderr
 
 
 def test_overwrite_with_bad_data_loses_nothing(run: Path) -> None:
