@@ -102,7 +102,8 @@ class Terminated(KeyboardInterrupt):
 def with_clear_errors(call: Callable[[], object], arguments: type | None = None) -> None:
     """Runs ``call``; errors and signals end the script with their message alone, in the script's own words.
 
-    Exit codes: 2 for a ``UserError``, 130 for Ctrl-C, 143 for SIGTERM, 1 where another process of a training is lost.
+    Exit codes: 2 for a ``UserError``, 130 for Ctrl-C, 143 for SIGTERM, 141 where the reader of stdout
+    has left, 1 where another process of a training is lost.
 
     Args:
         call: takes nothing; its result is dropped.
@@ -118,7 +119,9 @@ def with_clear_errors(call: Callable[[], object], arguments: type | None = None)
         call()
     except UserError as error:
         _fail(f"error: {in_flags(str(error), arguments)}\n")
-    except BrokenPipeError:  # the reader of what is printed has left, such as head
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush at the exit
         raise SystemExit(141) from None
     except ProcessLost as lost:  # each process that is left says so: which ones are is not known
@@ -131,6 +134,15 @@ def with_clear_errors(call: Callable[[], object], arguments: type | None = None)
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads what is printed any more, such as head; other pipes, of workers, break too."""
+    try:
+        print(flush=True)  # a pipe says so when something is written
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _fail(text: str) -> NoReturn:

@@ -80,8 +80,8 @@ def train(arguments: TrainArguments) -> None:
         need(arguments.vit == usual, SHAPED)
         config = replace(config, preset="custom")
     if holds_run(arguments.out) and not arguments.overwrite:
-        lost = not (arguments.out / CONFIG).is_file()
-        need(not lost, f"{arguments.out} holds a run whose {CONFIG} is lost; replace it with --overwrite.")
+        kept = (arguments.out / CONFIG).is_file()
+        need(kept, f"{arguments.out} holds a run whose {CONFIG} is lost; replace it with --overwrite.")
         raise UserError(
             f"{arguments.out} already holds a run; continue it with --resume {arguments.out} alone, or replace it with "
             "--overwrite."

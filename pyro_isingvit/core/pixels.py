@@ -51,9 +51,9 @@ class Scale:
         """
         if self.kind == "uint8" or not images.numel():
             return
-        need(bool(images.isfinite().all()), f"{told}: they hold nan or infinite values.")
+        low, high = (float(end) for end in images.aminmax())  # nan where there is any
+        need(math.isfinite(low) and math.isfinite(high), f"{told}: they hold nan or infinite values.")
         if self.kind == "uint16":
-            low, high = (float(end) for end in images.aminmax())
             between = high <= 1 and bool(((images > 0) & (images < 1)).any())
             need(not between, f"{told}: whole numbers to 65535, not floats to 1.")
             need(low >= 0 and high <= 65535, f"{told}: numbers from 0 to 65535, not from {low:g} to {high:g}.")

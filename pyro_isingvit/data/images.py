@@ -31,7 +31,7 @@ TYPES: dict[torch.dtype, Kind] = {torch.uint8: "uint8", torch.uint16: "uint16", 
 Resize = Literal["fit", "crop", "stretch"]
 
 
-def network_chunk(chunk: int, device: torch.device, widest: int = 1) -> int:
+def network_chunk(chunk: int, device: torch.device, widest: int) -> int:
     """How many images a network is given at a time for its predictions, at most ``chunk``.
 
     Args:

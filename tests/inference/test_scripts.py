@@ -12,6 +12,7 @@ import pytest
 from helpers import QUICK_FLAGS, ROOT, SCRIPTS, here, new_process, refused, script
 from kills import untimed
 
+from inference.cli import with_clear_errors
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.runs.folder import read_config
 
@@ -57,6 +58,14 @@ def test_a_reader_that_leaves_ends_a_script_without_a_word() -> None:
     command = f"{sys.executable} -m inference.train --help | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout.startswith("usage") and "Traceback" not in done.stderr, done.stderr
+
+
+def test_another_pipe_that_breaks_is_not_taken_for_the_reader() -> None:
+    def worker_died() -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        with_clear_errors(worker_died)
 
 
 def test_overwrite_with_bad_data_loses_nothing(run: Path) -> None:
