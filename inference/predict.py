@@ -80,7 +80,7 @@ def predict(arguments: PredictArguments) -> None:
     import torch
 
     from pyro_isingvit.core.checkpoint import write_text
-    from pyro_isingvit.data.load import load_inputs
+    from pyro_isingvit.data.inputs import load_inputs
     from pyro_isingvit.data.named import path_of
     from pyro_isingvit.data.table import read_table
     from pyro_isingvit.predictive.datatree import save_datatree

@@ -114,7 +114,7 @@ def prune(arguments: PruneArguments) -> None:
         model = improved(model) if improved else model
     bayes = from_masks(run, masks, "bayes", val=data.val)
     if merge is not None or improved:
-        _compare_forms(model, bayes, data.val)
+        _compare_forms(model, bayes, data.val, arguments.members is not None)
 
     clear(arguments.out)
     model.save_pretrained(arguments.out)
@@ -132,7 +132,7 @@ def prune(arguments: PruneArguments) -> None:
     show(metrics, arguments.out, arguments.plot)
 
 
-def _compare_forms(model: "CompactViT", bayes: "CompactViT", val: "Split") -> None:
+def _compare_forms(model: "CompactViT", bayes: "CompactViT", val: "Split", members: bool) -> None:
     """Warns where draws are much worse than the one network, which alone was refitted or trained further."""
     from pyro_isingvit.predictive.metrics import classification_metrics
     from pyro_isingvit.pruning.choose import SAMPLES
@@ -144,8 +144,9 @@ def _compare_forms(model: "CompactViT", bayes: "CompactViT", val: "Split") -> No
     )
     if drawn["nll"] > WORSE * one["nll"] and drawn["accuracy"] < one["accuracy"]:
         log.warning(
-            "bayes/, from which members.onnx is drawn, is neither refitted nor trained further: accuracy %.3f on the "
-            "validation part, the one network has %.3f. Cut less for it.", drawn["accuracy"], one["accuracy"],
+            "bayes/, the posterior's draws%s, is neither refitted nor trained further: accuracy %.3f on the validation "
+            "part, the one network has %.3f. Cut less for it.", " of which members.onnx is made" if members else "",
+            drawn["accuracy"], one["accuracy"],
         )  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def _as_before(data: ImageData, config: RunConfig, folder: Path) -> DataInfo:
 
 def _tell_unread(config: RunConfig) -> None:
     if names := unread(config):
-        log.warning("method %s does not read %s, which change nothing", config.method, _named(names))
+        log.warning("method %s does not read %s: no effect", config.method, _named(names))
     for name, needed in idle(config.train, row(config.method).train):
         log.warning("`%s` changes nothing without `%s`", name, needed)
 

@@ -15,7 +15,8 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import IsingConfig, RunConfig
 from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.images import copies
-from pyro_isingvit.data.load import load_data, load_inputs
+from pyro_isingvit.data.inputs import load_inputs
+from pyro_isingvit.data.load import load_data
 from pyro_isingvit.methods.base import method_class
 from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.nets.divergence import first_not_finite, not_finite

@@ -5,8 +5,9 @@ Shapes: N images, C channels, H height, W width.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -63,10 +64,40 @@ def subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in entries if path.is_dir() and not path.is_symlink())
 
 
+class Changes(NamedTuple):
+    """How many files are not as they were wanted.
+
+    Attributes:
+        resized: of another size.
+        greyed: with colours, where grey images are wanted.
+    """
+
+    resized: int
+    greyed: int
+
+    @classmethod
+    def of(cls, looks: Iterable[Look], wanted: Look) -> "Changes":
+        """Counts by what the files' headers say."""
+        pairs = [
+            ((one.height, one.width) != (wanted.height, wanted.width), one.channels == 3 and wanted.channels == 1)
+            for one in looks
+        ]
+        return cls(sum(resized for resized, _ in pairs), sum(greyed for _, greyed in pairs))
+
+
+def changes_of(paths: Sequence[Path], reading: Reading, wanted: Look) -> Changes:
+    """What ``read_files`` would do to files, by their headers alone.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    return Changes.of(in_parallel(lambda path: look(path, reading), paths, "reading headers"), wanted)
+
+
 def read_files(
     paths: Sequence[Path], reading: Reading, wanted: Look | None = None, cache: str | Path | None = None
-) -> tuple[Images, int]:
-    """Every file as an image; how many were resized.
+) -> tuple[Images, Changes]:
+    """Every file as an image; how many were changed for it.
 
     Args:
         paths: the files, at least one.
@@ -88,4 +119,5 @@ def read_files(
         for row, pixels in enumerate(read_in):
             array[row] = pixels
         images = InMemory(torch.from_numpy(array))
-    return images, sum((one.height, one.width) != images.shape[2:] for one in looks)
+    _, channels, height, width = images.shape
+    return images, Changes.of(looks, Look(channels, height, width, images.kind))

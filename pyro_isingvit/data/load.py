@@ -12,36 +12,27 @@ Shapes: N images, C channels, H height, W width; images are (N, C, H, W).
 
 import logging
 import operator
-import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.settings import DataConfig
-from pyro_isingvit.core.untrusted import printable
-from pyro_isingvit.data.decode import Look, Pages, Reading
-from pyro_isingvit.data.files import image_names, list_images, read_files
+from pyro_isingvit.data.decode import Pages
+from pyro_isingvit.data.files import list_images, read_files
 from pyro_isingvit.data.images import Images, Resize
-from pyro_isingvit.data.info import DataInfo, digest
 from pyro_isingvit.data.intensity import percentiles
 from pyro_isingvit.data.named import Parts, UnfitGroupsError, is_own, path_of, reading_of
 from pyro_isingvit.data.npz import Stored
 from pyro_isingvit.data.sources import DATASETS, FOLDERS, PREFIXES, known
 from pyro_isingvit.data.split import (
-    UNLABELLED,
     ImageData,
     Split,
     check_division,
     divide,
     hold_out_test,
-    tell_unknown,
 )
-from pyro_isingvit.data.table import table_inputs
 
 log = logging.getLogger(__name__)
 TEST_FRACTION = 0.2  # of the images, where there is no official test part
@@ -165,68 +156,6 @@ def development_data(source: DataConfig, dev_size: int = DEV_SIZE, seed: int = 0
     )  # fmt: skip
 
 
-def load_inputs(
-    spec: str, info: DataInfo, *, data_root: str | Path = "data", source: DataConfig | None = None
-) -> Split:
-    """Images to predict, in the shape of the run that ``info`` describes.
-
-    ``spec`` is a data set as for ``load_data`` (its test part), another table ``csv:FILE`` than the run's (its test
-    part, or all of its images where it has no column of splits; with labels or without), an ``.npz`` file (``images``
-    or ``test_images``, with ``labels`` or ``test_labels`` or without) or a folder of images, nested or not. A folder is
-    labelled if every image lies in a subfolder that is called like a class.
-
-    Args:
-        spec: what to read.
-        info: of the run.
-        data_root: folder of the torchvision data sets.
-        source: how the run read its images: size, shape, pages, columns and cache; None: as they are.
-
-    Raises:
-        UserError: nothing readable there, or images of another shape than the run's.
-    """
-    path, source = Path(spec).expanduser(), source or DataConfig()
-    if spec.startswith("csv:") and not is_own(spec, source):  # not the table that the run learned from
-        paths, lines, numbers = table_inputs(replace(source, dataset=spec), info.classes)
-        split = replace(load_image_files(paths, info, source), names=tuple(lines), labels=numbers)
-    elif is_named(spec):
-        square = spec.startswith(("imagefolder:", "csv:")) and info.height == info.width
-        size = info.height if square else source.image_size
-        asked = replace(source, dataset=spec, data_root=str(data_root), image_size=size, download=False)
-        train, _, official, classes = _official_parts(asked, like=source)
-        train, split = hold_out_test(train, classes, TEST_FRACTION) if official is None else (train, official)
-        if official is None and is_own(spec, source) and has_changed(train, info, source):
-            log.warning(
-                "%s has other images than when the run was trained, or they are called otherwise: what is now its test "
-                "part may hold images that it was trained on", spec,
-            )  # fmt: skip
-        try:
-            split = replace(split, classes=classes).numbered_as(info.classes)
-        except UserError:
-            log.warning("%s has other classes than %s: its labels are not used", spec, info.dataset)
-            split = replace(split, labels=torch.full_like(split.labels, UNLABELLED))
-    elif path.is_dir():
-        inner = image_names(path)
-        split = load_image_files([path / name for name in inner], info, source)
-        own = folder_labels(inner, info.classes)
-        split = replace(split, names=tuple(map(printable, inner)), labels=split.labels if own is None else own)
-    else:
-        need(path.suffix == ".npz", f"{spec!r} is no folder, no .npz file and no known data set ({known()}).")
-        stored = Stored(path, source.cache)
-        start = "" if "images" in stored.names else "test_"
-        labels = f"{start}labels"
-        split = stored.part(f"{start}images", labels if labels in stored.names else None)
-        last, classes = int(split.labels.max()), info.classes
-        need(last < len(classes), f"{path} has label {last}, but the run has {len(classes)} classes.")
-        split = split.resized(source.image_size, source.resize)
-    try:
-        info.normalise(split.images[:1])
-    except UserError as error:
-        raise UserError(f"{spec} does not fit this run: {error}") from error
-    kind = split.images.kind
-    need(kind == info.kind, f"{spec} does not fit this run: its images are {kind}, those of the training {info.kind}.")
-    return split
-
-
 def idle(source: DataConfig) -> dict[str, str]:
     """Settings that were given and that nothing reads, each with what would read it.
 
@@ -248,57 +177,6 @@ def is_named(spec: str) -> bool:
     return spec in DATASETS or spec.partition(":")[0] in PREFIXES
 
 
-def has_changed(pool: Split, info: DataInfo, source: DataConfig) -> bool:
-    """Whether a data set's training files are others than those of a run.
-
-    Args:
-        pool: the training files.
-        info: of the run. Before version 0.18 it says nothing of the files, and their number is compared.
-        source: of the run.
-    """
-    if info.pool:
-        return info.pool != digest(pool.labels, pool.names, pool.groups)
-    known = sum(info.counts)
-    parts = known, known + round(source.val_fraction * len(pool))  # with an official validation part, and without
-    told = bool(known) and source.train_size is None and not pool.groups  # validation parts are rounded to groups
-    return told and min(abs(len(pool) - part) for part in parts) > info.num_classes
-
-
-def folder_labels(names: Sequence[str], classes: Sequence[str]) -> torch.Tensor | None:
-    """Labels of files that each lie in a folder which is called like a class; None where one does not.
-
-    Args:
-        names: of the files, relative to the folder of the class folders.
-        classes: of the run.
-    """
-    known = {name: number for number, name in enumerate(classes)}
-    tops = (name.partition(os.sep) for name in names)
-    labels = [known.get(printable(top), UNLABELLED) if rest else UNLABELLED for top, _, rest in tops]
-    tell_unknown(labels, names, "its folder is not called like a class")
-    return None if UNLABELLED in labels else torch.tensor(labels)
-
-
-def load_image_files(paths: Sequence[Path], info: DataInfo, source: DataConfig | None = None) -> Split:
-    """Reads image files, unlabelled, converted to the run's channels and type and resized to its size.
-
-    Args:
-        paths: the files.
-        info: of the run.
-        source: how the run read its images: shape, pages and cache.
-
-    Raises:
-        UserError: no path given, or an image cannot be read.
-    """
-    need(paths, "no images to read.")
-    source = source or DataConfig()
-    reading = Reading((info.height, info.width), source.resize, source.pages)
-    wanted = Look(info.channels, info.height, info.width, info.kind)
-    images, resized = read_files(paths, reading, wanted, source.cache)
-    if resized:
-        log.warning("%d of %d images resized to %dx%d", resized, len(paths), info.width, info.height)
-    return Split(images, torch.full((len(paths),), UNLABELLED), tuple(printable(str(path)) for path in paths))
-
-
 def load_parts(
     source: DataConfig, numbered: bool = False, like: DataConfig | None = None
 ) -> tuple[Split, Split | None, Split, tuple[str, ...]]:
@@ -309,13 +187,13 @@ def load_parts(
         numbered: images without a file are named by their row in the part that the data set has.
         like: settings that those are taken from, of another data set perhaps, whose names need not have their groups.
     """
-    train, val, test, classes = _official_parts(source, numbered, like)
+    train, val, test, classes = official_parts(source, numbered, like)
     if test is None:
         train, test = hold_out_test(train, classes, TEST_FRACTION)
     return train, val, test, classes
 
 
-def _official_parts(source: DataConfig, numbered: bool = False, like: DataConfig | None = None) -> Parts:
+def official_parts(source: DataConfig, numbered: bool = False, like: DataConfig | None = None) -> Parts:
     """The parts that a data set has, of the wanted size.
 
     Args:
@@ -325,9 +203,9 @@ def _official_parts(source: DataConfig, numbered: bool = False, like: DataConfig
     """
     if like is not None and source.groups is not None and not is_own(source.dataset, like):
         try:
-            return _official_parts(source, numbered)
+            return official_parts(source, numbered)
         except UnfitGroupsError:
-            return _official_parts(replace(source, groups=None), numbered)
+            return official_parts(replace(source, groups=None), numbered)
     spec, size = source.dataset, source.image_size
     name, _, path = spec.partition(":")
     loader = PREFIXES.get(name) if path else DATASETS.get(spec)

@@ -69,11 +69,7 @@ def imagefolder(source: DataConfig) -> Parts:
     """
     root = path_of(source)
     need(root.is_dir(), f"no such folder: {root}; imagefolder:PATH needs a folder of class folders.")
-    official = (root / "train").is_dir() and ((root / "test").is_dir() or subfolders(root / "train"))
-    found = {part: [name for name in names if (root / name).is_dir()] for part, names in FOLDERS.items()}
-    twice = next((names for names in found.values() if len(names) > 1), [])
-    need(not official or not twice, f"{root} has {' and '.join(twice)}, which mean the same part; keep one of them.")
-    names = {part: names[0] for part, names in found.items() if names} if official else {"train": "."}
+    names = part_folders(root)
     listed: dict[str, dict[str, list[Path]]] = {}  # part -> class -> files
     for part, name in names.items():
         folders = subfolders(root / name)
@@ -104,6 +100,20 @@ def imagefolder(source: DataConfig) -> Parts:
         file_names = tuple(printable("/".join(path.parts[len(root.parts) :])) for path in files[part])
         parts[part] = Split(images.take(rows), labels, file_names, groups[part])
     return parts["train"], parts.get("val"), parts.get("test"), tuple(map(printable, listed["train"]))
+
+
+def part_folders(root: Path) -> dict[str, str]:
+    """Where the parts lie below a folder of images: part -> name of its folder; train alone, ".", where it has none.
+
+    Raises:
+        UserError: two folders that mean the same part.
+    """
+    if not (root / "train").is_dir() or not ((root / "test").is_dir() or subfolders(root / "train")):
+        return {"train": "."}
+    found = {part: [name for name in names if (root / name).is_dir()] for part, names in FOLDERS.items()}
+    twice = next((names for names in found.values() if len(names) > 1), [])
+    need(not twice, f"{root} has {' and '.join(twice)}, which mean the same part; keep one of them.")
+    return {part: names[0] for part, names in found.items() if names}
 
 
 DATASETS: dict[str, Loader] = {

@@ -6,6 +6,7 @@ Shapes: N images of the stream, n images of a part; images are (n, C, H, W).
 import os
 import stat
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -19,10 +20,11 @@ from torch import Tensor
 from pyro_isingvit.core.errors import UserError, why
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
-from pyro_isingvit.data.decode import Look, Reading, read
-from pyro_isingvit.data.files import image_names
+from pyro_isingvit.data.decode import Look, Reading, look, read
+from pyro_isingvit.data.files import Changes, image_names
 from pyro_isingvit.data.info import DataInfo
-from pyro_isingvit.data.load import folder_labels, is_named, load_inputs
+from pyro_isingvit.data.inputs import folder_labels, load_inputs, look_of, tell_changes, tell_seen
+from pyro_isingvit.data.load import is_named
 from pyro_isingvit.data.named import is_own
 from pyro_isingvit.data.parallel import in_parallel
 from pyro_isingvit.data.split import Split
@@ -95,7 +97,7 @@ class FileStream(ImageStream):
     ) -> None:  # fmt: skip
         self.root, self.names, self.labels, self.shown = root, names, labels, shown
         self.reading = Reading((info.height, info.width), source.resize, source.pages)
-        self.wanted = Look(info.channels, info.height, info.width, info.kind)
+        self.wanted = look_of(info)
         found = blake2b(digest_size=DIGEST)
         for block in in_parallel(self._touched, [*batched(names, 256)], "looking at files"):
             found.update(block)
@@ -114,6 +116,7 @@ class FileStream(ImageStream):
         rows = [range(k * size, min((k + 1) * size, len(self))) for k in wanted]
         numbers = np.concatenate([np.arange(each.start, each.stop) for each in rows]) if rows else np.empty(0, int)
         pixels = in_parallel(self._read, numbers, None, ahead=size)  # type: ignore[arg-type]
+        looks = Counter[Look]()
         for number, each in zip(wanted, rows, strict=True):
             good, unreadable = list[int](), list[tuple[str, str]]()
             images = np.empty((len(each), *self._shape), self.wanted.kind)
@@ -122,22 +125,24 @@ class FileStream(ImageStream):
                 if isinstance(found, str):
                     unreadable.append((self.name(row), found))
                 else:
-                    images[len(good)] = found
+                    images[len(good)], seen = found
+                    looks[seen] += 1
                     good.append(row)
             kept = torch.from_numpy(images[: len(good)])
             kept = kept.float() if self.wanted.kind == "uint16" else kept
             yield Part(number, torch.tensor(good, dtype=torch.long), kept, unreadable)
+        tell_changes(Changes.of(looks.elements(), self.wanted), looks.total(), self.wanted)
 
     @property
     def _shape(self) -> tuple[int, int, int]:
         return self.wanted.channels, self.wanted.height, self.wanted.width
 
-    def _read(self, row: int) -> np.ndarray | str:
+    def _read(self, row: int) -> tuple[np.ndarray, Look] | str:
         path = self.root / self.names[row]
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for without end
                 return "not a file"
-            return read(path, self.reading, self.wanted)
+            return read(path, self.reading, self.wanted), look(path, self.reading)
         except OSError as error:
             return printable(error.strerror or why(error))
         except UserError as error:
@@ -206,8 +211,10 @@ def open_stream(
     if source.cache is None and spec.startswith("csv:") and not is_own(spec, source):
         paths, lines, numbers = table_inputs(replace(source, dataset=spec), info.classes)
         labels = numbers if int(numbers.min()) >= 0 else None
+        tell_seen(paths, source)
         return FileStream(Path(), [str(path) for path in paths], info, source, labels, lines)
     if source.cache is None and not is_named(spec) and folder.is_dir():
         names = image_names(folder)
+        tell_seen([folder / name for name in names], source)
         return FileStream(folder, names, info, source, folder_labels(names, info.classes))
     return SplitStream(load_inputs(spec, info, data_root=data_root, source=source))

@@ -77,6 +77,24 @@ def csv_table(source: DataConfig) -> Parts:
     return cut["train"], cut.get("val"), cut.get("test"), tuple(map(printable, classes))
 
 
+def training_files(source: DataConfig) -> list[str]:
+    """Paths, links to folders followed, of the files in a table whose split is not test.
+
+    Args:
+        source: whose ``dataset`` names the table.
+
+    Raises:
+        UserError: as ``read_table``, or a split that is none.
+    """
+    file = path_of(source)
+    table = read_table(file, source.columns, ("path",))
+    if "split" in table:
+        table = table[_splits(file, table) != "test"]
+    joined = [os.path.join(file.parent, text) for text in table["path"]]
+    real = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in joined}}
+    return [os.path.join(real[os.path.dirname(path)], os.path.basename(path)) for path in joined]
+
+
 def table_inputs(source: DataConfig, classes: Sequence[str]) -> tuple[list[Path], list[str], torch.Tensor]:
     """The images of a table that are to be predicted: all, or those whose split is test where it has such a column.
 

@@ -3,10 +3,12 @@
 When ``FORK`` of the epochs are over, training goes on from the same state at each level for ``SHARE`` of the epochs,
 with what is left of the learning rate's schedule run through in that time; so each ends as a training ends. The level
 is chosen by the validation part (ising/noise.py), the state is put back, and training goes on at that level as if
-nothing had happened. Only complete searches count: a training that was interrupted within one resumes before it.
+nothing had happened. What a level came to is kept as soon as it is over: a training that was interrupted within the
+search goes on with the next level.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -69,25 +71,38 @@ class NoiseSearch:
 
     def left(self, epoch: int) -> int:
         """Epochs that the search adds to a training of which ``epoch`` are over."""
-        return 0 if self.at is None or epoch > self.at else self.epochs * len(LEVELS)
+        return 0 if self.at is None or epoch > self.at else self.epochs * (len(LEVELS) - len(self._known()))
 
     def choose(self) -> None:
         """Tries the levels and sets the best."""
         assert self.at is not None
-        before, nll = self.session.snapshot(), dict[float, Tensor]()
+        nll = self.session.searched = self._known()
+        before, start = self.session.snapshot(), time.monotonic() - self.session.seconds
         for level in LEVELS:
+            if level in nll:
+                continue
             self.run.method.set_noise(level)
             with self._hurried():
                 for epoch in range(self.at, self.at + self.epochs):
                     self.take_steps(epoch)
-            nll[level] = self._losses()
+            losses = self._losses()
             self.session.put_back(before)
+            nll = self.session.searched = {**nll, level: losses}
+            self.session.seconds = time.monotonic() - start
+            self.session.keep()
+        self.session.searched = {}
+        nll = {level: nll[level] for level in LEVELS}
         best = chosen_keep(nll)
         self.run.method.set_noise(best)
         self.found = {level: float(losses.mean()) for level, losses in nll.items()}
         if is_first():
             told = ", ".join(f"{level}: {loss:.4f}" for level, loss in self.found.items())
             log.info("max_keep %g, by the NLL of %d validation images (%s)", best, len(self.val), told)
+
+    def _known(self) -> dict[float, Tensor]:
+        """NLL of the levels that are over already, of these validation images."""
+        kept = self.session.searched
+        return {level: kept[level] for level in LEVELS if level in kept and len(kept[level]) == len(self.val)}
 
     @contextmanager
     def _hurried(self) -> Iterator[None]:

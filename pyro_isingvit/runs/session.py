@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint, write_text
 from pyro_isingvit.core.errors import UserError
@@ -35,6 +36,7 @@ class Session:
         step: optimiser steps that are done.
         seconds: wall time of training, over all sessions of the run.
         finished: what comes after the last epoch is done too.
+        searched: within the search for the noise, level -> NLL of each validation image; otherwise empty.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Session:
         self.epoch = self.step = 0
         self.seconds = 0.0
         self.finished = False
+        self.searched: dict[float, Tensor] = {}
 
     def keep_config(self) -> None:
         """Writes config.json, unless it is there."""
@@ -81,7 +84,7 @@ class Session:
             "step": self.step, **self.run.state(), "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda,
             "seconds": self.seconds, "finished": self.finished, "taught": self.taught,
-            **({} if self.finished else self.averaging.state()),
+            "searched": self.searched, **({} if self.finished else self.averaging.state()),
         }  # fmt: skip
 
     def snapshot(self) -> dict[str, Any]:
@@ -102,6 +105,7 @@ class Session:
         # Another number of processes may have cut the last batch of the epochs differently.
         self.step = self.scheduler.last_epoch = self.epoch * self.steps_per_epoch
         self.finished = state.get("finished", False)
+        self.searched = dict(state.get("searched", {}))  # before version 0.21 none was kept
         if not self.finished:
             self.averaging.load_state(state)
         torch.set_rng_state(state["rng"])

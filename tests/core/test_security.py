@@ -22,7 +22,8 @@ from pyro_isingvit.core import untrusted as data_checks
 from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import RunConfig
-from pyro_isingvit.data.load import load_data, load_image_files
+from pyro_isingvit.data.inputs import load_image_files
+from pyro_isingvit.data.load import load_data
 from pyro_isingvit.predictive.datatree import load_datatree, make_tree, save_datatree
 from pyro_isingvit.pruning.assembly import assemble
 from pyro_isingvit.pruning.network import WEIGHTS, CompactViT

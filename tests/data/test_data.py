@@ -22,7 +22,8 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.data import files as image_files
 from pyro_isingvit.data import load as data
 from pyro_isingvit.data.info import DataInfo
-from pyro_isingvit.data.load import load_data, load_inputs
+from pyro_isingvit.data.inputs import load_image_files, load_inputs
+from pyro_isingvit.data.load import load_data
 from pyro_isingvit.data.sources import DATASETS, PREFIXES
 from pyro_isingvit.data.split import UNLABELLED
 from pyro_isingvit.data.stratify import hold_out
@@ -417,7 +418,7 @@ def test_file_types(suffix, folders):
             np.save(file, np.asarray(picture))
     else:
         picture.save(path)
-    images = data.load_image_files([path], DataInfo("a", ("a", "b"), 3, 8, 8, (0.5,) * 3, (1.0,) * 3)).images[:]
+    images = load_image_files([path], DataInfo("a", ("a", "b"), 3, 8, 8, (0.5,) * 3, (1.0,) * 3)).images[:]
     assert images.shape == (1, 3, 8, 8) and images.min() > 250
 
 
@@ -500,7 +501,7 @@ def test_strange_grey(tmp_path):
     tifffile.imwrite(tmp_path / "c.tif", np.full((8, 8), 70000, np.uint32))
     for name, message in (("a", "float32, uint8 is expected"), ("b", "float32, uint8"), ("c", "beyond 16 bits")):
         with pytest.raises(UserError, match=message):
-            data.load_image_files([tmp_path / f"{name}.tif"], info)
+            load_image_files([tmp_path / f"{name}.tif"], info)
 
 
 def test_folder_errors(folders, tmp_path):
@@ -620,7 +621,7 @@ def test_input_errors(info, tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_inputs(str(tmp_path / "gone.npz"), info)
     with pytest.raises(UserError, match="no images to read"):
-        data.load_image_files([], info)
+        load_image_files([], info)
     with pytest.raises(UserError, match="no such folder"):
         image_files.list_images(tmp_path / "gone")
 

@@ -134,8 +134,8 @@ def test_eight_bits_beside_sixteen_and_grey_beside_colour(tmp_path):
     Image.fromarray(DEEP).save(tmp_path / "deep.png")
     Image.new("RGB", SIZE[::-1], (255, 128, 0)).save(tmp_path / "colour.png")
     paths = [tmp_path / "deep.png", tmp_path / "colour.png"]
-    images, resized_count = read_files(paths, Reading())
-    assert (images.kind, images.shape, resized_count) == ("uint16", (2, 3, *SIZE), 0)
+    images, changes = read_files(paths, Reading())
+    assert (images.kind, images.shape, changes) == ("uint16", (2, 3, *SIZE), (0, 0))
     assert torch.equal(images[0][2], torch.from_numpy(DEEP.astype(np.float32)))
     assert images[1][:, 0, 0].tolist() == [65535, 128 * 257, 0]  # both ends of 8 bits are ends of 16
     eight = converted(DEEP[..., None], Look(1, *SIZE, "uint8"))  # a run of 8 bits takes the upper ones

@@ -16,7 +16,8 @@ from pyro_isingvit import ImageData, load_data
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.data.info import DataInfo
-from pyro_isingvit.data.load import development_data, load_inputs, load_unlabelled
+from pyro_isingvit.data.inputs import load_inputs
+from pyro_isingvit.data.load import development_data, load_unlabelled
 from pyro_isingvit.data.named import groups_of
 from pyro_isingvit.data.split import UNLABELLED
 from pyro_isingvit.data.stratify import hold_out_groups, shared_group

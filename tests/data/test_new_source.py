@@ -8,7 +8,8 @@ from helpers import TINY
 from pyro_isingvit.core.settings import DataConfig, IsingConfig, RunConfig
 from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.images import CHUNK, Images, Subset
-from pyro_isingvit.data.load import load_data, load_inputs
+from pyro_isingvit.data.inputs import load_inputs
+from pyro_isingvit.data.load import load_data
 from pyro_isingvit.data.sources import DATASETS, Parts
 from pyro_isingvit.data.split import ImageData, Split
 from pyro_isingvit.experiment import train_run

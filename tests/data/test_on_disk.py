@@ -14,7 +14,8 @@ from pyro_isingvit.core.settings import ViTConfig
 from pyro_isingvit.data import npz as arrays
 from pyro_isingvit.data.batches import ahead, batches
 from pyro_isingvit.data.images import as_images
-from pyro_isingvit.data.load import load_data, load_inputs
+from pyro_isingvit.data.inputs import load_inputs
+from pyro_isingvit.data.load import load_data
 from pyro_isingvit.data.on_disk import OnDisk, open_npy
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.experiment import fit

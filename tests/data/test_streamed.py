@@ -15,7 +15,7 @@ from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.data import streamed
 from pyro_isingvit.data.info import DataInfo
-from pyro_isingvit.data.load import load_inputs
+from pyro_isingvit.data.inputs import load_inputs
 from pyro_isingvit.data.streamed import FileStream, SplitStream, open_stream
 
 

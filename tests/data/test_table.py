@@ -11,7 +11,8 @@ from PIL import Image
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import DataConfig
-from pyro_isingvit.data.load import load_data, load_inputs
+from pyro_isingvit.data.inputs import load_inputs
+from pyro_isingvit.data.load import load_data
 from pyro_isingvit.data.table import csv_table, files_of, read_table
 
 COUNT = 24

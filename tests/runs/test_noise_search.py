@@ -10,6 +10,7 @@ import torch
 from helpers import CONFIG, trainer
 
 from pyro_isingvit import load_run
+from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.ising.noise import LEVELS
 from pyro_isingvit.runs import noise_search
@@ -91,24 +92,45 @@ def test_it_resumes_bit_for_bit_from_before_and_after_the_search(data, tmp_path)
     assert [json.loads(line)["max_keep"] for line in lines] == [record["max_keep"] for record in whole.history]
 
 
-def test_an_interruption_within_the_search_resumes_before_it(data, tmp_path, monkeypatch) -> None:
-    whole = trainer(data, config=AUTO).fit()
+@pytest.mark.parametrize("level", range(len(LEVELS)))
+def test_an_interruption_within_the_search_repeats_that_level_alone(data, tmp_path, monkeypatch, level) -> None:
+    searched = trainer(data, config=AUTO)
+    whole = searched.fit()
     first = trainer(data, tmp_path / "r", AUTO)
-    calls: list[int] = []
+    losses, calls = first.noise_search._losses, list[int]()
 
     def stop() -> torch.Tensor:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == level + 1:
             raise KeyboardInterrupt
-        return torch.ones(4)
+        return losses()
 
     monkeypatch.setattr(first.noise_search, "_losses", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="epochs 1 to 5 are kept"):
         first.fit()
     again = trainer(data, tmp_path / "r", AUTO)
     again.restore()
-    assert again.epoch == 5
+    search, left = again.noise_search, 2 * (len(LEVELS) - level)
+    assert (again.epoch, len(again.session.searched), search.left(again.epoch)) == (5, level, left)
+    before = again.seconds
     same(again.fit(), whole)
+    assert len(again.cpu_seconds) == left + EPOCHS - 5 and again.seconds > before
+    assert search.found == searched.noise_search.found
+    assert without_times(again.run.history) == without_times(whole.history)
+    assert not load_checkpoint(tmp_path / "r" / "checkpoint.pt")["searched"]
+
+
+def test_what_was_kept_of_other_validation_images_is_searched_again(data, tmp_path, monkeypatch) -> None:
+    first = trainer(data, tmp_path / "r", AUTO)
+    monkeypatch.setattr(first.noise_search, "_losses", lambda: torch.ones(len(data.val)))
+    monkeypatch.setattr(noise_search, "chosen_keep", lambda nll: 1 / 0)  # all levels are over
+    with pytest.raises(ZeroDivisionError):
+        first.fit()
+    fewer = replace(data, val=data.val.take(np.arange(len(data.val) - 1)))
+    for given, known in ((data, len(LEVELS)), (fewer, 0)):
+        again = trainer(given, tmp_path / "r", AUTO)
+        again.restore()
+        assert again.noise_search.left(5) == 2 * (len(LEVELS) - known)
 
 
 def test_every_method_with_masks_and_only_they_search(data) -> None:

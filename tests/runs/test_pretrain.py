@@ -15,7 +15,8 @@ from pyro_isingvit import UserError, fit
 from pyro_isingvit.core.pretraining import PretrainConfig
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.data.images import InMemory
-from pyro_isingvit.data.load import load_data, load_inputs, load_unlabelled
+from pyro_isingvit.data.inputs import load_inputs
+from pyro_isingvit.data.load import load_data, load_unlabelled
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.report.pretrain_figure import draw_guesses
 from pyro_isingvit.runs.pretrain import SETTINGS as FILE
