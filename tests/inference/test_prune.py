@@ -186,7 +186,8 @@ def test_the_full_posterior_is_judged_on_the_test_part_whatever_the_run_was_judg
     assert (found["full_accuracy"], found["full_nll"]) == pytest.approx((metrics["accuracy"], metrics["nll"]), abs=1e-6)
 
 
-def test_draws_that_are_much_worse_than_the_one_network_are_warned_of(caplog) -> None:
+@pytest.mark.parametrize("members", [True, False])
+def test_draws_that_are_much_worse_than_the_one_network_are_warned_of(caplog, members: bool) -> None:
     from inference.prune import _compare_forms
 
     class Says:
@@ -200,12 +201,13 @@ def test_draws_that_are_much_worse_than_the_one_network_are_warned_of(caplog) ->
 
     part = Split(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.long))
     with caplog.at_level("WARNING", "pyro_isingvit"):
-        _compare_forms(Says(0.9), Says(0.8), part)  # both are right
-        _compare_forms(Says(0.4), Says(0.6), part)
-        _compare_forms(Says(0.9), Says(0.2), part.take(np.arange(0)))
+        _compare_forms(Says(0.9), Says(0.8), part, members)  # both are right
+        _compare_forms(Says(0.4), Says(0.6), part, members)
+        _compare_forms(Says(0.9), Says(0.2), part.take(np.arange(0)), members)
         assert not caplog.messages
-        _compare_forms(Says(0.9), Says(0.2), part)
+        _compare_forms(Says(0.9), Says(0.2), part, members)
     assert "accuracy 0.000 on the validation part, the one network has 1.000" in caplog.text
+    assert ("of which members.onnx is made" in caplog.text) == members
 
 
 def test_a_run_of_images_in_memory_is_cut_in_python(tmp_path: Path) -> None:
