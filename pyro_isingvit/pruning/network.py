@@ -269,12 +269,15 @@ class CompactViT(nn.Module):
         need(samples >= 1 and chunk >= 1, f"`samples` ({samples}) and `chunk` ({chunk}) must be at least 1.")
         most = max(matrix.out_features for matrix in self.modules() if isinstance(matrix, nn.Linear))
         bayes, images = self.config.form == "bayes", as_images(images)
+        few = len(images) <= min(chunk, images.chunk)
         chunk = network_chunk(min(chunk, images.chunk), self.position.device, len(self.position) * most)
         noise = torch.Generator(device=self.position.device).manual_seed(seed)
         result = torch.empty(samples if bayes else 1, len(images), len(self.config.classes), dtype=self.position.dtype)
+        # Few images are normalised once, many anew for every draw.
+        ready = list(images.batches(chunk, self.normalise, self.position.device)) if few else None
         for s in range(len(result)):
             drawn = self.draw(noise) if bayes else {}
-            for i, x in enumerate(images.batches(chunk, self.normalise, self.position.device)):
+            for i, x in enumerate(ready or images.batches(chunk, self.normalise, self.position.device)):
                 result[s, i * chunk : (i + 1) * chunk] = functional_call(self, drawn, (x,)).softmax(-1).cpu()
         return result
 
