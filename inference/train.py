@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 -m inference.train --dataset digits --preset digits 
 """
 
 import argparse
+import functools
 import shlex
 import sys
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from pyro_isingvit.core.presets import PRESETS, default_preset, preset
 from pyro_isingvit.core.regularise import regularised
 from pyro_isingvit.core.settings import BaselineConfig, DataConfig, IsingConfig, RunConfig, ViTConfig
 from pyro_isingvit.core.train_settings import TrainConfig
-from pyro_isingvit.methods.registry import METHODS, OURS, row_of
+from pyro_isingvit.methods.registry import METHODS, OURS, epochs_in_all, row_of
 from pyro_isingvit.version import __version__
 
 SHAPED = "--init brings the shape of the network with it; leave --preset and the flags of the shape out."
@@ -143,6 +144,8 @@ def main(argv: list[str] | None = None) -> None:
     peek.add_argument("--preset", default=None)
     peek.add_argument("--method", default=OURS)
     peek.add_argument("--init", default=None)
+    peek.add_argument("--epochs", default=None)
+    peek.add_argument("--finetune-epochs", "--finetune_epochs", default=None)
     known, _ = peek.parse_known_args(argv)
     name = known.preset or default_preset(known.dataset)
 
@@ -156,7 +159,14 @@ def main(argv: list[str] | None = None) -> None:
         out=tyro.MISSING, preset=name, method=known.method, vit=preset(name), ising=usual.ising, train=usual.train,
         baseline=usual.baseline,
     )  # fmt: skip
-    run_script(train, TrainArguments, argv, default)
+    shares = known.epochs is not None and known.finetune_epochs is None
+
+    @functools.wraps(train)
+    def all_in(arguments: TrainArguments) -> None:
+        asked = epochs_in_all(usual.train, {"epochs": arguments.train.epochs}) if shares else {}
+        train(replace(arguments, train=replace(arguments.train, **asked)))
+
+    run_script(all_in, TrainArguments, argv, default)
 
 
 if __name__ == "__main__":

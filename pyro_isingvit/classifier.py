@@ -21,7 +21,7 @@ from pyro_isingvit.experiment import fit
 from pyro_isingvit.ising.noise import USUAL_KEEP
 from pyro_isingvit.methods.base import method_class
 from pyro_isingvit.methods.ising import IsingMethod
-from pyro_isingvit.methods.registry import row, shared_out
+from pyro_isingvit.methods.registry import row
 from pyro_isingvit.predictive.draws import PredictiveDraws
 
 FEW = 5  # images of a class, below which none is spared for validation
@@ -129,7 +129,7 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         data = self._data(self._pixels(X), torch.from_numpy(numbers.astype(np.int64)), seed)
         chosen = {"seed": seed, "samples": plain(self.samples)} | self._settings()
         if self.epochs is not None:
-            chosen |= epochs_in_all(self.method, plain(self.epochs), chosen)
+            chosen["epochs"] = plain(self.epochs)
         if len(data.val) < 2 and asks_for_noise(self.method, chosen):
             chosen["max_keep"] = USUAL_KEEP  # there are no images to choose it by
         self.run_ = fit(self._network(), data, method=self.method, progress=self.progress, **chosen)
@@ -296,14 +296,6 @@ def asks_for_noise(method: str, chosen: dict[str, Any]) -> bool:
     ising = chosen.get("ising") or row(method).ising
     searched = getattr(ising, "max_keep", None) == "auto" and row(method).train.pilot_fraction < 1
     return masks and searched and "max_keep" not in chosen
-
-
-def epochs_in_all(method: str, epochs: int, chosen: dict[str, Any]) -> dict[str, Any]:
-    """``epochs`` and, where the method trains on after a cut and nobody says how long, its share of them for that."""
-    if not isinstance(epochs, int) or {"finetune_epochs", "train"} & chosen.keys():
-        return {"epochs": epochs}
-    train = shared_out(row(method).train, epochs)
-    return {"epochs": train.epochs, "finetune_epochs": train.finetune_epochs}
 
 
 def plain(value: Any) -> Any:

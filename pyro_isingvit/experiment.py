@@ -23,7 +23,7 @@ from pyro_isingvit.data.load import is_named, load_data
 from pyro_isingvit.data.split import ImageData
 from pyro_isingvit.evaluation import write_evaluation
 from pyro_isingvit.ising.model import IsingViT
-from pyro_isingvit.methods.registry import row, started, unread
+from pyro_isingvit.methods.registry import epochs_in_all, row, started, unread
 from pyro_isingvit.nets.start import Start
 from pyro_isingvit.runs.checks import check_asked, idle
 from pyro_isingvit.runs.folder import FILES, alone_in, clear_run, need_folder, need_room
@@ -194,7 +194,7 @@ def fit(
             the device of the training.
         progress: show a progress bar.
         **settings: single fields of ``TrainConfig``, ``IsingConfig`` and ``BaselineConfig``, such as ``epochs=60``,
-            ``target_retention=0.3`` or ``drop_rate=0.2``.
+            ``target_retention=0.3`` or ``drop_rate=0.2``. ``epochs`` without ``finetune_epochs`` are all epochs.
 
     Returns:
         the trained run, in memory; ``TrainedRun.save`` writes it to a folder.
@@ -224,6 +224,7 @@ def fit(
     )
     usual = started(row(method), "given" if _starts(model) else None)
     given = model if isinstance(model, IsingViT) else None
+    settings |= epochs_in_all(usual.train, settings) if train is None else {}
     clash = "`model` is an IsingViT with mask settings of its own"
     need(given is None or ising is None, f"{clash}; leave out `ising`.")
     teachers = [teacher] if isinstance(teacher, Run) else list(teacher or ())

@@ -471,3 +471,15 @@ def test_two_trainings_in_one_folder(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     train_run(config, tmp_path / "run", resume=True, progress=False)
     assert names(tmp_path / "run") == sorted([*KEPT, "metrics.json", "posterior.nc"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({"epochs": 5}, (3, 2)), ({"epochs": 5, "finetune_epochs": 1}, (5, 1)), ({"epochs": np.int64(5)}, (3, 2)),
+     ({"train": TrainConfig(epochs=2), "epochs": 3}, (3, 0))],
+)  # fmt: skip
+def test_epochs_are_those_in_all(settings: dict, expected: tuple[int, int]) -> None:
+    data = load_data("digits", train_size=60)
+    run = fit(TINY, data, method="ising-sparse", samples=2, device="cpu", progress=False, **settings)
+    assert (run.config.train.epochs, run.config.train.finetune_epochs) == expected
+    assert len(run.history) == sum(expected)

@@ -9,11 +9,12 @@ class TrainConfig:
     """How to train and how to evaluate."""
 
     epochs: int = 80
-    """Passes over the training images, including the pilot phase but not the fine-tuning."""
+    """Passes over the training images, including the pilot phase but not the fine-tuning. Chosen without
+    `finetune_epochs` for a method that fine-tunes by default: all passes, of which fine-tuning keeps its share."""
     pilot_fraction: float = 0.15
     """Share of the epochs before the Ising phase, with every mask at one."""
     finetune_epochs: int = 0
-    """Epochs after the Ising phase with the masks frozen at retention > 0.5."""
+    """Epochs after the others: with the masks frozen at retention > 0.5, or without the weights that were cut."""
     finetune_lr: float = 0.1
     """Peak learning rate of these epochs, as a share of lr."""
     batch_size: int = 64

@@ -4,8 +4,10 @@ No torch here, so that a command line is read before anything heavy is loaded. A
 (``methods/base.py`` has the interface) and a row in ``METHODS``.
 """
 
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import BaselineConfig, IsingConfig, RunConfig
@@ -239,6 +241,29 @@ def spec_of(config: RunConfig) -> str:
     part, knob = usual.knob
     value = getattr(getattr(config, part), knob)
     return config.method if value == getattr(getattr(usual, part), knob) else f"{config.method}:{value:g}"
+
+
+def epochs_in_all(train: TrainConfig, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``epochs`` mean to a method that trains on after a cut: all of them, where nobody says how long that takes.
+
+    Args:
+        train: the method's defaults.
+        chosen: settings by name.
+
+    Returns:
+        ``epochs`` and ``finetune_epochs``, or nothing where what is chosen stays as it is.
+
+    Examples:
+        >>> epochs_in_all(METHODS["ising-sparse"].train, {"epochs": 20})
+        {'epochs': 12, 'finetune_epochs': 8}
+        >>> epochs_in_all(METHODS["ising-sparse"].train, {"epochs": 20, "finetune_epochs": 3})
+        {}
+    """
+    epochs = chosen.get("epochs")
+    if not isinstance(epochs, SupportsIndex) or not train.finetune_epochs or "finetune_epochs" in chosen:
+        return {}
+    shared = shared_out(train, operator.index(epochs))
+    return {"epochs": shared.epochs, "finetune_epochs": shared.finetune_epochs}
 
 
 def shared_out(train: TrainConfig, epochs: int) -> TrainConfig:

@@ -12,7 +12,9 @@ import pytest
 from helpers import QUICK_FLAGS, ROOT, SCRIPTS, here, new_process, refused, script
 from kills import untimed
 
+import inference.train
 from inference.cli import with_clear_errors
+from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.runs.folder import read_config
 
@@ -225,3 +227,14 @@ def test_a_method_takes_its_number_after_a_colon(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     config = read_config(tmp_path / "r")
     assert (config.method, config.baseline.drop_rate, config.train.shrinkage) == ("dropout", 0.1, 3.0)
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ((), (48, 32)), (("--epochs", 5), (3, 2)), (("--epochs=5", "--finetune-epochs=1"), (5, 1)),
+    (("--finetune_epochs", 0), (48, 0)),
+])  # fmt: skip
+def test_epochs_are_those_in_all(flags: tuple, expected: tuple[int, int], tmp_path: Path, monkeypatch) -> None:
+    asked: list[RunConfig] = []
+    monkeypatch.setattr(inference.train, "_train_and_report", lambda config, *rest, **more: asked.append(config))
+    inference.train.main(["--method", "ising-sparse", "--out", str(tmp_path / "r"), *map(str, flags)])
+    assert [(config.train.epochs, config.train.finetune_epochs) for config in asked] == [expected]
