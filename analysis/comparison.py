@@ -1,7 +1,7 @@
 """Tables and figures of a grid that inference.compare ran.
 
 python -m analysis.comparison --results runs/compare
-python -m analysis.comparison --results analysis/results --page docs/comparison.md --readme README.md
+python -m analysis.comparison --results analysis/results/grid --page docs/comparison.md --readme README.md
 
 The tables have the mean and standard deviation over seeds. A paired t-test over seeds compares the Ising posterior with
 the best other single network.

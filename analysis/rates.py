@@ -1,6 +1,6 @@
 """Table and figure of the learning rates that inference.rates tried.
 
-python -m analysis.rates --results analysis/results
+python -m analysis.rates --results analysis/results/rates
 """
 
 from collections import defaultdict

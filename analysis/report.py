@@ -22,7 +22,7 @@ def report(arguments: Arguments) -> None:
     """Write one self-contained page about a run: metrics, calibration, uncertainty, masks; or a compact network."""
     from pyro_isingvit.predictive.metric_table import metric_rows
     from pyro_isingvit.report.pruning_report import is_compact, write_pruning_report
-    from pyro_isingvit.report.run_report import is_cut_short, read_metrics, write_report
+    from pyro_isingvit.report.run_report import read_metrics, resume_evaluates, write_report
 
     if is_compact(arguments.run):
         print(f"report: {write_pruning_report(arguments.run)}")
@@ -30,7 +30,7 @@ def report(arguments: Arguments) -> None:
     try:
         page = write_report(arguments.run)
     except UserError as error:
-        if is_cut_short(arguments.run):
+        if resume_evaluates(arguments.run):
             raise UserError(f"{error}: python -m inference.train --resume {arguments.run}") from error
         raise
     metrics = metric_rows(read_metrics(arguments.run))

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as tv
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.info import DataInfo
-from pyro_isingvit.data.load import load_data
+from pyro_isingvit.data.load import is_named, load_data
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.runs.folder import POSTERIOR
@@ -90,7 +90,16 @@ def own_test_part(run: Run, data_root: str | None, max_images: int, seed: int) -
         f"corruptions and other images have 8 bits, grey or colour; this run has {run.info.channels} channels of "
         f"{run.info.kind}{', scaled by percentiles' if run.info.low else ''}.",
     )
+    path = None if run.folder is None else run.folder / POSTERIOR
+    kept = path if path is not None and path.is_file() else None
     config = run.config.data
+    if not is_named(config.dataset):
+        if kept is None:
+            raise UserError(
+                f"{run.folder or 'the run'} was shared or trained on images given in memory, and keeps no test images: "
+                "evaluate it in Python, `run.evaluate(data)`, and save it."
+            )
+        return _chosen(_stored(kept), max_images, seed)
     config = replace(config, download=False, data_root=data_root or config.data_root)
     try:
         data = load_data(**asdict(config), seed=run.config.train.seed)
@@ -98,11 +107,15 @@ def own_test_part(run: Run, data_root: str | None, max_images: int, seed: int) -
         need(data.info.has_images_of(run.info), told)
         split = data.test
     except UserError as error:
-        if run.folder is None or not (run.folder / POSTERIOR).is_file():
+        if kept is None:
             raise
-        log.warning("%s\nusing the test images in %s instead", error, run.folder / POSTERIOR)
-        split = _stored(run.folder / POSTERIOR)
-    return split.take(choose(len(split), max_images, seed))
+        log.warning("%s\nusing the test images in %s instead", error, kept)
+        split = _stored(kept)
+    return _chosen(split, max_images, seed)
+
+
+def _chosen(split: Split, most: int, seed: int) -> Split:
+    return split.take(choose(len(split), most, seed))
 
 
 def _stored(path: Path) -> Split:

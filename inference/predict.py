@@ -30,10 +30,12 @@ from pyro_isingvit.core.errors import UserError, need
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pyro_isingvit.core.settings import DataConfig
     from pyro_isingvit.data.split import Split
     from pyro_isingvit.predictive.draws import PredictiveDraws
     from pyro_isingvit.predictive.table import Column
     from pyro_isingvit.runs.adapt import Adapted
+    from pyro_isingvit.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class PredictArguments:
     """Seed of the draws; by default 0, or that of the validation part's, where it is used."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
-    data_root: str = "data"
-    """Folder of the torchvision data sets, if --input names one."""
+    data_root: str | None = None
+    """Folder of the torchvision data sets, if --input names one; by default the run's own."""
     overwrite: bool = False
     """Replace files that are already there."""
     cache: str | None = None
@@ -81,8 +83,6 @@ def predict(arguments: PredictArguments) -> None:
 
     from pyro_isingvit.core.checkpoint import write_text
     from pyro_isingvit.data.inputs import load_inputs
-    from pyro_isingvit.data.named import path_of
-    from pyro_isingvit.data.table import read_table
     from pyro_isingvit.predictive.datatree import save_datatree
     from pyro_isingvit.predictive.tree import predictions_to_datatree
     from pyro_isingvit.runs.adapt import Adaptation, adapted
@@ -101,24 +101,20 @@ def predict(arguments: PredictArguments) -> None:
     _check_adaptation(arguments, streams)
     cuda = arguments.device != "cpu" and torch.cuda.is_available()
     run = open_run(arguments.run, "cuda" if cuda else "cpu")
-    source = replace(run.config.data, cache=arguments.cache)
-    if arguments.columns is not None:
-        need(arguments.input.startswith("csv:"), f"`columns` are those of a table csv:FILE, not of {arguments.input}.")
-        source = replace(source, columns=arguments.columns)
-        named = [pair.partition("=")[0].strip() for pair in arguments.columns.split(",")]
-        read_table(path_of(replace(source, dataset=arguments.input)), arguments.columns, named)  # has them all
-    own_root = None if arguments.data_root == PredictArguments.data_root else Path(arguments.data_root)
+    source = _source(arguments, run)
+    own_root = None if arguments.data_root is None else Path(arguments.data_root)
+    data_root = source.data_root if own_root is None else str(own_root)
     read_prevalences(run, wanted, own_root)  # what is wrong with them is said before anything is predicted
     if streams:
         predict_stream(
-            run, arguments.input, arguments.out, source, data_root=arguments.data_root, own_root=own_root,
+            run, arguments.input, arguments.out, source, data_root=data_root, own_root=own_root,
             samples=arguments.samples, seed=arguments.seed, chunk=arguments.chunk, wanted=arguments.streaming,
             decisions=wanted, overwrite=arguments.overwrite,
         )  # fmt: skip
         return
     assert arguments.samples != "auto"
     samples, seed, val = draws_for(run, wanted, arguments.samples, arguments.seed, own_root)
-    inputs = load_inputs(arguments.input, run.info, data_root=arguments.data_root, source=source)
+    inputs = load_inputs(arguments.input, run.info, data_root=data_root, source=source)
     how = None if arguments.adapt is None else Adaptation(arguments.adapt, crowd=arguments.adapt_crowd, seed=seed)
     with nullcontext() if how is None else adapted(run, inputs.images, how, progress=True) as done:
         drawn = draw_predictive(run, inputs.images, samples, arguments.chunk, seed, progress=True)
@@ -135,6 +131,21 @@ def predict(arguments: PredictArguments) -> None:
     _show(f"{arguments.run} on {arguments.input}", draws, labels, run.info.classes, done)
     print_decisions(decided, run.info.classes, labels)
     print(f"draws: {arguments.out}\ntable: {table}")
+
+
+def _source(arguments: PredictArguments, run: "Run") -> "DataConfig":
+    """How the images are read: as the run read its own, but for what was asked for."""
+    from pyro_isingvit.data.named import path_of
+    from pyro_isingvit.data.table import read_table
+
+    source = replace(run.config.data, cache=arguments.cache)
+    if arguments.columns is None:
+        return source
+    need(arguments.input.startswith("csv:"), f"`columns` are those of a table csv:FILE, not of {arguments.input}.")
+    source = replace(source, columns=arguments.columns)
+    named = [pair.partition("=")[0].strip() for pair in arguments.columns.split(",")]
+    read_table(path_of(replace(source, dataset=arguments.input)), arguments.columns, named)  # has them all
+    return source
 
 
 def _show(

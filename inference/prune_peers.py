@@ -41,7 +41,11 @@ def check_peers(config: RunConfig) -> None:
     """
     need_peers()
     plain = config.vit.plain
-    need(plain, "the comparison with peers is written for mean pooling and a linear head; leave out `peers`.")
+    need(
+        plain,
+        "the comparison with peers needs `pool` mean, `head` linear and a plain network, as --preset small has: no "
+        "stem, registers or overlapping patches; leave out `peers`.",
+    )
     told = "peers are trained from random weights, this run from a trained network; leave out `peers`."
     need(config.init is None, told)
 

@@ -231,7 +231,7 @@ class TrainedRun(Shareable):
 
         Args:
             images: (N, channels, height, width), (N, height, width, channels) or (N, height, width) of the training
-                images' size; uint8, or float in [0, 1].
+                images' size and type; where that is uint8, floats in [0, 1] too.
             num_samples: S, at most as many as the method has networks (1, or the members of an ensemble).
             seed: of the draws; the global random state is left as it was.
             chunk: at most this many (draw, image) pairs pass through the network at a time.

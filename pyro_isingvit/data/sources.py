@@ -53,7 +53,8 @@ def torchvision_set(kind: str, source: DataConfig) -> Parts:
             need(int(part.labels.max()) < len(sets[0].classes), "labels without a class")
     except Exception as error:  # a damaged file makes the readers raise almost anything
         reason = why(error) if folder.is_dir() or source.download else "no such folder"
-        fix = "put its published files there, or delete what is there and set `download`"
+        fix = "`data_root` names the folder that holds its published files; a training can `download` them"
+        fix += ", once what is damaged is deleted" if folder.is_dir() else ""
         raise UserError(f"cannot read {source.dataset} from {folder} ({reason}); {fix}.") from error
     classes = tuple(name.partition(" - ")[0] for name in sets[0].classes)  # MNIST's are "0 - zero"
     return parts[0], None, parts[1], classes

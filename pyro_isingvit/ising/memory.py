@@ -28,10 +28,10 @@ def training_memory(model: IsingViT, guide: IsingGuide, settings: TrainConfig, p
 
         s = max(1, draws / (processes * accumulate))
 
-    A masked weight thus takes 4 (7 + a + 3 G/P + (7 + a) l + s (2 + G/P)) bytes: 92 by default, with a mask of its own
-    and 4 draws, and 56 with one draw; 64 and 40 with unit, head or block masks, where G/P is near 0. DDP's buckets are
-    the gradients' own memory. Noise on activations is not covered. The curvature pass and the sweep of the masks come
-    before the draws and take less.
+    A masked weight thus takes 4 (7 + a + 3 G/P + (7 + a) l + s (2 + G/P)) bytes: 92 with a mask of its own and 4 draws,
+    and 56 with one draw; 64 and 40 with unit, head or block masks, where G/P is near 0, of which 40 is the default.
+    DDP's buckets are the gradients' own memory. Noise on activations is not covered. The curvature pass and the sweep
+    of the masks come before the draws and take less.
 
     A large network (ising/lean.py), with K kinds of matrices, the largest of N numbers over its layers, has 4 K for the
     scales, 4 G for the curvature, 2 P for the centre, 4 (masks + G) for the draws, made layer by layer, and 4 N for

@@ -67,8 +67,9 @@ def write_pruning_report(folder: Path) -> Path:
     metered = (folder / METRICS).is_file() and not (folder / BRANCHES).is_file()
     need(
         not is_compact(folder) or metered or (folder / FRONTIER).is_file(),
-        f"{folder} holds a compact network without a report: a report shows how a run was cut by its masks; networks "
-        "that lost whole branches (branches.json) and the part bayes/ have none.",
+        f"{folder} holds a compact network without a report: a report shows how a run was cut by its masks, "
+        "which inference.prune measures; networks saved from Python, those that lost whole branches (branches.json) "
+        "and the part bayes/ have none.",
     )
     metrics, found = read(folder / METRICS), read(folder / FRONTIER)
     try:

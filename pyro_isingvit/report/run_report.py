@@ -17,6 +17,7 @@ from sklearn.metrics import confusion_matrix
 from pyro_isingvit.core.checkpoint import write_text
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import RunConfig, ViTConfig
+from pyro_isingvit.data.load import is_named
 from pyro_isingvit.predictive.datatree import load_datatree
 from pyro_isingvit.predictive.metric_table import class_rows, metric_rows
 from pyro_isingvit.predictive.thresholds import Threshold
@@ -46,7 +47,7 @@ def write_report(folder: Path) -> Path:
     config = read_config(folder)
     metrics, history = read_metrics(folder), read_history(folder / HISTORY)
     if not (folder / POSTERIOR).is_file():
-        raise UserError(_cut_short(folder, POSTERIOR))
+        raise UserError(_not_evaluated(folder, POSTERIOR))
     tree = load_datatree(folder / POSTERIOR)
     try:
         shown = [_draw(section, folder / "report") for section in _sections(tree, history, config)]
@@ -86,13 +87,19 @@ def _draw(section: Section, target: Path) -> dict[str, Any]:
     return {"section": section, "images": images}
 
 
-def is_cut_short(folder: Path) -> bool:
-    """Whether a run was trained, but its evaluation is not finished."""
-    return (folder / CONFIG).is_file() and (folder / HISTORY).is_file() and not is_evaluated(folder)
+def resume_evaluates(folder: Path) -> bool:
+    """Whether a run was trained on data that it can find again, but is not evaluated, so that resuming evaluates it."""
+    trained = (folder / CONFIG).is_file() and (folder / HISTORY).is_file() and not is_evaluated(folder)
+    return trained and is_named(read_config(folder).data.dataset)
 
 
-def _cut_short(folder: Path, name: str) -> str:
-    return f"{folder / name} is missing: the run was cut short before its evaluation; resume the run to finish it"
+def _not_evaluated(folder: Path, name: str) -> str:
+    if resume_evaluates(folder):
+        return f"{folder / name} is missing: the run is not evaluated yet; resume the run for that"
+    return (
+        f"{folder / name} is missing: the run is not evaluated; do so with its test images and save it again: "
+        f"`run.evaluate(data)`, `run.save(folder, overwrite=True)`."
+    )
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -103,7 +110,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     """
     path = folder / METRICS
     if not path.is_file():
-        raise UserError(_cut_short(folder, METRICS))
+        raise UserError(_not_evaluated(folder, METRICS))
     try:
         metrics = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
