@@ -255,7 +255,10 @@ def _verdicts(best: pd.DataFrame, ensemble: pd.DataFrame) -> str:
     rows = [["", *names, *(f"NLL / that of {method}" for method in several)]]
     for (dataset, size), part in best.groupby(["dataset", "train_size"]):
         row = [_cell_name(dataset, size)]
-        for _, one in part.set_index("metric").loc[names].iterrows():
+        for _, one in part.set_index("metric").reindex(names).iterrows():
+            if pd.isna(one["difference"]):
+                row.append(MISSING)
+                continue
             error = "" if pd.isna(one["standard error"]) else f" ± {one['standard error']:.3f}"
             row.append(f"{one['difference']:+.3f}{error} ({one['best other']})")
         if several:

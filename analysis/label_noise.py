@@ -221,6 +221,7 @@ def _measure_all(todo: list[Cell], arguments: Arguments, records: list[dict[str,
                 failed += 1
                 log.warning("failed: %s: %s", cell, in_flags(str(outcome), None) or repr(outcome))
             else:
+                records[:] = read_records(path)  # those that another command has added meanwhile too
                 records.append({"cell": asdict(cell), "version": __version__, "scores": outcome})
                 records.sort(key=lambda record: [str(value) for value in record["cell"].values()])
                 write_json(path, records)

@@ -94,8 +94,9 @@ def find_rates(arguments: RatesArguments) -> None:
         asked = settings(config)
         known = [record for record in records if record["settings"] == asked]
         if not any(same_settings(resolved(config), record) for record in known):
-            records = [record for record in records if record not in known]  # of other defaults
-            records.append({"settings": asked, "version": __version__, "resolved": resolved(config), **score(config)})
+            found = {"settings": asked, "version": __version__, "resolved": resolved(config), **score(config)}
+            records = [record for record in read_records(path) if record["settings"] != asked]  # others' of meanwhile
+            records.append(found)
             write_json(path, records)
             log.info("%d of %d", number + 1, len(cells))
     print(f"records: {path}\nfigure: python -m analysis.rates --results {arguments.out}")

@@ -3,6 +3,7 @@
 Shapes: N images, C channels (1 or 3), H height, W width, F features.
 """
 
+import logging
 import math
 from numbers import Integral
 from typing import Any, Self
@@ -24,9 +25,11 @@ from pyro_isingvit.methods.ising import IsingMethod
 from pyro_isingvit.methods.registry import row
 from pyro_isingvit.predictive.draws import PredictiveDraws
 
+log = logging.getLogger(__name__)
 FEW = 5  # images of a class, below which none is spared for validation
 LONG = 1024  # features in a row, each a token of its own
 DEPTHS = (1, 3)
+DARK = 8.0  # brightest pixel of the training images, from which on 1 is hardly any light
 TAKEN = {"epochs": "epochs", "samples": "samples", "seed": "random_state"}  # setting -> argument
 
 
@@ -119,12 +122,15 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             UserError, ValueError: images, labels or settings that cannot be used.
         """
+        self.__dict__.pop("run_", None)  # should this training fail, no network is left that knows other classes
         X, y = self._training_set(X, y)
         seed = self._seed()
         self.classes_, numbers = np.unique(y, return_inverse=True)
         need(len(self.classes_) > 1, f"`y` has only one class, '{self.classes_[0]}'; at least two are needed.")
         self.image_shape_ = self._shape(X)
         low_high = None if X.dtype == np.uint8 else (float(X.min()), float(X.max()))
+        told = "`X` has values so large that their range overflows; scale the images, or clip what is no pixel."
+        need(low_high is None or math.isfinite(low_high[1] - low_high[0]), told)
         self.pixel_range_, self._floats = low_high, X.dtype.kind == "f"
         data = self._data(self._pixels(X), torch.from_numpy(numbers.astype(np.int64)), seed)
         chosen = {"seed": seed, "samples": plain(self.samples)} | self._settings()
@@ -173,7 +179,7 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
 
     def _images(self, X: Any) -> np.ndarray:
         """Images to predict, by scikit-learn's rules."""
-        check_is_fitted(self)
+        check_is_fitted(self, "run_")
         if _axes(X) < 3:
             return validate_data(self, X, reset=False)
         return check_array(X, allow_nd=True, estimator=self, input_name="X")
@@ -196,23 +202,28 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
 
     def _shape(self, X: np.ndarray) -> tuple[int, int, int]:
         """(H, W, C) of the images."""
-        wanted = None if self.image_shape is None else tuple(np.atleast_1d(self.image_shape).tolist())
-        need(
-            wanted is None or len(wanted) in (2, 3),
-            f"`image_shape` must be (H, W) or (H, W, C), not {self.image_shape!r}.",
-        )
-        found = self._own_shape(X)
+        wanted = self._wanted_shape()
+        found = self._own_shape(X, wanted)
         told = f"`image_shape` {wanted} is not that of `X`, whose images are {found}: (H, W, C)."
         need(wanted is None or wanted in (found, found[: len(wanted)]), told)
         return found
 
-    def _own_shape(self, X: np.ndarray) -> tuple[int, int, int]:
+    def _wanted_shape(self) -> tuple[int, ...] | None:
+        """``image_shape`` as whole numbers."""
+        if self.image_shape is None:
+            return None
+        wanted = tuple(np.atleast_1d(np.asarray(self.image_shape, dtype=object)).tolist())
+        whole = all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1 for n in wanted)
+        told = f"`image_shape` must be (H, W) or (H, W, C), whole numbers of 1 or more, not {self.image_shape!r:.60}."
+        need(len(wanted) in (2, 3) and whole, told)
+        return tuple(int(n) for n in wanted)
+
+    def _own_shape(self, X: np.ndarray, wanted: tuple[int, ...] | None) -> tuple[int, int, int]:
         if X.ndim == 3:
             return X.shape[1], X.shape[2], 1
         if X.ndim == 4:
             last, first = X.shape[3] in DEPTHS, X.shape[1] in DEPTHS
-            if last and first and self.image_shape is not None:
-                wanted = tuple(np.atleast_1d(self.image_shape).tolist())
+            if last and first and wanted is not None:
                 last, first = (shape[: len(wanted)] == wanted for shape in (X.shape[1:], (*X.shape[2:], X.shape[1])))
                 need(last or first, f"`image_shape` {wanted} is not that of `X`, whose shape is {X.shape}.")
                 first = first and not last
@@ -225,10 +236,10 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         layouts = "(N, H, W), (N, H, W, C), (N, C, H, W) or (N, F)"
         need(X.ndim == 2, f"`X` has shape {X.shape}; expected {layouts}.")
         features = X.shape[1]
-        if self.image_shape is not None:
-            height, width, channels = (*self.image_shape, 1)[:3]
-            fits = len(self.image_shape) in (2, 3) and height * width * channels == features and channels in DEPTHS
-            need(fits, f"`image_shape` {self.image_shape} is not that of {features} features: (H, W) or (H, W, C).")
+        if wanted is not None:
+            height, width, channels = (*wanted, 1)[:3]
+            fits = height * width * channels == features and channels in DEPTHS
+            need(fits, f"`image_shape` {wanted} is not that of {features} features: (H, W) or (H, W, C).")
             return height, width, channels
         side = math.isqrt(features)
         if side * side == features:
@@ -263,6 +274,11 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
                 f"`X` is {X.dtype} up to {X.max(initial=0):.5g}; the training images were "
                 f"{'floats' if floats else 'whole numbers'} from {low:.3g} to {high:.5g}. Scale both alike.",
             )
+            dark = floats and high > DARK and _from_0_to_1(X)
+            bright = floats is False and high <= 1 < X.max(initial=0)
+            if low >= 0 and (dark or bright):  # it may be right: of a dark image, or of 0 and 255 for 0 and 1
+                told = "`X` goes up to %.5g, the training images went up to %.5g: are both scaled alike?"
+                log.warning(told, X.max(), high)
             share = (np.clip(X.astype(np.float64), low, high) - low) / ((high - low) or 1.0)
             X = np.rint(255 * share).astype(np.uint8)
         return torch.from_numpy(np.moveaxis(X, 3, 1).copy())  # a view may be read-only
@@ -272,9 +288,9 @@ class IsingViTClassifier(ClassifierMixin, BaseEstimator):
         top = X.max(initial=0)
         if floats:  # what overshoots a little is clipped
             return 0 <= low <= high <= 1 and top > (2 if X.dtype.kind == "f" else 1)
-        if floats is None or high <= 1:
+        if floats is not False or high <= 1:
             return False
-        return (X.dtype == np.uint8 and high > 255) or (top <= 1 and bool(((X > 0) & (X < 1)).any()))
+        return (X.dtype == np.uint8 and high > 255) or _from_0_to_1(X)
 
     def _network(self) -> ViTConfig | str:
         if self.vit is not None:
@@ -301,6 +317,11 @@ def asks_for_noise(method: str, chosen: dict[str, Any]) -> bool:
 def plain(value: Any) -> Any:
     """One of NumPy's numbers, such as a grid search gives, as Python's; anything else as it is."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _from_0_to_1(X: np.ndarray) -> bool:
+    """Whether no pixel is above 1, and some lie between 0 and 1."""
+    return bool(X.max(initial=0) <= 1 and ((X > 0) & (X < 1)).any())
 
 
 def _axes(X: Any) -> int:

@@ -227,8 +227,8 @@ def fit(
     settings |= epochs_in_all(usual.train, settings) if train is None else {}
     clash = "`model` is an IsingViT with mask settings of its own"
     need(given is None or ising is None, f"{clash}; leave out `ising`.")
-    teachers = [teacher] if isinstance(teacher, Run) else list(teacher or ())
-    need(all(isinstance(each, Run) for each in teachers), "`teacher` takes a trained run, or several.")
+    teachers: list[Any] = [*teacher] if isinstance(teacher, list | tuple) else [] if teacher is None else [teacher]
+    need(all(isinstance(each, Run) for each in teachers), "`teacher` takes a trained run, or a list of several.")
     parts: dict[str, Any] = {
         "train": train or usual.train,
         "ising": given.ising if given else ising or usual.ising,

@@ -11,7 +11,7 @@ import torch
 from pyro_isingvit.core.checkpoint import fingerprint, load_checkpoint, save_checkpoint, write_atomically, write_text
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import RunConfig
-from pyro_isingvit.data.given import Labelled, labelled, pixels
+from pyro_isingvit.data.given import Labelled, labelled, own_validation, pixels
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.split import ImageData, Split
 from pyro_isingvit.evaluation import Evaluation, evaluate, write_evaluation
@@ -194,7 +194,7 @@ class TrainedRun(Shareable):
             data: a part of a data set such as ``data.test``, (images, labels) as ``predict`` and
                 ``ImageData.from_arrays`` take them, or an ``ImageData``, of which the test part counts.
             val: validation images, for the metrics ``*_calibrated`` and ``*_rel_u``; None: those of training, or where
-                the run does not know them any more, those of an ``ImageData``.
+                the run does not know them any more, those of an ``ImageData`` that is divided as in training.
             num_samples: S, draws; None: ``samples`` of the run's settings.
             seed: of the draws; None: the run's.
             progress: show a progress bar.
@@ -214,8 +214,8 @@ class TrainedRun(Shareable):
             >>> metrics["accuracy"] > 0.8, metrics["test_size"]
             (True, 360)
         """
-        if isinstance(data, ImageData) and val is None and self.val is None and len(data.val):
-            val = data
+        if isinstance(data, ImageData) and val is None and self.val is None:
+            val = own_validation(data, self.info, self.config)
         training = self._rest()
         self.evaluation = evaluate(
             self, labelled(data, self.info, "data"), self.val if val is None else labelled(val, self.info, "val"),
@@ -321,11 +321,10 @@ class TrainedRun(Shareable):
             >>> small(small.normalise(data.test.images[:2])).shape
             torch.Size([2, 10])
         """
-        part = self.val if val is None else labelled(val, self.info, "val")
-        images = None if merge is None else pixels(merge, self.info)
+        part = self.val if val is None else val
         with torch.random.fork_rng(devices=[]):
             return compact(
-                self, form, threshold=threshold, keep=keep, macs=macs, weighting=weighting, val=part, merge=images
+                self, form, threshold=threshold, keep=keep, macs=macs, weighting=weighting, val=part, merge=merge
             )
 
     def report(

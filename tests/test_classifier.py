@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import make_split
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from pyro_isingvit import IsingConfig, IsingViTClassifier, UserError, ViTConfig
@@ -279,3 +280,53 @@ def test_height_and_width_alone_tell_the_layout() -> None:
     assert quick(epochs=1, image_shape=(3, 3, 3)).fit(cube, y).image_shape_ == (3, 3, 3)
     with pytest.raises(UserError, match=r"`image_shape` \(4, 4\) is not that of `X`"):
         quick(epochs=1, image_shape=(4, 4)).fit(X, y)
+
+
+def test_a_training_that_failed_leaves_no_network_of_other_classes(made) -> None:
+    images, names = made
+    classifier = quick(epochs=1).fit(images, names)
+    with pytest.raises(UserError):
+        classifier.set_params(settings={**QUICK, "lr": -1.0}).fit(images, np.char.add("z", names))
+    with pytest.raises(NotFittedError):
+        classifier.predict(images)
+    assert classifier.set_params(settings=QUICK).fit(images, names).predict(images).shape == (90,)
+
+
+def test_images_that_may_be_on_another_scale_are_warned_of(made, caplog) -> None:
+    images, names = made
+    floats = quick(epochs=1).fit(images * 1.0, names)
+    bits = quick(epochs=1).fit(images > 99, names)
+    for classifier, X in ((floats, images * 1.0), (floats, images / 2.0), (bits, images > 9)):
+        classifier.predict(X)
+    assert "scaled alike" not in caplog.text
+    floats.predict(images / 255.0)
+    assert "are both scaled alike?" in caplog.text
+    caplog.clear()
+    bits.predict(images * 1.0)
+    assert "goes up to 2" in caplog.text and "went up to 1" in caplog.text
+
+
+def test_values_whose_range_overflows_are_refused(made) -> None:
+    images, names = made
+    large = images * 1.0
+    large[0, 0, :2] = -1.7e308, 1.7e308
+    with pytest.raises(UserError, match="their range overflows"):
+        quick(epochs=1).fit(large, names)
+
+
+@pytest.mark.parametrize("shape", [(8.0, 8.0), (-8, -8), ("8", 8), 64, (8, True)])
+def test_an_image_shape_is_of_whole_numbers(shape) -> None:
+    X, y = np.random.default_rng(0).integers(0, 255, (30, 64), dtype=np.uint8), ["a", "b", "c"] * 10
+    with pytest.raises(UserError, match=r"`image_shape` must be \(H, W\) or \(H, W, C\), whole numbers"):
+        quick(epochs=1, image_shape=shape).fit(X, y)
+
+
+def test_an_image_shape_of_numpy() -> None:
+    X, y = np.random.default_rng(0).integers(0, 255, (30, 64), dtype=np.uint8), ["a", "b", "c"] * 10
+    assert [type(n) for n in quick(epochs=1, image_shape=np.array([8, 8])).fit(X, y).image_shape_] == [int] * 3
+
+
+@pytest.mark.parametrize("fraction", [None, "a", -0.1, 0.6])
+def test_a_validation_share_is_a_number(made, fraction) -> None:
+    with pytest.raises(UserError, match=r"`val_fraction` must be between 0 and 0\.5"):
+        quick(epochs=1, val_fraction=fraction).fit(*made)

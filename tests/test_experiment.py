@@ -17,11 +17,13 @@ from pyro_isingvit import (
     BaselineConfig,
     CompactViT,
     DataConfig,
+    ImageData,
     IsingConfig,
     IsingViT,
     RunConfig,
     TrainConfig,
     UserError,
+    compact,
     fit,
     load_data,
     load_run,
@@ -30,8 +32,9 @@ from pyro_isingvit.core import settings as settings_module
 from pyro_isingvit.core.checkpoint import load_checkpoint
 from pyro_isingvit.data.images import Images
 from pyro_isingvit.experiment import train_run
-from pyro_isingvit.methods.registry import METHODS, READS
+from pyro_isingvit.methods.registry import METHODS, READS, epochs_in_all
 from pyro_isingvit.predictive.datatree import load_datatree
+from pyro_isingvit.pruning.choose import calibrated
 from pyro_isingvit.runs.folder import alone_in
 from pyro_isingvit.runs.trainer import Trainer
 from pyro_isingvit.starts import load_start
@@ -54,7 +57,10 @@ def test_every_method_is_trained_with_its_own_defaults_and_kept(images, method: 
     row = METHODS[method]
     assert run.config.ising == row.ising
     assert run.config.train == replace(
-        row.train, **{k: v for k, v in QUICK_FIT.items() if k != "progress"} | {"epochs": 1}
+        row.train,
+        **{k: v for k, v in QUICK_FIT.items() if k != "progress"}
+        | {"epochs": 1}
+        | epochs_in_all(row.train, {"epochs": 1}),
     )
     metrics = run.evaluate(images.test)
     assert 0 <= metrics["accuracy"] <= 1 and metrics["method"] == method
@@ -268,6 +274,28 @@ def test_validation_images_are_those_of_training_while_they_are_known(run, image
     assert untimed(loaded.evaluate(images)) == known
 
 
+def test_validation_images_of_another_division_are_left_out(tmp_path: Path, caplog) -> None:
+    """The run has learned from some of them: guarantees that rest on them would not hold."""
+    config = {**QUICK_FIT, "epochs": 1, "seed": 3}
+    own, other = (load_data("digits", train_size=200, seed=seed) for seed in (3, 0))
+    loaded = load_run(fit(TINY, own, **config).save(tmp_path / "named"))
+    assert loaded.evaluate(own)["val_size"] == len(own.val) and "not divided" not in caplog.text
+    assert loaded.evaluate(other)["val_size"] == 0 and "not divided as for the run's training" in caplog.text
+    assert loaded.evaluate(other, val=other.val)["val_size"] == len(other.val)
+    made = np.random.default_rng(0).integers(0, 256, (90, 4, 4), np.uint8), [0, 1, 2] * 30
+    own, other = (ImageData.from_arrays(*made, seed=seed) for seed in (3, 0))
+    loaded = load_run(fit(TINY, own, **config).save(tmp_path / "arrays"))
+    assert [loaded.evaluate(data)["val_size"] for data in (own, other)] == [len(own.val), 0]
+
+
+def test_a_run_that_began_with_another_knows_its_division(tmp_path: Path) -> None:
+    own, other = (load_data("digits", train_size=100, seed=seed) for seed in (3, 0))
+    first = fit(TINY, own, **{**QUICK_FIT, "epochs": 1, "seed": 3}).save(tmp_path / "first")
+    run = fit(load_start(str(first)), own, **{**QUICK_FIT, "epochs": 1, "seed": 3})
+    loaded = load_run(run.save(tmp_path / "second"))
+    assert [loaded.evaluate(data)["val_size"] for data in (own, other)] == [len(own.val), 0]
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -286,7 +314,23 @@ def test_what_cannot_be_judged_is_named(run, images, data, words) -> None:
     assert run.evaluation is None
 
 
-@pytest.mark.parametrize("count", [3.0, 0, "5"])
+@pytest.mark.parametrize("seed", ["a", 1.5, 2**70, True])
+def test_a_seed_is_a_whole_number(run, images, seed) -> None:
+    with pytest.raises(UserError, match="`seed` must be a whole number"):
+        run.predict(images.test.images[:2], seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"method": None}, "`method` must be the name"), ({"method": 5}, "`method` must be the name"),
+     ({"teacher": 5}, "`teacher` takes a trained run")],
+)  # fmt: skip
+def test_what_is_no_method_and_no_teacher(images, settings: dict, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        fit(TINY, images, **settings)
+
+
+@pytest.mark.parametrize("count", [3.0, 0, "5", True])
 def test_a_number_of_draws_is_a_whole_one(run, images, count) -> None:
     with pytest.raises(UserError, match="`num_samples` must be a whole number and at least 1"):
         run.predict(images.test.images[:2], count)
@@ -483,3 +527,22 @@ def test_epochs_are_those_in_all(settings: dict, expected: tuple[int, int]) -> N
     run = fit(TINY, data, method="ising-sparse", samples=2, device="cpu", progress=False, **settings)
     assert (run.config.train.epochs, run.config.train.finetune_epochs) == expected
     assert len(run.history) == sum(expected)
+
+
+def test_cutting_takes_what_predict_and_evaluate_take(run, images) -> None:
+    pixels, labels = images.val.images[:], images.val.labels
+    expected = run.prune(keep=0.5, val=images.val, merge=images.train.images).state_dict()
+    raw = images.train.images[:].permute(0, 2, 3, 1).numpy()
+    for val in (images, (pixels, labels), (pixels[:, 0].numpy(), labels.tolist())):
+        found = compact(run, keep=0.5, val=val, merge=raw).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    with pytest.raises(UserError, match="`weighting` must be auto, slab or mean, not 'means'"):
+        run.prune(keep=0.5, weighting="means")
+    with pytest.raises(UserError, match=r"`val` must be a part of a data set, such as data\.val, not tuple"):
+        calibrated(run.prune(keep=0.5), (pixels, labels))
+
+
+@pytest.mark.parametrize("bad", [{"samples": 2.5}, {"chunk": 0}, {"samples": True}, {"seed": "a"}])
+def test_numbers_of_a_cut_network(run, images, bad: dict) -> None:
+    with pytest.raises(UserError, match=f"`{next(iter(bad))}` must be a whole number"):
+        compact(run, "bayes", keep=0.5).predict(images.test.images[:2], **bad)

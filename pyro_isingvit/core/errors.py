@@ -1,5 +1,7 @@
 """The one error that the user can fix, and one that nobody here has made."""
 
+from numbers import Integral, Real
+
 
 class UserError(ValueError):
     """Something the user gave is wrong; the message names the cause and the fix.
@@ -29,6 +31,23 @@ def need(condition: object, message: str) -> None:
     """Raises UserError with the message unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def need_whole(least: int, **numbers: object) -> None:
+    """Raises UserError unless every number, given by its name, is whole and at least ``least``.
+
+    Examples:
+        >>> need_whole(1, samples=20, chunk=256)
+    """
+    for name, value in numbers.items():
+        whole = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+        need(whole, f"`{name}` must be a whole number and at least {least}, not {value!r:.60}.")
+
+
+def need_share(**shares: object) -> None:
+    """Raises UserError unless every share, given by its name, is a number above 0 and below 1."""
+    for name, value in shares.items():
+        need(isinstance(value, Real) and 0 < float(value) < 1, f"`{name}` must lie in (0, 1), not {value!r:.60}.")
 
 
 def why(error: BaseException) -> str:

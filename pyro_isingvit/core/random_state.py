@@ -3,9 +3,12 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
+
+from pyro_isingvit.core.errors import need
 
 
 @contextlib.contextmanager
@@ -23,7 +26,7 @@ def undisturbed(seed: int, *devices: torch.device) -> Iterator[None]:
 
 def seed_devices(seed: int, *devices: torch.device) -> None:
     """``torch.manual_seed`` for the CPU and some devices alone; that seeds every GPU."""
-    seed = int(seed)
+    seed = checked_seed(seed)
     torch.default_generator.manual_seed(seed)
     for device in devices:
         if device.type == "cuda":
@@ -31,6 +34,17 @@ def seed_devices(seed: int, *devices: torch.device) -> None:
                 torch.cuda.manual_seed(seed)
         elif device.type != "cpu":
             torch.manual_seed(seed)
+
+
+def checked_seed(seed: int) -> int:
+    """A seed as a whole number.
+
+    Raises:
+        UserError: it is none, or more than torch takes.
+    """
+    whole = isinstance(seed, Integral) and not isinstance(seed, bool) and -(2**63) <= int(seed) < 2**63
+    need(whole, f"`seed` must be a whole number of at most 63 bits, not {seed!r:.60}.")
+    return int(seed)
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,20 @@
 Shapes: N images, C channels, H height, W width.
 """
 
+import logging
 from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.arrays import class_numbers, label_array, to_array, to_pixels
 from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.split import ImageData, Split
 
+log = logging.getLogger(__name__)
 MANY = 256  # images that are looked at
 Labelled = Split | tuple[Any, Any] | ImageData
 
@@ -96,6 +99,30 @@ def labelled(data: Labelled, info: DataInfo, name: str) -> Split:
     else:
         labels = labels.astype(str)
     return Split(images, class_numbers(labels, known, what))
+
+
+def own_validation(data: ImageData, info: DataInfo, config: RunConfig) -> Split | None:
+    """The validation images of a data set, if they are those of a run; None, with a warning, where they may be others.
+
+    Other divisions have images for validation that the run was trained on.
+
+    Args:
+        data: the data set.
+        info: the images that the network was trained on.
+        config: of the run.
+    """
+    if not len(data.val):
+        return None
+    same = data.info.is_that_of(info.to_dict())  # the mean of the training images, for one
+    if config.init is not None:  # which is that of the start
+        same = data.source == (config.data, config.train.seed)
+    if same:
+        return data.val
+    log.warning(
+        "`data` is not divided as for the run's training, which may have seen its validation images, if not its test "
+        "images: none is used for validation. Divide it with the run's seed and settings, or give them as `val`."
+    )
+    return None
 
 
 def _other_number(name: str, number: int) -> bool:

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -311,9 +311,9 @@ class ImageData:
 
 def check_division(val_fraction: float, test_fraction: float, seed: int) -> None:
     """Raises UserError where a setting of the split is out of its range."""
-    need(0 <= val_fraction <= 0.5, f"`val_fraction` must be between 0 and 0.5, got {val_fraction}.")
-    need(0 <= test_fraction <= 0.5, f"`test_fraction` must be between 0 and 0.5, got {test_fraction}.")
-    need(seed >= 0, f"`seed` must not be negative, got {seed}.")
+    for name, share in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        need(isinstance(share, Real) and 0 <= share <= 0.5, f"`{name}` must be between 0 and 0.5, got {share!r:.60}.")
+    need(isinstance(seed, Integral) and seed >= 0, f"`seed` must not be negative, but whole; got {seed!r:.60}.")
 
 
 def hold_out_test(train: Split, classes: tuple[str, ...], fraction: float) -> tuple[Split, Split]:

@@ -191,6 +191,7 @@ def row(name: str) -> Row:
     Raises:
         UserError: there is none of that name.
     """
+    need(isinstance(name, str), f"`method` must be the name of a method, not {name!r:.60}.")
     alone, _, number = name.partition(":")
     if number and (known := METHODS.get(alone)) and known.knob:
         raise UserError(f"unknown `method` {name!r}: give {alone!r}, and the number as `{known.knob[1]}`.")

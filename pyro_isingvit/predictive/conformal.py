@@ -22,7 +22,7 @@ import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from torch import Tensor
 
-from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.errors import need, need_share
 from pyro_isingvit.predictive.draws import Predictions, labelled_probs, mean_probs
 
 
@@ -87,7 +87,7 @@ def check_images(
     Raises:
         UserError: there are too few, of all or of one class, or a coverage outside of (0, 1).
     """
-    need(0 < coverage < 1, f"`coverage` must lie in (0, 1), not {coverage}.")
+    need_share(coverage=coverage)
     least, counts = needed_images(coverage), np.bincount(np.asarray(labels), minlength=len(classes))
     if not classwise:
         need(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.errors import need, need_share
 from pyro_isingvit.predictive.metrics import entropy
 
 
@@ -61,8 +61,7 @@ class PredictiveDraws:
         Raises:
             UserError: mass outside (0, 1).
         """
-        if not 0 < mass < 1:
-            raise UserError(f"the `mass` of a credible interval must lie in (0, 1), not {mass}.")
+        need_share(mass=mass)
         ends = [(1 - mass) / 2, (1 + mass) / 2]
         if self.weights is not None:
             weights = self.weights[..., None].expand_as(self.probs).numpy()

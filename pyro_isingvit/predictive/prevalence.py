@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.errors import need, need_whole
 from pyro_isingvit.predictive.draws import Predictions, PredictiveDraws, labelled_probs, mean_probs
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,8 @@ def estimate_prevalence(
         True
     """
     need(0 < mass < 1, f"the `mass` of an interval must lie in (0, 1), not {mass}.")
-    need(replicates >= 1 and seed >= 0, f"`replicates` ({replicates}) must be at least 1, `seed` ({seed}) at least 0.")
+    need_whole(1, replicates=replicates)
+    need_whole(0, seed=seed)
     val, y = labelled_probs(val_predictions, val_labels)
     classes = val.shape[1]
     guesses = mean_probs(predictions, classes).argmax(1)

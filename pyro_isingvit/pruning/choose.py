@@ -8,7 +8,7 @@ Shapes: S samples, B batch, C classes.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.precision import single_precision
+from pyro_isingvit.data.given import Labelled, labelled, pixels
 from pyro_isingvit.data.images import Images
 from pyro_isingvit.data.split import Split
 from pyro_isingvit.ising.guide import IsingGuide
@@ -180,8 +181,8 @@ def compact(
     keep: float | None = None,
     macs: float | None = None,
     weighting: Weighting = "auto",
-    val: Split | None = None,
-    merge: Images | None = None,
+    val: Labelled | None = None,
+    merge: Any = None,
 ) -> CompactViT:
     """Cuts a run down to a smaller, ordinary network.
 
@@ -193,9 +194,10 @@ def compact(
         macs: keep as much as this share of the dense network's multiply-accumulates allows instead.
         weighting: of the form ``mean``: slab means m ("slab"), posterior means pi m ("mean"), or whichever has the
             lower NLL on ``val`` ("auto"; m without ``val``).
-        val: validation images, on which the temperature is fitted anew; None: the run's temperature is kept.
-        merge: of the form ``mean``: training images on which what is left is refitted to what the dropped units
-            wrote (``merge_units``); None: they are only dropped.
+        val: validation images with labels, as ``TrainedRun.evaluate`` takes them, on which the temperature is fitted
+            anew; None: the run's temperature is kept.
+        merge: of the form ``mean``: training images, as ``TrainedRun.predict`` takes them, on which what is left is
+            refitted to what the dropped units wrote (``merge_units``); None: they are only dropped.
 
     Returns:
         the network in evaluation mode, on the CPU.
@@ -217,8 +219,11 @@ def compact(
         torch.Size([4, 2, 10])
     """
     need(form in ("mean", "bayes"), f"`form` must be mean or bayes, not {form!r}.")
+    need(weighting in ("auto", "slab", "mean"), f"`weighting` must be auto, slab or mean, not {weighting!r}.")
+    part = None if val is None else labelled(val, run.info, "val")
+    images = None if merge is None else pixels(merge, run.info)
     kept = choose_masks(run, threshold, keep, macs)
-    return from_masks(run, kept, form, weighting, val, merge)
+    return from_masks(run, kept, form, weighting, part, images)
 
 
 def from_masks(
@@ -275,6 +280,8 @@ def calibrated(model: CompactViT, val: Split | None, prior: Sequence[float] | No
         val: validation images.
         prior: the shares of the classes that its probabilities stand for (``Run.moved_prior``).
     """
+    given = type(val).__name__
+    need(val is None or isinstance(val, Split), f"`val` must be a part of a data set, such as data.val, not {given}.")
     if val is not None and len(val):
         model.temperature.fill_(1.0)
         model.temperature.fill_(fit_temperature(model.predict(val.images, SAMPLES), val.labels, prior))

@@ -14,7 +14,7 @@ from torch.distributions import Beta
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.errors import need, need_whole
 from pyro_isingvit.core.random_state import undisturbed
 from pyro_isingvit.data.augment import Augmentation
 from pyro_isingvit.data.batches import batches, count_steps
@@ -47,8 +47,7 @@ class Distillation:
 
     def check(self) -> None:
         """Raises UserError for values out of their range."""
-        for name in ("epochs", "batch_size", "draws"):
-            need(getattr(self, name) >= 1, f"`{name}` of a distillation must be at least 1, not {getattr(self, name)}.")
+        need_whole(1, epochs=self.epochs, batch_size=self.batch_size, draws=self.draws)
         for name in ("lr", "mix_alpha"):
             need(getattr(self, name) > 0, f"`{name}` of a distillation must be above 0, not {getattr(self, name)}.")
         need(0 <= self.mixed <= 1, f"`mixed` of a distillation is a share, 0 to 1, not {self.mixed}.")

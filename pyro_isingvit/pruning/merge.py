@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import need
-from pyro_isingvit.data.images import Images
+from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.pruning.network import Block, CompactViT
 
 RIDGE = 1e-4
@@ -57,7 +57,7 @@ def merge_units(model: CompactViT, reference: CompactViT, images: Images, ridge:
     need(len(images) > 0, "`images` has no images to fit on.")
     need(ridge > 0, f"`ridge` must be above 0, not {ridge}.")
     count = min(len(images), max(1, VALUES // model.position.numel()))
-    ready = [model.normalise(part) for part in spread_out(images, count)]
+    ready = [model.normalise(part) for part in spread_out(as_images(images), count)]
     ours, theirs = [model.embed(x) for x in ready], [reference.embed(x) for x in ready]
     for block, large in zip(model.blocks, reference.blocks, strict=True):
         assert isinstance(block, Block) and isinstance(large, Block)

@@ -23,8 +23,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from pyro_isingvit.core.checkpoint import write_atomically, write_text
-from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.errors import UserError, need, need_whole, why
 from pyro_isingvit.core.precision import single_precision
+from pyro_isingvit.core.random_state import checked_seed
 from pyro_isingvit.data.images import Images, as_images, network_chunk
 from pyro_isingvit.nets.shape import ACTIVATIONS, patch_grid
 from pyro_isingvit.nets.stem import ConvStem
@@ -266,12 +267,12 @@ class CompactViT(nn.Module):
         Raises:
             UserError: images that do not fit, or samples or chunk below 1.
         """
-        need(samples >= 1 and chunk >= 1, f"`samples` ({samples}) and `chunk` ({chunk}) must be at least 1.")
+        need_whole(1, samples=samples, chunk=chunk)
         most = max(matrix.out_features for matrix in self.modules() if isinstance(matrix, nn.Linear))
         bayes, images = self.config.form == "bayes", as_images(images)
         few = len(images) <= min(chunk, images.chunk)
         chunk = network_chunk(min(chunk, images.chunk), self.position.device, len(self.position) * most)
-        noise = torch.Generator(device=self.position.device).manual_seed(seed)
+        noise = torch.Generator(device=self.position.device).manual_seed(checked_seed(seed))
         result = torch.empty(samples if bayes else 1, len(images), len(self.config.classes), dtype=self.position.dtype)
         # Few images are normalised once, many anew for every draw.
         ready = list(images.batches(chunk, self.normalise, self.position.device)) if few else None

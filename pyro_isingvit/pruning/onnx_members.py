@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.errors import need, need_whole
 from pyro_isingvit.predictive.draws import PredictiveDraws
 from pyro_isingvit.pruning.export import write_onnx
 from pyro_isingvit.pruning.network import CompactViT
@@ -31,8 +31,9 @@ TOLERANCE = 1e-5
 
 def check_members(members: int) -> None:
     """Raises UserError where no file can have so many members."""
+    need_whole(1, members=members)
     need(
-        1 <= members <= MOST,
+        members <= MOST,
         f"`members` must lie between 1 and {MOST}, not {members}: size and time grow with it, and 20 to 50 are usual.",
     )
 

@@ -4,6 +4,7 @@ Shapes: B batch, C classes.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.errors import UserError, need, need_whole
 from pyro_isingvit.core.pixels import Scale
 from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.predictive.metrics import entropy
@@ -36,6 +37,16 @@ class OnnxPrediction:
     """What the members disagree on, nats, (B,)."""
 
 
+def scale_of(texts: Mapping[str, str]) -> Scale:
+    """How the images of a file are normalised, by its metadata.
+
+    Raises:
+        ValueError, KeyError, TypeError: they do not say it.
+    """
+    kind, *parts = (json.loads(texts[name]) for name in ("kind", "low", "high", "mean", "std"))
+    return Scale(kind, *map(tuple, parts))
+
+
 def predict_onnx(path: str | Path, images: Images | Tensor | np.ndarray, chunk: int = 256) -> OnnxPrediction:
     """Runs a file of ``export_onnx`` or ``export_members``, quantised or not, in onnxruntime on the CPU.
 
@@ -47,13 +58,12 @@ def predict_onnx(path: str | Path, images: Images | Tensor | np.ndarray, chunk: 
     Raises:
         UserError: packages are missing, the file is not one of ours, images that do not fit, or chunk below 1.
     """
-    need(chunk >= 1, f"`chunk` must be at least 1, not {chunk}.")
+    need_whole(1, chunk=chunk)
     path, images = Path(path), as_images(images)
     session = open_onnx(path)
     try:
         texts = session.get_modelmeta().custom_metadata_map
-        kind, classes, *parts = (json.loads(texts[name]) for name in ("kind", "classes", "low", "high", "mean", "std"))
-        scale, classes = Scale(kind, *map(tuple, parts)), tuple(map(str, classes))
+        scale, classes = scale_of(texts), tuple(map(str, json.loads(texts["classes"])))
         [reads] = session.get_inputs()
         shape = tuple(reads.shape[1:])
         need(len(shape) == 3 and scale.fits(shape[0]), "not what the images look like")

@@ -17,14 +17,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pyro_isingvit.core.checkpoint import write_atomically
 from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.pixels import Scale
+from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.pruning.export import need_extras, open_onnx
+from pyro_isingvit.pruning.onnx_predict import scale_of
 
 if TYPE_CHECKING:
     from onnx import GraphProto
@@ -38,21 +42,22 @@ def int8_of(path: Path) -> Path:
     return path.with_suffix(f".int8{path.suffix}")
 
 
-def quantise(path: str | Path, out: str | Path, calibration: Tensor) -> None:
+def quantise(path: str | Path, out: str | Path, calibration: Images | Tensor | np.ndarray) -> None:
     """Writes an exported ONNX file again with 8-bit weights and activations; ``predict_onnx`` runs both.
 
     Args:
         path: a file of ``export_onnx`` or ``export_members``.
         out: the quantised file.
-        calibration: (B, channels, height, width) training images, normalised; a few hundred.
+        calibration: (B, channels, height, width) training images, a few hundred: uint8 as they are, others normalised.
 
     Raises:
-        UserError: packages are missing, ``path`` is no ONNX file, no images, or ``out`` cannot be written.
+        UserError: packages are missing, ``path`` is no ONNX file, no images or some that do not fit, or ``out`` cannot
+            be written.
     """
     need_extras()
     need(len(calibration), "`calibration` has no images.")
     path = Path(path)
-    open_onnx(path)  # says so where it is none
+    ready = _normalised(calibration, open_onnx(path), path)
 
     def write(temporary: Path) -> None:
         import onnx
@@ -63,7 +68,7 @@ def quantise(path: str | Path, out: str | Path, calibration: Tensor) -> None:
         with tempfile.TemporaryDirectory() as place, _quiet():
             made = Path(place) / "int8.onnx"
             quantize_static(
-                proto, made, _Reader(calibration), op_types_to_quantize=["MatMul", "Gemm"], per_channel=not stacked,
+                proto, made, _Reader(ready), op_types_to_quantize=["MatMul", "Gemm"], per_channel=not stacked,
                 quant_format=QuantFormat.QOperator, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                 extra_options={"MatMulConstBOnly": True},
             )  # fmt: skip
@@ -98,6 +103,32 @@ def with_unit_columns(graph: "GraphProto") -> bool:
         after = list(graph.node).index(node) + 1
         graph.node.insert(after, helper.make_node("Mul", [product, scale], [result], name=f"{product}_restored"))
     return bool(nodes)
+
+
+def _normalised(calibration: Images | Tensor | np.ndarray, session: Any, path: Path) -> Tensor:
+    """Calibration images as the network reads them."""
+    images = calibration if isinstance(calibration, Tensor) else as_images(calibration)[:]
+    [reads] = session.get_inputs()
+    shape, given = tuple(reads.shape[1:]), tuple(images.shape[1:])
+    fits = len(shape) == len(given) and all(
+        not isinstance(wanted, int) or wanted == size for wanted, size in zip(shape, given, strict=True)
+    )
+    told = f"`calibration` has images of shape {tuple(images.shape)}, {path} reads (B, {', '.join(map(str, shape))})."
+    need(fits, told)
+    try:
+        scale: Scale | None = scale_of(session.get_modelmeta().custom_metadata_map)
+    except (ValueError, KeyError, TypeError):  # a file of another exporter
+        scale = None
+    if images.dtype == torch.uint8:
+        told = f"`calibration` is uint8, and {path} reads other images; give them normalised."
+        need(scale is not None and scale.kind == "uint8", told)
+        assert scale is not None
+        return scale.standardised(scale.scaled(images))
+    need(bool(images.isfinite().all()), "`calibration` has pixels that are not finite.")
+    if scale is not None and max(scale.mean) > 0:
+        told = "`calibration` lies between 0 and 1, so it is not normalised: give uint8 as it is, or use `normalise`."
+        need(float(images.min()) < 0 or float(images.max()) > 1, told)
+    return images
 
 
 class _Reader:

@@ -68,8 +68,8 @@ def write_pruning_report(folder: Path) -> Path:
     need(
         not is_compact(folder) or metered or (folder / FRONTIER).is_file(),
         f"{folder} holds a compact network without a report: a report shows how a run was cut by its masks, "
-        "which inference.prune measures; networks saved from Python, those that lost whole branches (branches.json) "
-        "and the part bayes/ have none.",
+        "which the script for pruning measures; networks saved from Python, those that lost whole branches "
+        "(branches.json) and the part bayes/ have none.",
     )
     metrics, found = read(folder / METRICS), read(folder / FRONTIER)
     try:

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.errors import need, need_whole
 from pyro_isingvit.core.random_state import RandomState, undisturbed
 from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.nets.vit import ViT
@@ -79,8 +79,7 @@ class Adaptation:
     def check(self) -> None:
         """Raises UserError for values out of their range."""
         need(self.kind in KINDS, f"`kind` of an adaptation must be one of {', '.join(KINDS)}, not {self.kind!r}.")
-        for name in ("passes", "batch_size", "draws"):
-            need(getattr(self, name) >= 1, f"`{name}` of an adaptation must be at least 1, not {getattr(self, name)}.")
+        need_whole(1, passes=self.passes, batch_size=self.batch_size, draws=self.draws)
         for name in ("margin", "fisher", "confidence"):
             need(getattr(self, name) >= 0, f"`{name}` of an adaptation must not be negative: {getattr(self, name)}.")
         need(self.rate > 0, f"`lr` of an adaptation must be above 0, not {self.lr}.")

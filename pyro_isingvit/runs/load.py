@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_isingvit.core.checkpoint import load_checkpoint
+from pyro_isingvit.core.device import checked_device
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.runs.folder import CHECKPOINT, CONFIG, is_shared, read_config
@@ -27,6 +28,7 @@ def open_run(folder: str | Path, device: str = "cpu") -> Run:
         UserError: the folder is missing, cut short, damaged or of another version.
     """
     folder = Path(folder)
+    where = checked_device(device)
     if is_shared(folder):
         return open_shared(folder, device)
     config = read_config(folder)
@@ -42,7 +44,7 @@ def open_run(folder: str | Path, device: str = "cpu") -> Run:
         log.warning(
             "the training of %s is not finished: masks, noise and temperature are not what they will be", folder
         )
-    return run.to(device)
+    return run.to(where)
 
 
 def read_info(folder: Path) -> DataInfo:

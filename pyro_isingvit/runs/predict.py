@@ -3,14 +3,12 @@
 Shapes: S samples, B batch, C classes.
 """
 
-from numbers import Integral
-
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.errors import UserError, need_whole
 from pyro_isingvit.core.precision import single_precision
 from pyro_isingvit.core.processes import gathered, own_rows
 from pyro_isingvit.core.random_state import RandomState, undisturbed
@@ -70,9 +68,7 @@ def draw_predictive(
         >>> draws.probs.shape
         torch.Size([5, 3, 10])
     """
-    for name, count in (("num_samples", num_samples), ("chunk", chunk)):
-        whole = isinstance(count, Integral) and count >= 1
-        need(whole, f"`{name}` must be a whole number and at least 1, not {count!r}.")
+    need_whole(1, num_samples=num_samples, chunk=chunk)
     images = as_images(images)
     run.info.normalise(images[:1])  # refuses images that do not fit before any work
     batch, classes, most = len(images), run.info.num_classes, min(chunk, images.chunk)

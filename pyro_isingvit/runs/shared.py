@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_isingvit.core.checkpoint import write_atomically, write_json
+from pyro_isingvit.core.device import checked_device
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.info import DataInfo
@@ -67,6 +68,7 @@ def open_shared(folder: Path, device: str = "cpu") -> Run:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    where = checked_device(device)
     for name in (CONFIG, SHARED):
         need((folder / name).is_file(), f"{folder} holds no shared run: {name} is missing; share a run into it again.")
     try:
@@ -96,4 +98,4 @@ def open_shared(folder: Path, device: str = "cpu") -> Run:
             ZeroDivisionError, RecursionError) as error:  # fmt: skip
         told = f"{folder} holds no shared run that can be read ({why(error)[:160]}); fetch it again, or share it again."
         raise UserError(told) from error
-    return run.to(device)
+    return run.to(where)

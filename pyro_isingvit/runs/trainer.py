@@ -19,6 +19,7 @@ from pyro_isingvit.core.errors import ProcessLost, UserError, need, why
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.precision import single_precision
 from pyro_isingvit.core.processes import averaged, is_first, is_lost, on_first, world
+from pyro_isingvit.core.random_state import seed_devices
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.augment import Augmentation, group_size
 from pyro_isingvit.data.batches import batches, count_steps
@@ -116,7 +117,7 @@ class Trainer:
                 self.parts == 1 or not (kind.whole and getattr(self.settings, name, None)),
                 f"`{name}` looks at a batch as a whole; train in one process and set `accumulate` to 1.",
             )
-        torch.manual_seed(self.settings.seed)
+        seed_devices(self.settings.seed, self.fabric.device)
         self.run = build_run(config, data.info, len(data.train), folder, model)
         self.method = self.run.method
         self.method.check(self.settings)

@@ -311,6 +311,13 @@ def test_costs_are_shown_and_older_cells_have_a_dash(tmp_path: Path) -> None:
     assert row["macs_mean"] == "" and row["accuracy_mean"] == "0.5"
 
 
+def test_a_metric_that_cells_lack_is_no_verdict() -> None:
+    frame = table()
+    frame["brier"] = np.nan
+    rows = {line.split(" |")[0]: line for line in page_tables(frame).splitlines()}
+    assert rows["| d 10"].split(" | ")[3].strip(" |") == "-"
+
+
 def test_each_ensemble_has_a_column_of_its_own() -> None:
     first, second = table(), table()
     second["train_size"] = 20

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import here, refused
 
+import inference.rates
 from analysis.rates import best_of, curves, table
 from analysis.rates import main as draw
 from inference.rates import RatesArguments, best_rate, main, make_cells, settings
@@ -71,6 +72,22 @@ def test_it_resumes_and_adds(out: Path) -> None:
         "transfer",
         "uniform",
     }
+
+
+def test_two_commands_at_a_time_keep_what_both_found(out: Path, tmp_path: Path, monkeypatch) -> None:
+    place = tmp_path / "rates"
+    flags = [*SHORT, "--methods", "deterministic", "--widths", "32", "--depths", "1", "--out", str(place)]
+    done = list[int]()
+
+    def found(config) -> dict:
+        if not done:  # the other command begins and ends while this one trains
+            done.append(1)
+            main([*flags, "--rules", "uniform"])
+        return {"accuracy": 0.5, "nll": 1.0, "seconds": 0.0}
+
+    monkeypatch.setattr(inference.rates, "score", found)
+    main([*flags, "--rules", "transfer"])
+    assert {record["settings"]["rule"] for record in records(place)} == {"transfer", "uniform"}
 
 
 def test_the_table_and_the_figure(out: Path, capsys) -> None:

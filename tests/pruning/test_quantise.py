@@ -99,3 +99,24 @@ def test_refused(files: list[Path], tmp_path: Path) -> None:
     with full, pytest.raises(UserError, match="no room"):
         quantise(files[0], out, calibration)
     assert not [*tmp_path.iterdir()]
+
+
+def test_images_as_they_are_or_normalised(files: list[Path], tmp_path: Path) -> None:
+    raw = images(64, 1)
+    for number, given in enumerate((raw, raw.numpy(), INFO.normalise(raw))):
+        quantise(files[0], tmp_path / f"{number}.onnx", given)
+    made = {(tmp_path / f"{number}.onnx").read_bytes() for number in range(3)}
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda x: x / 255, "lies between 0 and 1"), (lambda x: INFO.normalise(x) * float("nan"), "not finite"),
+        (lambda x: x[:, :, 1:], "has images of shape"), (lambda x: x[:, [0, 0]].numpy(), "has images of shape"),
+    ],
+)  # fmt: skip
+def test_calibration_that_does_not_fit(files: list[Path], tmp_path: Path, change, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        quantise(files[0], tmp_path / "o.onnx", change(images(4)))
+    assert not [*tmp_path.iterdir()]
