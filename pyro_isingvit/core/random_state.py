@@ -1,14 +1,14 @@
 """The state of torch's random numbers, to which a computation can go back."""
 
 import contextlib
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.errors import UserError
 
 
 @contextlib.contextmanager
@@ -42,9 +42,13 @@ def checked_seed(seed: int) -> int:
     Raises:
         UserError: it is none, or more than torch takes.
     """
-    whole = isinstance(seed, Integral) and not isinstance(seed, bool) and -(2**63) <= int(seed) < 2**63
-    need(whole, f"`seed` must be a whole number of at most 63 bits, not {seed!r:.60}.")
-    return int(seed)
+    try:
+        number = None if isinstance(seed, bool) else operator.index(seed)  # a tensor may hold one
+    except TypeError:
+        number = None
+    if number is None or not -(2**63) <= number < 2**63:
+        raise UserError(f"`seed` must be a whole number of at most 63 bits, not {seed!r:.60}.")
+    return number
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ TOLERANCE = 1e-5
 
 def check_members(members: int) -> None:
     """Raises UserError where no file can have so many members."""
-    need_whole(1, members=members)
+    need_whole(0, members=members)
     need(
-        members <= MOST,
+        1 <= members <= MOST,
         f"`members` must lie between 1 and {MOST}, not {members}: size and time grow with it, and 20 to 50 are usual.",
     )
 
