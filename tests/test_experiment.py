@@ -546,3 +546,8 @@ def test_cutting_takes_what_predict_and_evaluate_take(run, images) -> None:
 def test_numbers_of_a_cut_network(run, images, bad: dict) -> None:
     with pytest.raises(UserError, match=f"`{next(iter(bad))}` must be a whole number"):
         compact(run, "bayes", keep=0.5).predict(images.test.images[:2], **bad)
+
+
+def test_training_on_a_cpu_seeds_no_gpu(images, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("all GPUs were seeded"))
+    fit(TINY, images, **{**QUICK_FIT, "epochs": 1}).evaluate(images.test)
