@@ -22,6 +22,7 @@ from pyro_isingvit.core.checkpoint import load_checkpoint, save_checkpoint, writ
 from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.pretraining import PretrainConfig
+from pyro_isingvit.core.random_state import seed_devices
 from pyro_isingvit.core.settings import ViTConfig
 from pyro_isingvit.core.train_settings import TrainConfig
 from pyro_isingvit.data.augment import Augmentation
@@ -126,7 +127,7 @@ class Pretraining:
         self.info = DataInfo.of(settings.source, ("no", "labels"), self.split.images, settings.intensity)
         views = TrainConfig(augment=train.augment, margin=train.margin)
         self.views = Augmentation(views, self.info)
-        torch.manual_seed(train.seed)
+        seed_devices(train.seed, self.fabric.device)
         vit = ViT(settings.vit, *images.shape[1:], classes=2)
         self.network = MaskedImages(vit, train.masked, train.decoder_width, train.decoder_depth)
         self.steps = count_steps(len(self.split), train.batch_size)

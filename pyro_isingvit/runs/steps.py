@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.processes import launched, own_rows, rank, world
-from pyro_isingvit.core.random_state import RandomState
+from pyro_isingvit.core.random_state import RandomState, seed_devices
 from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.methods.base import Method, Terms, method_class
 from pyro_isingvit.nets.view import View, viewing
@@ -112,7 +112,7 @@ def backward(
         part = rank() * pieces + piece
         state.restore(fabric.device)
         if seed is not None:
-            torch.manual_seed(seed + part)
+            seed_devices(seed + part, fabric.device)
         method.take_part(part, parts)
         with nullcontext() if piece == pieces - 1 else fabric.no_backward_sync(wrapped):
             with viewing(method, part_view):
