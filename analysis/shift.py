@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from pyro_isingvit.core.device import checked_device
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.info import DataInfo
@@ -40,9 +41,7 @@ def load_runs(folders: Sequence[Path], device: str) -> dict[str, Run]:
         UserError: no folder, a folder named twice or without a run, runs of different data, or no CUDA device.
     """
     need(folders, "`run` needs the folder of a run.")
-    available = torch.cuda.is_available()
-    need(device != "cuda" or available, "no CUDA device is available here; choose `device` cpu or auto.")
-    place = "cuda" if device != "cpu" and available else "cpu"
+    place = checked_device(device)
     paths = [folder.resolve() for folder in folders]
     need(len(set(paths)) == len(paths), "`run` names a folder twice.")
     short = [path.name for path in paths]

@@ -79,9 +79,8 @@ class PredictArguments:
 
 def predict(arguments: PredictArguments) -> None:
     """Draw posterior predictive samples for images with a trained run."""
-    import torch
-
     from pyro_isingvit.core.checkpoint import write_text
+    from pyro_isingvit.core.device import checked_device
     from pyro_isingvit.data.inputs import load_inputs
     from pyro_isingvit.predictive.datatree import save_datatree
     from pyro_isingvit.predictive.tree import predictions_to_datatree
@@ -95,12 +94,10 @@ def predict(arguments: PredictArguments) -> None:
     for path in () if streams else (arguments.out, table):
         if path.exists() and not arguments.overwrite:
             raise UserError(f"{path} exists; name another --out or add --overwrite.")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is available here; use --device cpu or auto.")
+    device = checked_device(arguments.device)
     wanted.check()
     _check_adaptation(arguments, streams)
-    cuda = arguments.device != "cpu" and torch.cuda.is_available()
-    run = open_run(arguments.run, "cuda" if cuda else "cpu")
+    run = open_run(arguments.run, device)
     source = _source(arguments, run)
     own_root = None if arguments.data_root is None else Path(arguments.data_root)
     data_root = source.data_root if own_root is None else str(own_root)

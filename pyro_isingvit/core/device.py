@@ -24,6 +24,10 @@ def checked_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"`device` must be auto, cpu or cuda, such as cuda:1, not {device!r:.60}.") from error
-    there = found.type != "cuda" or (found.index or 0) < (torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    need(there, f"no CUDA device {found} is available here; set `device` to cpu or auto.")
+    if found.type == "cuda":
+        need(torch.cuda.is_available(), "no CUDA device is available here; set `device` to cpu or auto.")
+        need(
+            (found.index or 0) < torch.cuda.device_count(),
+            f"there is no CUDA device {found} here; set another `device`.",
+        )
     return found

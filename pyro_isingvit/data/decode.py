@@ -84,11 +84,22 @@ def read(path: Path, reading: Reading, wanted: Look) -> np.ndarray:
     Raises:
         UserError: the file cannot be read, or has another number of channels.
     """
+    return read_told(path, reading, wanted)[0]
 
-    def work() -> np.ndarray:
-        pixels = converted(_pixels(path, reading.pages, wanted.channels), wanted)  # (H, W, C)
-        size = (wanted.height, wanted.width)
-        return (pixels if pixels.shape[:2] == size else resized(pixels, size, reading.how)).transpose(2, 0, 1)
+
+def read_told(path: Path, reading: Reading, wanted: Look) -> tuple[np.ndarray, Look]:
+    """As ``read``, and what the file held, without a second look at it.
+
+    Raises:
+        UserError: as ``read``.
+    """
+
+    def work() -> tuple[np.ndarray, Look]:
+        found, channels = _pixels(path, reading.pages, wanted.channels)
+        pixels = converted(found, wanted)  # (H, W, C)
+        size, (height, width) = (wanted.height, wanted.width), pixels.shape[:2]
+        done = pixels if (height, width) == size else resized(pixels, size, reading.how)
+        return done.transpose(2, 0, 1), Look(channels, height, width, _kind(found.dtype))
 
     return _guarded(path, work)
 
@@ -216,14 +227,16 @@ def _look(path: Path, pages: Pages) -> Look:
         return Look(1 if grey else 3, height, width, kind)
 
 
-def _pixels(path: Path, pages: Pages, channels: int) -> np.ndarray:
-    """(H, W, C) uint8, uint16 or float32; grey where ``channels`` is 1, an alpha channel dropped."""
+def _pixels(path: Path, pages: Pages, channels: int) -> tuple[np.ndarray, int]:
+    """(H, W, C) uint8, uint16 or float32; grey where ``channels`` is 1, an alpha channel dropped; the file's own C."""
     if path.suffix.lower() in NPY:
-        return _plain(np.array(_npy(path)))
+        array = _plain(np.array(_npy(path)))
+        return array, array.shape[2]
     if path.suffix.lower() in TIFF and _odd_tiff(path, pages):
         bands = _plain(_tiff(path, pages))
         # Before version 0.15 what is beside red, green and blue was left out.
-        return bands[..., :3] if channels == 3 and pages == "first" else bands
+        bands = bands[..., :3] if channels == 3 and pages == "first" else bands
+        return bands, bands.shape[2]
     from PIL import Image
 
     # Given a path, Pillow maps a plain TIFF into memory, and takes the sides of a turned one for each other.
@@ -231,16 +244,17 @@ def _pixels(path: Path, pages: Pages, channels: int) -> np.ndarray:
         _small(image.height, image.width)
         _whole_ppm(image)
         if _deep_png(path):
-            return _png16(path)
+            array = _png16(path)
+            return array, array.shape[2]
         picture: Image.Image = upright(image)
         if image.mode == "F" or image.mode.startswith("I"):
             array = np.asarray(picture)[..., None]
-            return _plain(array) if image.mode == "F" or _signed(image) else _unsigned(array)
+            return (_plain(array) if image.mode == "F" or _signed(image) else _unsigned(array)), 1
         if picture.mode == "P":
             picture = picture.convert("RGBA")  # Pillow warns about transparency otherwise
-        grey = channels == 1 or picture.mode in {"1", "L", "LA"}
-        array = np.asarray(picture.convert("L" if grey else "RGB"))
-        return array[..., None] if array.ndim == 2 else array
+        own = 1 if picture.mode in {"1", "L", "LA"} else 3
+        array = np.asarray(picture.convert("L" if 1 in (channels, own) else "RGB"))
+        return (array[..., None] if array.ndim == 2 else array), own
 
 
 def _orientation(image: "Image.Image") -> int:

@@ -64,6 +64,13 @@ def subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in entries if path.is_dir() and not path.is_symlink())
 
 
+def real_paths(paths: Sequence[str | Path]) -> list[str]:
+    """Files with the links in their folders followed, each folder once; a file that is a link stays one."""
+    texts = [os.path.split(path) for path in paths]
+    real = {folder: os.path.realpath(folder) for folder in {folder for folder, _ in texts}}
+    return [os.path.join(real[folder], name) for folder, name in texts]
+
+
 class Changes(NamedTuple):
     """How many files are not as they were wanted.
 

@@ -4,6 +4,7 @@ What is done to files, and which of them training has seen, is told in the log. 
 W width; images are (N, C, H, W).
 """
 
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.decode import Look, Reading
-from pyro_isingvit.data.files import Changes, changes_of, image_names, read_files
+from pyro_isingvit.data.files import Changes, changes_of, image_names, read_files, real_paths
 from pyro_isingvit.data.info import DataInfo, digest
 from pyro_isingvit.data.load import TEST_FRACTION, is_named, official_parts
 from pyro_isingvit.data.named import is_own, path_of, reading_of
@@ -70,7 +71,8 @@ def load_inputs(
             log.warning("%s has other classes than %s: its labels are not used", spec, info.dataset)
             split = replace(split, labels=torch.full_like(split.labels, UNLABELLED))
         if not own and spec.startswith("imagefolder:"):
-            seen = [path_of(asked) / name for name in split.names]
+            named = [path_of(asked) / name for name in split.names]
+            seen = [file for file in named if file.is_file()]  # names with control characters are written otherwise
             wanted = replace(look_of(info), channels=split.images.shape[1])
             tell_changes(changes_of(seen, reading_of(asked), wanted), len(split), wanted)
     elif path.is_dir():
@@ -198,12 +200,13 @@ def learned_from(files: Sequence[Path], source: DataConfig) -> list[Path]:
 
 def _learned_from(files: Sequence[Path], source: DataConfig) -> list[Path]:
     kind, root = source.dataset.partition(":")[0], path_of(source)
-    real = {folder: os.path.realpath(folder) for folder in {file.parent for file in files}}
     if kind == "imagefolder" and root.is_dir():
         parts = [os.path.realpath(root / name) for part, name in part_folders(root).items() if part != "test"]
-        below = tuple(f"{part}{os.sep}" for part in parts)  # in a class folder: others are not read
-        return [file for file in files if real[file.parent].startswith(below)]
-    if kind == "csv" and root.is_file():
+        below = tuple(f"{part}{os.sep}" for part in parts)
+        known = [os.path.dirname(path).startswith(below) for path in real_paths(files)]  # loose files are not read
+    elif kind == "csv" and root.is_file():
         learned = set(training_files(source))
-        return [file for file in files if os.path.join(real[file.parent], file.name) in learned]
-    return []
+        known = [path in learned for path in real_paths(files)]
+    else:
+        return []
+    return list(itertools.compress(files, known))

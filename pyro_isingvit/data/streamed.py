@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_isingvit.core.errors import UserError, why
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
-from pyro_isingvit.data.decode import Look, Reading, look, read
+from pyro_isingvit.data.decode import Look, Reading, read_told
 from pyro_isingvit.data.files import Changes, image_names
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.inputs import folder_labels, load_inputs, look_of, tell_changes, tell_seen
@@ -142,7 +142,7 @@ class FileStream(ImageStream):
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for without end
                 return "not a file"
-            return read(path, self.reading, self.wanted), look(path, self.reading)
+            return read_told(path, self.reading, self.wanted)
         except OSError as error:
             return printable(error.strerror or why(error))
         except UserError as error:

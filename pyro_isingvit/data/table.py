@@ -18,7 +18,7 @@ from pyro_isingvit.core.errors import UserError, need, why
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.arrays import loss_weights
-from pyro_isingvit.data.files import read_files
+from pyro_isingvit.data.files import read_files, real_paths
 from pyro_isingvit.data.named import Parts, UnfitGroupsError, groups_of, path_of, reading_of
 from pyro_isingvit.data.split import UNLABELLED, Split, tell_unknown
 
@@ -90,9 +90,7 @@ def training_files(source: DataConfig) -> list[str]:
     table = read_table(file, source.columns, ("path",))
     if "split" in table:
         table = table[_splits(file, table) != "test"]
-    joined = [os.path.join(file.parent, text) for text in table["path"]]
-    real = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in joined}}
-    return [os.path.join(real[os.path.dirname(path)], os.path.basename(path)) for path in joined]
+    return real_paths([os.path.join(file.parent, text) for text in table["path"]])
 
 
 def table_inputs(source: DataConfig, classes: Sequence[str]) -> tuple[list[Path], list[str], torch.Tensor]:

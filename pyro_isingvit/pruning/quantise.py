@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pyro_isingvit.core.checkpoint import write_atomically
-from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.pixels import Scale
 from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.pruning.export import need_extras, open_onnx
@@ -120,9 +120,8 @@ def _normalised(calibration: Images | Tensor | np.ndarray, session: Any, path: P
     except (ValueError, KeyError, TypeError):  # a file of another exporter
         scale = None
     if images.dtype == torch.uint8:
-        told = f"`calibration` is uint8, and {path} reads other images; give them normalised."
-        need(scale is not None and scale.kind == "uint8", told)
-        assert scale is not None
+        if scale is None or scale.kind != "uint8":
+            raise UserError(f"`calibration` is uint8, and {path} reads other images; give them normalised.")
         return scale.standardised(scale.scaled(images))
     need(bool(images.isfinite().all()), "`calibration` has pixels that are not finite.")
     if scale is not None and max(scale.mean) > 0:

@@ -1,7 +1,6 @@
 """Settings of a training that cannot be: numbers out of their range, and pairs that contradict each other."""
 
-import torch
-
+from pyro_isingvit.core.device import checked_device
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.fields import check_fields
 from pyro_isingvit.core.train_settings import TrainConfig
@@ -101,8 +100,7 @@ def check_training(config: TrainConfig) -> None:
     _check_mixes(config)
     check_smoothness(config)
     check_flatness(config)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is available here; set `device` to cpu or auto.")
+    checked_device(config.device)
 
 
 def _check_mixes(config: TrainConfig) -> None:

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_isingvit.core.checkpoint import load_checkpoint
@@ -17,7 +18,7 @@ from pyro_isingvit.runs.shared import open_shared
 log = logging.getLogger(__name__)
 
 
-def open_run(folder: str | Path, device: str = "cpu") -> Run:
+def open_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
     """Loads a run's folder, or a shared run's.
 
     Args:

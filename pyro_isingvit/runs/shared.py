@@ -59,7 +59,7 @@ def write_shared(run: Run, num_data: int, folder: Path) -> None:
     write_json(folder / CONFIG, settings)
 
 
-def open_shared(folder: Path, device: str = "cpu") -> Run:
+def open_shared(folder: Path, device: str | torch.device = "cpu") -> Run:
     """Loads what ``write_shared`` wrote.
 
     Raises:

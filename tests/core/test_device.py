@@ -16,7 +16,7 @@ def test_names_of_devices(monkeypatch) -> None:
     assert [checked_device(name) for name in ("auto", "cuda", "cuda:1")] == [
         torch.device(name) for name in ("cuda", "cuda", "cuda:1")
     ]
-    with pytest.raises(UserError, match="no CUDA device cuda:2"):
+    with pytest.raises(UserError, match="no CUDA device cuda:2 here"):
         checked_device("cuda:2")
 
 

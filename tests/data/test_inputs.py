@@ -49,6 +49,13 @@ def test_files_that_are_changed_are_told_of(tmp_path, caplog) -> None:
     assert told(caplog, f"imagefolder:{other}") == ["2 of 2 images resized to 4x4"]  # its test part
 
 
+def test_names_with_control_characters_are_read_too(tmp_path, caplog) -> None:
+    other = write(tmp_path / "other", count=6)
+    for file in other.glob("*/*.png"):
+        file.rename(file.with_name(f"a\n{file.name}"))
+    assert told(caplog, f"imagefolder:{other}") == []
+
+
 @pytest.mark.parametrize("form", ["flat", "parts", "table", "table of splits"])
 def test_training_files_are_told_of(tmp_path, caplog, form: str) -> None:
     """However they are named; those of a test part are none."""

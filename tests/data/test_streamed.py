@@ -14,6 +14,7 @@ from PIL import Image
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.data import streamed
+from pyro_isingvit.data.decode import Look
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.data.inputs import load_inputs
 from pyro_isingvit.data.streamed import FileStream, SplitStream, open_stream
@@ -138,12 +139,12 @@ def test_one_part_is_decoded_ahead_and_no_more(tmp_path: Path, monkeypatch: pyte
         (tmp_path / f"{i:05d}.png").touch()
     done, lock = [0], threading.Lock()
 
-    def read(*_: object) -> np.ndarray:
+    def read(*_: object) -> tuple[np.ndarray, Look]:
         with lock:
             done[0] += 1
-        return np.zeros((1, 4, 4), np.uint8)
+        return np.zeros((1, 4, 4), np.uint8), Look(1, 4, 4, "uint8")
 
-    monkeypatch.setattr(streamed, "read", read)
+    monkeypatch.setattr(streamed, "read_told", read)
     stream = open_stream(str(tmp_path), INFO)
     for part in stream.parts(size, range(-(-count // size))):
         taken = (part.number + 1) * size
