@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from pyro_isingvit.report.style import BLUE, GREY, ORANGE, SKY, WIDE, styled
 
 NAMES = {
-    "plain_step": "plain", "ising_step": "ours", "pyro_engine_step": "ours, Pyro's handlers",
+    "plain_step": "plain", "ising_step": "ours", "ising_step_unregularised": "ours, no regulariser",
+    "pyro_engine_step": "ours, Pyro's handlers",
     "plain_step_compiled": "plain, compiled", "ising_step_compiled": "ours, compiled",
 }  # fmt: skip
 AXES = {"width": "width D", "depth": "depth L", "batch": "batch size B", "draws": "posterior draws S"}

@@ -202,7 +202,9 @@ def short_table(frame: pd.DataFrame, ours: str = OURS) -> str:
 
 def page_tables(frame: pd.DataFrame, ours: str = OURS) -> str:
     """For the comparison's page: accuracy, NLL and cost of every method in every cell, ours against the best."""
-    parts = [f"Accuracy, mean ± standard deviation of {frame.seed.nunique()} seeds, best mean in bold:"]
+    seeds = frame.seed.nunique()
+    what = "one seed" if seeds == 1 else f"mean ± standard deviation of {seeds} seeds"
+    parts = [f"Accuracy, {what}, best mean in bold:"]
     parts += [_by_cell(frame, "accuracy", COSTS), "NLL, nats per image:", _by_cell(frame, "nll")]
     best, ensemble = against_best(frame, ours), against_ensemble(frame, ours)
     if len(best):
