@@ -30,7 +30,8 @@ from pyro_isingvit.methods.registry import OURS, READS, row, with_defaults
 from pyro_isingvit.version import __version__
 
 RESULTS = "results.json"
-DONE, ASIDE = "done", "set aside"  # of a cell: ASIDE has other settings than the cells it would be averaged with
+DONE, FAILED = "done", "failed"  # of a cell
+ASIDE = "set aside"  # it has other settings than the cells it would be averaged with
 Results = dict[tuple[Any, ...], dict[str, Any]]
 log = logging.getLogger("pyro_isingvit.compare")
 
@@ -326,34 +327,33 @@ def compare(arguments: CompareArguments) -> None:
         load_parts(todo[0].config.data)  # what cannot be read is said here, not by every cell
     _write(arguments.out, results)
     try:
-        failed = _run_and_record(todo, arguments, results)
+        _run_and_record(todo, arguments, results, cells)
     except KeyboardInterrupt as stop:
         stop.args = ("interrupted; finished cells and epochs are kept; re-run the same command to resume",)
         raise
     if any(row["status"] == DONE for row in results.values()):
         show_results("analysis.comparison", "--results", arguments.out, "tables and figures")
+    failed = sum(results[cell.key]["status"] == FAILED for cell in cells)
     print(f"grid: {arguments.out}, {len(cells) - failed} cells done, {failed} failed")
     if failed:
         raise UserError(f"{failed} cells failed (their status is in {arguments.out / RESULTS}); run again to retry.")
 
 
-def _run_and_record(todo: list[Cell], arguments: CompareArguments, results: Results) -> int:
-    """Runs the cells and writes results.json after each; returns how many failed."""
+def _run_and_record(todo: list[Cell], arguments: CompareArguments, results: Results, cells: list[Cell]) -> None:
+    """Runs those cells that are to be done, and writes results.json after each."""
     from tqdm.auto import tqdm
 
-    failed = 0
     with tqdm(total=len(todo), desc="cells", unit="cell", dynamic_ncols=True) as bar:
         for cell, outcome in run_grid(todo, arguments.jobs):
             _record(results, cell, outcome)
+            _add_others(results, arguments.out, cells)
             _write(arguments.out, results)
-            failed += isinstance(outcome, Exception)
             bar.update()
             name = f"{cell.dataset} n={cell.train_size} {cell.method} seed {cell.seed}"
             if isinstance(outcome, Exception):
                 bar.write(f"failed: {name}: {in_flags(str(outcome), None)}", file=sys.stderr)
             else:
                 bar.write(f"{name}: accuracy {outcome['accuracy']:.4f}, NLL {outcome['nll']:.4f}", file=sys.stderr)
-    return failed
 
 
 def read_results(path: Path) -> Results:
@@ -379,7 +379,7 @@ def _record(results: Results, cell: Cell, outcome: dict[str, Any] | Exception, v
     }  # fmt: skip
     if isinstance(outcome, Exception):
         text = in_flags(str(outcome), None) or repr(outcome)  # a cell's settings are not flags of the grid
-        row |= {"status": "failed", "error": text.splitlines()[0][:300]}
+        row |= {"status": FAILED, "error": text.splitlines()[0][:300]}
     else:
         plain = {
             name: value for name, value in outcome.items() if not isinstance(value, dict | list)
@@ -396,6 +396,16 @@ def _trained_vit(cell: Cell) -> ViTConfig:
         with contextlib.suppress(UserError):  # it failed before there was one
             return read_config(cell.folder).vit
     return cell.config.vit
+
+
+def _add_others(results: Results, out: Path, cells: list[Cell]) -> None:
+    """Takes in what another call with the same folder has finished meanwhile."""
+    mine = {cell.key for cell in cells}
+    for key, found in read_results(out / RESULTS).items():
+        failed_here = results.get(key, {}).get("status") == FAILED  # perhaps because the other call held its run
+        if key not in mine or (failed_here and found.get("status") == DONE):
+            results[key] = found
+    _set_aside(results, cells)
 
 
 def _write(out: Path, results: Results) -> None:

@@ -31,6 +31,7 @@ from analysis.comparison_tables import (
 )
 from analysis.grid_settings import unequal
 from inference.compare import (
+    Cell,
     CompareArguments,
     _record,
     _set_aside,
@@ -232,6 +233,26 @@ def test_what_is_to_be_trained_again_is_set_aside_at_once(tmp_path: Path, monkey
     with pytest.raises(SystemExit):
         main([*words, "--seeds", "0", "1", "--out", str(tmp_path)])
     assert {row["status"] for row in json.loads((tmp_path / "results.json").read_text())} == {"set aside"}
+
+
+def test_two_calls_at_a_time_keep_the_cells_of_both(tmp_path: Path, monkeypatch) -> None:
+    """Another call finishes a cell of its own and one of ours, whose run it holds, while ours is at work."""
+    own, held, foreign = small_cells(tmp_path, "ising", "dropout", "deterministic")
+    metrics = dict.fromkeys(SHOWN, 0.5)
+
+    def beside(cells: list[Cell], jobs: int):
+        theirs: dict = {}
+        for cell in (held, foreign):
+            _record(theirs, cell, metrics)
+        (tmp_path / "results.json").write_text(json.dumps([*theirs.values()]))
+        yield held, UserError("another process trains into its folder.")
+        yield own, metrics
+
+    monkeypatch.setattr("inference.compare.run_grid", beside)
+    words = "--dataset digits --methods ising dropout --train-sizes 60 --epochs 1 --seeds 0 --depth 1 --width 16"
+    main([*words.split(), "--samples", "2", "--device", "cpu", "--out", str(tmp_path)])
+    rows = {row["method"]: row["status"] for row in json.loads((tmp_path / "results.json").read_text())}
+    assert rows == {"ising": "done", "dropout": "done", "deterministic": "done"}
 
 
 def test_settings_that_differ_within_a_column_are_told(tmp_path: Path) -> None:
