@@ -145,8 +145,10 @@ def cross_fit(
     for number, arrays in found.items():
         probs[numbers == number], given[:, numbers == number] = arrays["probs"], arrays["given"]
     val_probs = np.mean([found[number]["val_probs"] for number in range(folds)], axis=0)
-    # As many draws as the training images have, from all networks in turn.
-    val_given = np.concatenate([found[number]["val_given"][number::folds] for number in range(folds)])
+    # As many draws as the training images have, from all networks in turn; of a single one, the mean over the networks.
+    each_given = [found[number]["val_given"] for number in range(folds)]
+    turns = [given_there[number::folds] for number, given_there in enumerate(each_given)]
+    val_given = np.mean(each_given, 0) if draws == 1 else np.concatenate(turns)
     fold_of = dict(zip(prints, numbers, strict=True))
     for image, digest in enumerate(val_prints):
         if digest in fold_of:  # the other networks have seen a copy

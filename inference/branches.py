@@ -49,7 +49,7 @@ def cut(arguments: BranchesArguments) -> None:
     from inference.prune_tuning import make_tuning
     from pyro_isingvit.core.checkpoint import write_json
     from pyro_isingvit.pruning.branches import branches, rank_branches, without_branches
-    from pyro_isingvit.pruning.choose import calibrated
+    from pyro_isingvit.pruning.choose import calibrated, of_run
     from pyro_isingvit.pruning.deployed import deployed_networks
     from pyro_isingvit.pruning.merge import merge_units
     from pyro_isingvit.runs.folder import METRICS
@@ -62,8 +62,7 @@ def cut(arguments: BranchesArguments) -> None:
     networks = deployed_networks(run.method, or_whole=False)
     need(len(networks) == 1, f"method {run.config.method} has {len(networks)} networks; take a run of a single one.")
     data, branch = data_of(run, arguments.data_root), arguments.branch
-    networks[0].temperature.copy_(run.temperature)
-    dense = calibrated(networks[0], data.val, run.moved_prior)
+    dense = calibrated(of_run(run, networks[0]), data.val, run.moved_prior)
     there = len(branches(dense, branch))
     count = round(arguments.share * there)
     need(count > 0, f"--share {arguments.share} of {there} branches is none; raise it.")

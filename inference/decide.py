@@ -118,6 +118,9 @@ def read_prevalences(
         return None
     classes, given = run.info.classes, wanted.training_prevalence
     prior = np.array(prior_of(run, data_root)) if given is None else read_shares(given, classes, "training_prevalence")
+    whose = "the run's training part; give `training_prevalence`" if given is None else "`training_prevalence`"
+    none = ", ".join(name for name, share in zip(classes, prior, strict=True) if share <= 0)
+    need(not none, f"the class {none:.60} has no share in {whose}: no correction can bring it back.")
     shares = None if wanted.prevalence == ESTIMATE else read_shares(wanted.prevalence, classes, "prevalence", prior)
     return prior, shares
 

@@ -86,7 +86,7 @@ def predict(arguments: PredictArguments) -> None:
     from pyro_isingvit.predictive.tree import predictions_to_datatree
     from pyro_isingvit.runs.adapt import Adaptation, adapted
     from pyro_isingvit.runs.load import open_run
-    from pyro_isingvit.runs.predict import draw_predictive
+    from pyro_isingvit.runs.predict import draw_predictive, need_numbers
 
     wanted, streams = arguments.decisions, arguments.out.suffix in STREAMED
     arguments.streaming.check(arguments.out, arguments.samples, wanted)
@@ -115,6 +115,7 @@ def predict(arguments: PredictArguments) -> None:
     how = None if arguments.adapt is None else Adaptation(arguments.adapt, crowd=arguments.adapt_crowd, seed=seed)
     with nullcontext() if how is None else adapted(run, inputs.images, how, progress=True) as done:
         drawn = draw_predictive(run, inputs.images, samples, arguments.chunk, seed, progress=True)
+    need_numbers(drawn, inputs.images)
     decided = decide(run, drawn, val, wanted, own_root)
     draws = decided.draws
     labels = inputs.labels if int(inputs.labels.min()) >= 0 else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +20,7 @@ from inference.decide import (
 from pyro_isingvit.core.errors import need
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from pyro_isingvit.core.settings import DataConfig
@@ -102,6 +104,15 @@ class Decider:
             assert self.val is not None
             self.acceptance = acceptance(self.val.probs, self.val.labels, wanted.max_error, wanted.certainty)
 
+    def rests_on(self) -> dict[str, str]:
+        """What the decisions depend on beside the flags, in words: a table never mixes two of them."""
+        found = {} if self.prevalences is None else {"prevalences": repr([*map(_listed, self.prevalences)])}
+        if self.val is None:
+            return found
+        probs, labels = (part.cpu().contiguous().numpy() for part in (self.val.probs, self.val.labels))
+        digest = blake2b(probs.tobytes() + labels.tobytes(), digest_size=16).hexdigest()
+        return found | {"validation": f"{digest}, {self.val.samples} draws from seed {self.val.seed}"}
+
     def __call__(
         self, draws: "PredictiveDraws", labels: "Tensor | None"
     ) -> "tuple[PredictiveDraws, dict[str, Column], Mapping[str, float]]":
@@ -119,6 +130,10 @@ class Decider:
                 wrong = found.draws.mean.argmax(-1) != labels
                 counted["accepted_wrong"] = int((wrong & found.accepted).sum())
         return found.draws, columns(found, self.run.info.classes), counted
+
+
+def _listed(shares: "np.ndarray | None") -> list[float] | None:
+    return None if shares is None else shares.tolist()
 
 
 def predict_stream(
@@ -151,7 +166,7 @@ def predict_stream(
     done = stream_predictions(
         run, open_stream(given, run.info, data_root=data_root, source=source), out, until, seed=first, chunk=chunk,
         part=PART if wanted.part is None else wanted.part, all_classes=wanted.all_classes,
-        decide=decider if deciding else None, settings={"decisions": str(decisions)},
+        decide=decider if deciding else None, settings={"decisions": str(decisions), **decider.rests_on()},
         max_unreadable=0.5 if wanted.max_unreadable is None else wanted.max_unreadable, overwrite=overwrite,
         progress=True,
     )  # fmt: skip

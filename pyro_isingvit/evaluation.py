@@ -19,7 +19,7 @@ from pyro_isingvit.predictive.rel_u import misclassification_metrics
 from pyro_isingvit.predictive.validation import Validation
 from pyro_isingvit.pruning.deployed import deployment_cost
 from pyro_isingvit.runs.folder import METRICS, POSTERIOR
-from pyro_isingvit.runs.predict import draw_predictive
+from pyro_isingvit.runs.predict import draw_predictive, need_numbers
 from pyro_isingvit.runs.run import Run
 
 
@@ -75,6 +75,7 @@ def evaluate(
     seed = run.config.train.seed if seed is None else seed
     val = None if val is None or len(val) == 0 else val
     draws = draw_predictive(run, split.images, samples, seed=seed, progress=progress)
+    need_numbers(draws, split.images)
     val_draws, val_labels, validation = None, None, None
     if val is not None:
         drawn = draw_predictive(run, val.images, max(samples, CALIBRATION_SAMPLES), seed=seed)

@@ -9,6 +9,7 @@
 from pathlib import Path
 
 from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.paths import is_dir, is_file, with_home
 from pyro_isingvit.core.pixels import Scale
 from pyro_isingvit.nets.libraries import LIBRARIES, load_library
 from pyro_isingvit.nets.start import Start
@@ -36,8 +37,8 @@ def load_start(spec: str | Path, *, download: bool = False) -> Start:
     if library in LIBRARIES and rest:
         name, _, file = rest.partition("@")
         return load_library(library, name, file, download)
-    path = Path(spec).expanduser()
-    if path.is_dir():
+    path = with_home(spec)
+    if is_dir(path):
         return _folder(path)
     need(
         path.suffix == ".safetensors",
@@ -48,11 +49,11 @@ def load_start(spec: str | Path, *, download: bool = False) -> Start:
 
 
 def _folder(path: Path) -> Start:
-    if (path / COMPACT).is_file():
+    if is_file(path / COMPACT):
         network = CompactViT.from_pretrained(path)
         vit, weights = expanded(network)
         return _of(vit, weights, network.config.scale, path)
-    need((path / CONFIG).is_file(), f"{path} holds neither a run ({CONFIG}) nor a pruned network ({COMPACT}).")
+    need(is_file(path / CONFIG), f"{path} holds neither a run ({CONFIG}) nor a pruned network ({COMPACT}).")
     run = open_run(path)
     networks = run.method.trained_networks()
     need(len(networks) == 1, f"{path} was trained by {run.config.method}, which has several networks; start from one.")

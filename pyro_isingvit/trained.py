@@ -36,7 +36,7 @@ from pyro_isingvit.runs.folder import (
     to_lines,
 )
 from pyro_isingvit.runs.load import open_run
-from pyro_isingvit.runs.predict import CHUNK, draw_predictive
+from pyro_isingvit.runs.predict import CHUNK, draw_predictive, need_numbers
 from pyro_isingvit.runs.run import Run, blank_run
 from pyro_isingvit.runs.validation import validation_of
 from pyro_isingvit.shareable import Shareable
@@ -241,7 +241,7 @@ class TrainedRun(Shareable):
             draws (S, N, C), with ``mean``, ``interval()``, ``entropy`` and ``mutual_information``, both in nats.
 
         Raises:
-            UserError: images that do not fit the run, or a count below 1.
+            UserError: images that do not fit the run or are predicted by no numbers, or a count below 1.
 
         Examples:
             >>> from pyro_isingvit import ViTConfig, fit, load_data
@@ -251,7 +251,8 @@ class TrainedRun(Shareable):
             >>> draws.probs.shape, draws.mean.shape, draws.mutual_information.shape
             (torch.Size([20, 3, 10]), torch.Size([3, 10]), torch.Size([3]))
         """
-        return draw_predictive(self, pixels(images, self.info), num_samples, chunk, seed, progress)
+        read = pixels(images, self.info)
+        return need_numbers(draw_predictive(self, read, num_samples, chunk, seed, progress), read)
 
     def validation(self) -> Validation:
         """What the run predicts for its validation images: what ``conformal_sets`` and ``acceptance`` learn from.

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pyro_isingvit.core.errors import need
+from pyro_isingvit.core.paths import is_dir
 from pyro_isingvit.data.cache import Cache
 from pyro_isingvit.data.decode import SUFFIXES, Look, Reading, common, look, read
 from pyro_isingvit.data.images import Images, InMemory
@@ -36,7 +37,7 @@ def image_names(folder: str | Path, within: str | Path | None = None) -> list[st
     Raises:
         UserError: as ``list_images``.
     """
-    need(Path(folder).is_dir(), f"no such folder: {folder}.")
+    need(is_dir(Path(folder)), f"no such folder: {folder}.")
     inside, found, other, links, root = Path(within or folder).resolve(), list[str](), 0, 0, str(Path(folder))
     listing = os.walk(root, onerror=lambda error: need(False, f"cannot list a folder: {error}."))
     for here, folders, files in listing:
@@ -61,7 +62,7 @@ def image_names(folder: str | Path, within: str | Path | None = None) -> list[st
 def subfolders(folder: Path) -> list[Path]:
     """Folders right below ``folder``, sorted; no hidden ones, no links."""
     entries = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in entries if path.is_dir() and not path.is_symlink())
+    return sorted(path for path in entries if is_dir(path) and not path.is_symlink())
 
 
 def real_paths(paths: Sequence[str | Path]) -> list[str]:
@@ -77,19 +78,22 @@ class Changes(NamedTuple):
     Attributes:
         resized: of another size.
         greyed: with colours, where grey images are wanted.
+        cut: of 16 bits, of which the upper 8 are kept.
     """
 
     resized: int
     greyed: int
+    cut: int
 
     @classmethod
     def of(cls, looks: Iterable[Look], wanted: Look) -> "Changes":
         """Counts by what the files' headers say."""
-        pairs = [
-            ((one.height, one.width) != (wanted.height, wanted.width), one.channels == 3 and wanted.channels == 1)
-            for one in looks
-        ]
-        return cls(sum(resized for resized, _ in pairs), sum(greyed for _, greyed in pairs))
+        all_looks = list(looks)
+        return cls(
+            sum((one.height, one.width) != (wanted.height, wanted.width) for one in all_looks),
+            sum(one.channels == 3 and wanted.channels == 1 for one in all_looks),
+            sum((one.kind, wanted.kind) == ("uint16", "uint8") for one in all_looks),
+        )
 
 
 def changes_of(paths: Sequence[Path], reading: Reading, wanted: Look) -> Changes:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.core.pixels import Kind
+from pyro_isingvit.core.pixels import TOP, Kind
 
 CHUNK = 4096  # images at a time in passes over all of them, and fewer where they are large
 VALUES = 2**26  # pixels that such a pass holds
@@ -217,6 +217,8 @@ class Resized(Images):
 
         inner = resized_to(self.source.shape[2:], (self.size, self.size), self.how)
         x = resize(self.source[index], list(inner), InterpolationMode.BICUBIC, antialias=True)
+        if self.kind == "uint16":  # held as floats, which overshoot at edges; torchvision rounds and cuts 8 bits itself
+            x = x.round().clamp(0, TOP["uint16"])
         if self.how == "fit":
             top, left = ((self.size - side) // 2 for side in inner)
             whole = x.amin((2, 3), keepdim=True).repeat(1, 1, self.size, self.size)

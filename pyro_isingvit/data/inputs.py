@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.paths import is_dir, is_file, with_home
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.decode import Look, Reading
@@ -48,7 +49,7 @@ def load_inputs(
     Raises:
         UserError: nothing readable there, or images of another shape than the run's.
     """
-    path, source = Path(spec).expanduser(), source or DataConfig()
+    path, source = with_home(spec), source or DataConfig()
     own = is_named(spec) and is_own(spec, source)
     seen = list[Path]()  # files that training may have seen
     if spec.startswith("csv:") and not own:  # not the table that the run learned from
@@ -72,10 +73,10 @@ def load_inputs(
             split = replace(split, labels=torch.full_like(split.labels, UNLABELLED))
         if not own and spec.startswith("imagefolder:"):
             named = [path_of(asked) / name for name in split.names]
-            seen = [file for file in named if file.is_file()]  # names with control characters are written otherwise
+            seen = [file for file in named if is_file(file)]  # names with control characters are written otherwise
             wanted = replace(look_of(info), channels=split.images.shape[1])
             tell_changes(changes_of(seen, reading_of(asked), wanted), len(split), wanted)
-    elif path.is_dir():
+    elif is_dir(path):
         inner = image_names(path)
         seen = [path / name for name in inner]
         split, labelled = load_image_files(seen, info, source), folder_labels(inner, info.classes)
@@ -167,6 +168,11 @@ def tell_changes(changes: Changes, count: int, wanted: Look) -> None:
         log.warning("%d of %d images resized to %dx%d", changes.resized, count, wanted.width, wanted.height)
     if changes.greyed:
         log.warning("%d of %d images have colours and were made grey, as the run's are", changes.greyed, count)
+    if changes.cut:
+        log.warning(
+            "%d of %d images have 16 bits, of which 8 were kept, as the run's have: what was below 256 is black now",
+            changes.cut, count,
+        )  # fmt: skip
 
 
 def tell_seen(files: Sequence[Path], source: DataConfig) -> None:
@@ -200,11 +206,11 @@ def learned_from(files: Sequence[Path], source: DataConfig) -> list[Path]:
 
 def _learned_from(files: Sequence[Path], source: DataConfig) -> list[Path]:
     kind, root = source.dataset.partition(":")[0], path_of(source)
-    if kind == "imagefolder" and root.is_dir():
+    if kind == "imagefolder" and is_dir(root):
         parts = [os.path.realpath(root / name) for part, name in part_folders(root).items() if part != "test"]
         below = tuple(f"{part}{os.sep}" for part in parts)
         known = [os.path.dirname(path).startswith(below) for path in real_paths(files)]  # loose files are not read
-    elif kind == "csv" and root.is_file():
+    elif kind == "csv" and is_file(root):
         learned = set(training_files(source))
         known = [path in learned for path in real_paths(files)]
     else:

@@ -18,6 +18,7 @@ from typing import Any
 
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.core.fields import check_fields
+from pyro_isingvit.core.paths import is_dir, with_home
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.data.decode import Pages
 from pyro_isingvit.data.files import list_images, read_files
@@ -247,7 +248,7 @@ def load_unlabelled(
     Raises:
         UserError: nothing readable there.
     """
-    path, source = Path(spec).expanduser(), replace(source or DataConfig(), image_size=image_size)
+    path, source = with_home(spec), replace(source or DataConfig(), image_size=image_size)
     need(image_size is None or image_size > 0, f"`image_size` must be a positive number of pixels, not {image_size}.")
     folder = source.dataset.partition(":")[2] and is_named(source.dataset)
     if folder and not is_named(spec) and path.resolve() == path_of(source).resolve():
@@ -256,7 +257,7 @@ def load_unlabelled(
         asked = replace(source, dataset=spec, data_root=str(data_root))
         train, *_ = load_parts(asked, like=source)
         return train.images
-    if path.is_dir():
+    if is_dir(path):
         apart, found = path / FOLDERS["test"][0], list_images(path)
         kept = [file for file in found if test or apart not in file.parents]
         if len(kept) < len(found):

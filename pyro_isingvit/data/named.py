@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pyro_isingvit.core.errors import UserError, why
+from pyro_isingvit.core.paths import with_home
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.decode import Reading
@@ -21,7 +22,7 @@ Parts = tuple[Split, Split | None, Split | None, tuple[str, ...]]  # official tr
 
 def path_of(source: DataConfig) -> Path:
     """The path after the colon of ``name:PATH``."""
-    return Path(source.dataset.partition(":")[2]).expanduser()
+    return with_home(source.dataset.partition(":")[2])
 
 
 def is_own(spec: str, source: DataConfig) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.paths import is_dir, is_file
 from pyro_isingvit.core.pixels import KINDS
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import check_archive, printable
@@ -38,8 +39,8 @@ class Stored:
     """
 
     def __init__(self, path: Path, cache: str | None = None) -> None:
-        self.path, self.cache, self.folder = path, cache, path.is_dir()
-        need(self.folder or path.is_file(), f"no such file: {path}.")
+        self.path, self.cache, self.folder = path, cache, is_dir(path)
+        need(self.folder or is_file(path), f"no such file: {path}.")
         if self.folder:
             self.names = sorted(each.stem for each in path.glob("*.npy"))
             return
@@ -211,5 +212,5 @@ def npy(source: DataConfig) -> Parts:
         UserError: no such folder, or as ``npz``.
     """
     path = path_of(source)
-    need(path.is_dir(), f"no such folder: {path}; npy:FOLDER needs one with train_images.npy and train_labels.npy.")
+    need(is_dir(path), f"no such folder: {path}; npy:FOLDER needs one with train_images.npy and train_labels.npy.")
     return npz(source)

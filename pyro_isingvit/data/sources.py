@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.paths import is_dir
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.decode import SUFFIXES
@@ -52,9 +53,9 @@ def torchvision_set(kind: str, source: DataConfig) -> Parts:
         for part in parts:
             need(int(part.labels.max()) < len(sets[0].classes), "labels without a class")
     except Exception as error:  # a damaged file makes the readers raise almost anything
-        reason = why(error) if folder.is_dir() or source.download else "no such folder"
+        reason = why(error) if is_dir(folder) or source.download else "no such folder"
         fix = "`data_root` names the folder that holds its published files; a training can `download` them"
-        fix += ", once what is damaged is deleted" if folder.is_dir() else ""
+        fix += ", once what is damaged is deleted" if is_dir(folder) else ""
         raise UserError(f"cannot read {source.dataset} from {folder} ({reason}); {fix}.") from error
     classes = tuple(name.partition(" - ")[0] for name in sets[0].classes)  # MNIST's are "0 - zero"
     return parts[0], None, parts[1], classes
@@ -69,13 +70,13 @@ def imagefolder(source: DataConfig) -> Parts:
         UserError: no such folder, an empty or unmatched class folder, an unreadable image, differing sizes.
     """
     root = path_of(source)
-    need(root.is_dir(), f"no such folder: {root}; imagefolder:PATH needs a folder of class folders.")
+    need(is_dir(root), f"no such folder: {root}; imagefolder:PATH needs a folder of class folders.")
     names = part_folders(root)
     listed: dict[str, dict[str, list[Path]]] = {}  # part -> class -> files
     for part, name in names.items():
         folders = subfolders(root / name)
         there = [path for path in sorted((root / name).iterdir()) if not path.name.startswith(".")]
-        links = [path.name for path in there if path.is_symlink() and path.is_dir()]
+        links = [path.name for path in there if path.is_symlink() and is_dir(path)]
         loose = sum(path.suffix.lower() in SUFFIXES for path in there)
         if links or loose:
             told = f" ({', '.join(map(printable, links[:3]))})" if links else ""
@@ -109,9 +110,9 @@ def part_folders(root: Path) -> dict[str, str]:
     Raises:
         UserError: two folders that mean the same part.
     """
-    if not (root / "train").is_dir() or not ((root / "test").is_dir() or subfolders(root / "train")):
+    if not is_dir(root / "train") or not (is_dir(root / "test") or subfolders(root / "train")):
         return {"train": "."}
-    found = {part: [name for name in names if (root / name).is_dir()] for part, names in FOLDERS.items()}
+    found = {part: [name for name in names if is_dir(root / name)] for part, names in FOLDERS.items()}
     twice = next((names for names in found.values() if len(names) > 1), [])
     need(not twice, f"{root} has {' and '.join(twice)}, which mean the same part; keep one of them.")
     return {part: names[0] for part, names in found.items() if names}

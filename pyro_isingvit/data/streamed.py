@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_isingvit.core.errors import UserError, why
+from pyro_isingvit.core.paths import is_dir, with_home
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.decode import Look, Reading, read_told
@@ -207,13 +208,13 @@ def open_stream(
     Raises:
         UserError: as ``load_inputs``; unreadable images of a folder or table are found later.
     """
-    source, folder = source or DataConfig(), Path(spec).expanduser()
+    source, folder = source or DataConfig(), with_home(spec)
     if source.cache is None and spec.startswith("csv:") and not is_own(spec, source):
         paths, lines, numbers = table_inputs(replace(source, dataset=spec), info.classes)
         labels = numbers if int(numbers.min()) >= 0 else None
         tell_seen(paths, source)
         return FileStream(Path(), [str(path) for path in paths], info, source, labels, lines)
-    if source.cache is None and not is_named(spec) and folder.is_dir():
+    if source.cache is None and not is_named(spec) and is_dir(folder):
         names = image_names(folder)
         tell_seen([folder / name for name in names], source)
         return FileStream(folder, names, info, source, folder_labels(names, info.classes))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.paths import is_file
 from pyro_isingvit.core.settings import DataConfig
 from pyro_isingvit.core.untrusted import printable
 from pyro_isingvit.data.arrays import loss_weights
@@ -137,7 +138,7 @@ def read_table(file: Path, renamed: str = "", needed: Sequence[str] = NEEDED) ->
     import pandas as pd
 
     names = _names(renamed)
-    need(file.is_file(), f"no such file: {file}.")
+    need(is_file(file), f"no such file: {file}.")
     head, starts, rows = _rows(file)
     have = ", ".join(map(printable, head))
     for known, name in names.items():
@@ -217,7 +218,7 @@ def files_of(texts: "pd.Series[str]", file: Path) -> list[Path]:
             known[above] = Path(above).resolve().is_relative_to(folder)
         need(known[above], f"{where} {inside}.")
         path = Path(joined)
-        need(path.is_file(), f"{where}: there is no such file.")
+        need(is_file(path), f"{where}: there is no such file.")
         need(not path.is_symlink() or path.resolve().is_relative_to(folder), f"{where} {inside}.")
         paths.append(path)
     return paths

@@ -4,6 +4,7 @@ Shapes: B batch, S samples, T tokens, C classes; x of a layer is (B, T, in), its
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from pyro_isingvit.core.settings import RunConfig
 from pyro_isingvit.data.info import DataInfo
 from pyro_isingvit.methods.base import Batches
 from pyro_isingvit.methods.plain import Plain
-from pyro_isingvit.nets.vit import Weights, linear
+from pyro_isingvit.nets.vit import ViT, Weights, linear
 from pyro_isingvit.nets.weight_terms import Matrices, trained_matrices
 
 
@@ -118,6 +119,11 @@ class L0(Plain):
     def draw_weights(self) -> Weights:
         """Gates at their deterministic value, clamp(sigmoid(log a) (zeta - gamma) + gamma, 0, 1)."""
         return {kind: w * self._gate(self.log_a[kind].sigmoid()).unsqueeze(1) for kind, w in self.loc.items()}
+
+    @torch.no_grad()
+    def deployed(self) -> Sequence[tuple[ViT, Weights]]:
+        """The network that predicts: its gates are numbers between 0 and 1."""
+        return [(self.vit, self.draw_weights())]
 
     def kept(self) -> Weights:
         """1 where the deterministic gate is open at all."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.paths import is_file, with_home
 from pyro_isingvit.core.pixels import Scale
 from pyro_isingvit.nets.backbones import from_timm, from_torchvision
 from pyro_isingvit.nets.start import Start, check_tensors, named
@@ -63,7 +64,7 @@ def load_library(library: str, name: str, file: str, download: bool) -> Start:
     spec = f"{library}:{name}" + (f"@{file}" if file else "")
     known = LIBRARIES[library](name)
     if file:
-        net = known.filled(read_tensors(Path(file).expanduser()), Path(file))
+        net = known.filled(read_tensors(with_home(file)), Path(file))
     else:
         try:
             net = known.fetched() if download else known.cached()
@@ -90,7 +91,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     Raises:
         UserError: no such file, or one that holds anything else.
     """
-    need(file.is_file(), f"there is no file {file}.")
+    need(is_file(file), f"there is no file {file}.")
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -236,7 +237,7 @@ LIBRARIES: dict[str, Callable[[str], Architecture]] = {"timm": _Timm, "torchvisi
 def _in_hub(url: str) -> Path | None:
     """torch's copy of what stands at an address."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
-    return path if path.is_file() else None
+    return path if is_file(path) else None
 
 
 def _import_timm() -> Any:

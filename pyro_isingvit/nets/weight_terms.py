@@ -128,6 +128,9 @@ def spectral(matrices: Matrices) -> Tensor:
     return 0.5 * torch.stack(values).sum()
 
 
+CLOSEST = 1e-6  # least half of the squared distance of two rows
+
+
 class _Energy(torch.autograd.Function):
     """Energy of a stack (matrices, rows, in), summed; its gradient is made with it: a third less time."""
 
@@ -137,9 +140,11 @@ class _Energy(torch.autograd.Function):
         u, rows = weight * inverse, weight.shape[1]
         # |u_i - u_j|^2 / 2 = 1 - u_i . u_j, and infinite on the diagonal, where energy and gradient are then 0.
         start = torch.ones(rows, rows, dtype=u.dtype, device=u.device).fill_diagonal_(torch.inf)
-        energy = torch.baddbmm(start, u, u.mT, alpha=-1).reciprocal_()
+        # Rows closer than 1e-3 count as so far apart: float32 knows no better, and would find negative squares.
+        energy = torch.baddbmm(start, u, u.mT, alpha=-1).clamp_(min=CLOSEST).reciprocal_()
         total = energy.sum() / (2 * rows * (rows - 1))
         if ctx.needs_input_grad[0]:
+            energy.masked_fill_(energy > 0.99 / CLOSEST, 0.0)  # the floor has no slope
             pull = (energy.square_() @ u).div_(rows * (rows - 1))
             pull.sub_(u * (u * pull).sum(-1, keepdim=True))  # du/dw = (1 - u u^T) / length
             ctx.save_for_backward(pull.mul_(inverse))
@@ -156,9 +161,10 @@ def hyperspherical_energy(matrices: Matrices) -> Tensor:
     """Sum over matrices of the mean over pairs of rows of 1 / |w_i - w_j|^2 of the rows at length 1.
 
     Minimum hyperspherical energy with s = 2 (Liu et al. 2018, arXiv 1805.09298); lengths are (|w|^2 + 1e-4)^(1/2), as
-    in its authors' code, so that equal rows have a finite energy.
+    in its authors' code, so that equal rows have a finite energy. A matrix of one row has no pair, and 0.
 
     Returns:
         a scalar; a matrix of orthogonal rows has 1/2.
     """
-    return torch.stack([_Energy.apply(weight) for weight in _each(matrices, classifier=True)]).sum()
+    stacks = [weight for weight in _each(matrices, classifier=True) if weight.shape[1] > 1]
+    return torch.stack([_Energy.apply(weight) for weight in stacks]).sum()

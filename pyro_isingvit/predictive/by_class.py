@@ -159,13 +159,15 @@ def _by_choice(table: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     Each of its rows is a multinomial.
     """
     sizes, made, classes = table.sum(1), np.random.default_rng(0), len(table)
-    rows = [made.multinomial(int(size), row / max(size, 1), RESAMPLES) if size else np.zeros((RESAMPLES, classes))
-            for size, row in zip(sizes, table, strict=True)]  # fmt: skip
-    tables = np.concatenate([table[None], np.stack(rows, 1)])  # (1 + R, C, C)
-    hits = tables.diagonal(axis1=1, axis2=2)
+    hits, chosen = np.zeros((2, 1 + RESAMPLES, classes))  # on the diagonal, and of every column; the table itself first
+    for c, (size, row) in enumerate(zip(sizes, table, strict=True)):
+        if size:  # one row at a time: all resampled tables are C times as large
+            rows = np.concatenate([row[None], made.multinomial(int(size), row / size, RESAMPLES)])
+            hits[:, c] = rows[:, c]
+            chosen += rows
     with np.errstate(invalid="ignore", divide="ignore"):
         sensitivity = hits / sizes
-        specificity = 1 - (tables.sum(1) - hits) / (table.sum() - sizes)
+        specificity = 1 - (chosen - hits) / (table.sum() - sizes)
     return {"sensitivity": (sensitivity[0], sensitivity[1:]), "specificity": (specificity[0], specificity[1:])}
 
 

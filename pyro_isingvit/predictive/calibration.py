@@ -51,7 +51,7 @@ def with_shares_of(labels: Tensor, probs: Tensor, prior: Sequence[float] | None 
     counts = torch.bincount(labels, minlength=probs.shape[-1]).to(probs)
     if prior is not None and len({*prior}) > 1:  # equal ones cancel
         counts = counts / counts.new_tensor(prior).clamp(min=min(share for share in prior if share > 0))
-    moved = probs * counts
+    moved = probs.clamp(min=TINY) * counts
     return moved / moved.sum(-1, keepdim=True).clamp(min=TINY)
 
 

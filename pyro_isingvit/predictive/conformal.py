@@ -124,9 +124,14 @@ def coverage_band(count: int, coverage: float, images: int, mass: float = 0.95) 
     """
     from scipy.stats import betabinom
 
-    rank = math.ceil(round((count + 1) * coverage, 9))
+    rank = rank_of(count, coverage)
     low, high = betabinom.ppf([(1 - mass) / 2, (1 + mass) / 2], images, rank, max(count + 1 - rank, 1e-9))
     return float(low / images), float(high / images)
+
+
+def rank_of(count: int, coverage: float) -> int:
+    """k = ceil((n + 1) coverage), n = ``count``, with what floats make of it taken back."""
+    return math.ceil(round((count + 1) * coverage, 9))
 
 
 class _Given(ClassifierMixin, BaseEstimator):
@@ -153,7 +158,9 @@ def _mapie_sets(probs: np.ndarray, val: np.ndarray, labels: np.ndarray, coverage
     """Sets for probs (B, C) from val (n, C) and labels (n,): (B, C) bool."""
     from mapie.classification import SplitConformalClassifier
 
-    sets = SplitConformalClassifier(_Given(val.shape[1]), coverage, "lac", prefit=True)
+    # MAPIE has the rank from a float, which may lie a little above k: half a rank less leads to k itself.
+    level = (rank_of(len(val), coverage) - 0.5) / (len(val) + 1)
+    sets = SplitConformalClassifier(_Given(val.shape[1]), level, "lac", prefit=True, random_state=0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "WARNING: your conformalization dataset has less labels")  # one class alone
         warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")  # of few images

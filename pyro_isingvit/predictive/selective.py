@@ -129,7 +129,9 @@ def _p_values(errors: Any, counts: Any, max_error: float) -> np.ndarray:
 def _first(images: int, max_error: float, delta: float) -> int:
     """The smallest k at which as many errors are allowed as among a quarter of the images, or none."""
     alone = math.ceil(round(math.log(delta) / math.log1p(-max_error), 9))  # (1 - max_error)^k <= delta
-    ks = np.arange(alone, max(alone, images // START) + 1)
+    if alone >= images // START:
+        return alone
+    ks = np.arange(alone, images // START + 1)
     allowed = (_p_values(np.arange(ks[-1] + 1), ks[-1], max_error) <= delta).sum() - 1
     return int(ks[_p_values(allowed, ks, max_error) <= delta][0])
 

@@ -238,7 +238,7 @@ def from_masks(
     need(form == "mean" or merge is None, "`merge` is for the form 'mean': draws have masks of their own.")
     if form == "bayes":
         vit, weights = run.model.vit.whole(masked_weights(run, kept))
-        model = _of_run(run, assemble(vit, run.info, weights, posterior_parts(run, kept)))
+        model = of_run(run, assemble(vit, run.info, weights, posterior_parts(run, kept)))
         return calibrated(model, val, run.moved_prior)
     names: list[Literal["slab", "mean"]] = ["slab", "mean"] if weighting == "auto" else [weighting]
     if val is None or len(val) == 0:
@@ -246,7 +246,7 @@ def from_masks(
     models, reference = [], None if merge is None else dense_network(run, None)
     for name in names:
         vit, weights = run.model.vit.whole(masked_weights(run, kept, name))
-        model = _of_run(run, assemble(vit, run.info, weights))
+        model = of_run(run, assemble(vit, run.info, weights))
         if merge is not None and reference is not None:
             merge_units(model, reference, merge)
         models.append(calibrated(model, val, run.moved_prior))
@@ -258,10 +258,10 @@ def from_masks(
     return models[int(np.argmin(scores))]
 
 
-def _of_run(run: Run, model: CompactViT) -> CompactViT:
+def of_run(run: Run, model: CompactViT) -> CompactViT:
     """The network with what is known of the run: its temperature, and the shares its probabilities stand for."""
     model.config = replace(model.config, class_prior=run.class_prior or ())
-    model.temperature.copy_(run.model.temperature)
+    model.temperature.copy_(run.temperature)
     return model
 
 

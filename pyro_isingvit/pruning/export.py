@@ -19,6 +19,7 @@ from pyro_isingvit.core.checkpoint import write_atomically
 from pyro_isingvit.core.errors import UserError, need
 from pyro_isingvit.pruning.network import CompactViT
 from pyro_isingvit.pruning.shapes import CompactConfig
+from pyro_isingvit.sharing.names import shared_name
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession  # type: ignore[import-untyped]
@@ -126,7 +127,8 @@ def write_onnx(
         for part in (*proto.graph.node, *proto.graph.value_info, *proto.functions):
             part.ClearField("metadata_props")  # traces of the exporter's own code, a third of the file
         names = ("classes", "mean", "std", "kind", "low", "high", "dataset")
-        for key, value in ({name: getattr(config, name) for name in names} | described).items():
+        told = {name: getattr(config, name) for name in names} | {"dataset": shared_name(config.dataset)}
+        for key, value in (told | described).items():
             proto.metadata_props.add(key=key, value=json.dumps(value))
         onnx.checker.check_model(proto)
         onnx.save(proto, temporary)

@@ -16,7 +16,7 @@ The idea is that of reconstruction after channel pruning (He et al. 2017, arXiv 
 Shapes: B images, T tokens, D width, k inputs that are left.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +64,9 @@ def merge_units(model: CompactViT, reference: CompactViT, images: Images, ridge:
         theirs = [large.attend(x) for x in theirs]
         if block.has_attention:
             attention = block.attention
-            linear = attention.out if attention.shape.heads else attention.uniform_out
-            _refit(linear, block.attend, ours, theirs, ridge)
+            writers = [attention.out] if attention.shape.heads else []
+            writers += [attention.uniform_out] if attention.shape.uniform else []  # of heads that average
+            _refit(writers, block.attend, ours, theirs, ridge)
         ours = [block.attend(x) for x in ours]
         theirs = [large.feed(x) for x in theirs]
         if block.has_mlp:
@@ -86,42 +87,48 @@ def spread_rows(size: int, count: int) -> Tensor:
 
 
 def _refit(
-    linear: nn.Linear, branch: Callable[[Tensor], Tensor], streams: list[Tensor], wanted: list[Tensor], ridge: float
-) -> None:
-    """Fits a matrix so that ``branch(stream)``, which it ends, comes close to what is wanted.
+    linears: nn.Linear | Sequence[nn.Linear], branch: Callable[[Tensor], Tensor], streams: list[Tensor],
+    wanted: list[Tensor], ridge: float,
+) -> None:  # fmt: skip
+    """Fits matrices so that ``branch(stream)``, which they end, comes close to what is wanted.
 
     Args:
-        linear: whose output adds to that of the branch.
+        linears: whose outputs add to that of the branch, several as one matrix of all their inputs; the first bias
+            takes the constant.
         branch: (B, T, D) -> (B, T, D), or the classifier: -> (B, C).
         streams: its input, in batches.
         wanted: its output as it should be.
         ridge: see ``merge_units``.
     """
-    size = linear.in_features
-    gram, cross = torch.zeros(size, size).double(), torch.zeros(linear.out_features, size).double()
-    mean_input, mean_rest, rows = torch.zeros(size).double(), torch.zeros(linear.out_features).double(), 0
-    caught: list[Tensor] = []
-    handle = linear.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    linears = [linears] if isinstance(linears, nn.Linear) else linears
+    sizes, out = [linear.in_features for linear in linears], linears[0].out_features
+    size = sum(sizes)
+    gram, cross = torch.zeros(size, size).double(), torch.zeros(out, size).double()
+    mean_input, mean_rest, rows = torch.zeros(size).double(), torch.zeros(out).double(), 0
+    caught: dict[nn.Module, Tensor] = {}
+    handles = [linear.register_forward_pre_hook(lambda me, read: caught.update({me: read[0]})) for linear in linears]
     try:
         for stream, target in zip(streams, wanted, strict=True):
             rest = (target - branch(stream)).flatten(0, -2).double()  # what is still missing
-            inputs = caught.pop()
-            if inputs.dim() == 3:  # one input for all tokens, where attention is a mean over them
-                inputs = inputs.expand(-1, stream.shape[1], -1)
-            inputs = inputs.flatten(0, -2).double()
+            each = [caught[linear] for linear in linears]
+            if each[0].dim() == 3:  # one input for all tokens, where attention is a mean over them
+                each = [inputs.expand(-1, stream.shape[1], -1) for inputs in each]
+            inputs = torch.cat(each, -1).flatten(0, -2).double()
             gram += inputs.mT @ inputs
             cross += rest.mT @ inputs
             mean_input += inputs.sum(0)
             mean_rest += rest.sum(0)
             rows += len(inputs)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     mean_input, mean_rest = mean_input / rows, mean_rest / rows
     covariance = gram / rows - mean_input[:, None] * mean_input
     pull = ridge * covariance.diagonal().mean().clamp(min=1e-12)
     change = torch.linalg.solve(
         covariance + pull * torch.eye(size).double(), (cross / rows - mean_rest[:, None] * mean_input).mT
     ).mT
-    assert linear.bias is not None
-    linear.weight.add_(change.float())
-    linear.bias.add_((mean_rest - change @ mean_input).float())
+    for linear, part in zip(linears, change.split(sizes, 1), strict=True):
+        linear.weight.add_(part.float())
+    bias = next(linear.bias for linear in linears if linear.bias is not None)
+    bias.add_((mean_rest - change @ mean_input).float())

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_isingvit.core.checkpoint import write_atomically
 from pyro_isingvit.core.errors import UserError, need
-from pyro_isingvit.core.pixels import Scale
+from pyro_isingvit.core.pixels import TOP, Scale
 from pyro_isingvit.data.images import Images, as_images
 from pyro_isingvit.pruning.export import need_extras, open_onnx
 from pyro_isingvit.pruning.onnx_predict import scale_of
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 CALIBRATION = 256  # images
 BATCH = 32
+MARGIN = 0.1  # that normalised images may go further
 
 
 def int8_of(path: Path) -> Path:
@@ -48,7 +49,8 @@ def quantise(path: str | Path, out: str | Path, calibration: Images | Tensor | n
     Args:
         path: a file of ``export_onnx`` or ``export_members``.
         out: the quantised file.
-        calibration: (B, channels, height, width) training images, a few hundred: uint8 as they are, others normalised.
+        calibration: (B, channels, height, width) training images, a few hundred: ``Images``, such as
+            ``data.train.images``, and whole numbers as they are; float tensors and arrays normalised.
 
     Raises:
         UserError: packages are missing, ``path`` is no ONNX file, no images or some that do not fit, or ``out`` cannot
@@ -107,7 +109,8 @@ def with_unit_columns(graph: "GraphProto") -> bool:
 
 def _normalised(calibration: Images | Tensor | np.ndarray, session: Any, path: Path) -> Tensor:
     """Calibration images as the network reads them."""
-    images = calibration if isinstance(calibration, Tensor) else as_images(calibration)[:]
+    known = as_images(calibration)
+    images = known[:]
     [reads] = session.get_inputs()
     shape, given = tuple(reads.shape[1:]), tuple(images.shape[1:])
     fits = len(shape) == len(given) and all(
@@ -119,15 +122,27 @@ def _normalised(calibration: Images | Tensor | np.ndarray, session: Any, path: P
         scale: Scale | None = scale_of(session.get_modelmeta().custom_metadata_map)
     except (ValueError, KeyError, TypeError):  # a file of another exporter
         scale = None
-    if images.dtype == torch.uint8:
-        if scale is None or scale.kind != "uint8":
-            raise UserError(f"`calibration` is uint8, and {path} reads other images; give them normalised.")
+    if known.kind != "float32" or calibration is known:
+        if scale is None or scale.kind != known.kind:
+            raise UserError(f"`calibration` is {known.kind}, and {path} reads other images; give them normalised.")
+        scale.check(images, f"`calibration` is not what {path} reads")
         return scale.standardised(scale.scaled(images))
     need(bool(images.isfinite().all()), "`calibration` has pixels that are not finite.")
     if scale is not None and max(scale.mean) > 0:
         told = "`calibration` lies between 0 and 1, so it is not normalised: give uint8 as it is, or use `normalise`."
         need(float(images.min()) < 0 or float(images.max()) > 1, told)
+    if scale is not None and (scale.low or scale.kind in TOP):  # normalised from numbers between 0 and 1
+        low, high = (float(each.min() if end == 0 else each.max()) for end, each in _ends(scale))
+        here = float(images.min()), float(images.max())
+        told = f"`calibration` goes from {here[0]:.4g} to {here[1]:.4g}, normalised images from {low:.4g} to {high:.4g}"
+        need(here[0] >= low - MARGIN and here[1] <= high + MARGIN, f"{told}: use `normalise`.")
     return images
+
+
+def _ends(scale: Scale) -> list[tuple[int, Tensor]]:
+    """0 and 1, and what they are in each channel once they are normalised."""
+    shape = (1, len(scale.mean), 1, 1)
+    return [(end, scale.standardised(torch.full(shape, float(end)))) for end in (0, 1)]
 
 
 class _Reader:

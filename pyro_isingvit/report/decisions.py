@@ -14,7 +14,6 @@ from pyro_isingvit.report.section import Section
 
 LEVELS = (0.9, 0.95, 0.99)  # of the sets
 LIMITS = (0.01, 0.02, 0.05, 0.1)  # on the error rate
-MOST_LIMITS = 3  # are shown
 CERTAINTY = 0.95
 
 
@@ -48,10 +47,10 @@ def _limits(val: Validation | None, probs: np.ndarray, labels: np.ndarray) -> li
     for limit in LIMITS if val is not None else ():
         assert val is not None
         stands = acceptance(val.probs, val.labels, limit, CERTAINTY).accepts(probs).numpy()
-        if stands.any() and len(found) < MOST_LIMITS:
-            found.append((limit, float(stands.mean()), float(wrong[stands].mean())))
         if stands.all():
             break
+        if stands.any():
+            found.append((limit, float(stands.mean()), float(wrong[stands].mean())))
     return found
 
 

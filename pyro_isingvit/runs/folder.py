@@ -11,6 +11,7 @@ from typing import Any
 
 from pyro_isingvit.core.checkpoint import previous_of, remove_leftovers
 from pyro_isingvit.core.errors import UserError, need
+from pyro_isingvit.core.paths import is_dir, is_file
 from pyro_isingvit.core.settings import RunConfig
 
 CONFIG, CHECKPOINT, HISTORY, METRICS, POSTERIOR = (
@@ -31,12 +32,12 @@ def holds_run(folder: Path) -> bool:
 
 def is_evaluated(folder: Path) -> bool:
     """Whether a folder holds metrics and posterior of a run."""
-    return all((folder / name).is_file() for name in (METRICS, POSTERIOR))
+    return all(is_file(folder / name) for name in (METRICS, POSTERIOR))
 
 
 def need_folder(folder: Path) -> None:
     """Raises UserError where a path cannot be a folder: there is a file."""
-    need(not folder.exists() or folder.is_dir(), f"{folder} is a file; a run needs a folder.")
+    need(not folder.exists() or is_dir(folder), f"{folder} is a file; a run needs a folder.")
 
 
 def need_room(folder: Path) -> None:
@@ -97,7 +98,7 @@ def clear_report(folder: Path) -> None:
 
 def is_shared(folder: Path) -> bool:
     """Whether a folder holds a shared run, and no run that can be resumed."""
-    return (folder / SHARED).is_file() and not (folder / CHECKPOINT).exists()
+    return is_file(folder / SHARED) and not (folder / CHECKPOINT).exists()
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -106,11 +107,11 @@ def read_config(folder: Path) -> RunConfig:
     Raises:
         UserError: no such folder, no run in it, or one of another format.
     """
-    if not folder.is_dir():
+    if not is_dir(folder):
         raise UserError(f"there is no run folder {folder}; name the folder of a trained run.")
     path = folder / CONFIG
-    if not path.is_file():
-        cut = (folder / COMPACT).is_file()
+    if not is_file(path):
+        cut = is_file(folder / COMPACT)
         need(not cut, f"{folder} holds a network that was cut out of a run, and no run; name the run's own folder.")
         raise UserError(f"{folder} holds no run: {CONFIG} is missing.")
     if is_shared(folder):
@@ -145,7 +146,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: missing or cut short.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path} is missing: the run was cut short before its first epoch; train it again.")
     try:
         records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]

@@ -106,5 +106,7 @@ def learning_rate_factor(step: int, main_steps: int, total_steps: int, warmup: i
         return (step + 1) / warmup
     if step < main_steps:
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, main_steps - warmup)))
-    done = (step - main_steps) / max(1, total_steps - main_steps)
+    if step >= total_steps:
+        return 0.0
+    done = (step - main_steps) / (total_steps - main_steps)
     return finetune * 0.5 * (1 + math.cos(math.pi * done))

@@ -95,6 +95,37 @@ def draw_predictive(
     return PredictiveDraws(gathered(probs, batch, 1, run.device))
 
 
+def are_numbers(probs: Tensor) -> Tensor:
+    """Whether all draws of an image are numbers: (S, B, C) -> (B,) bool."""
+    return ~probs.sum((0, 2)).isnan()
+
+
+def why_no_numbers(image: Tensor) -> str:
+    """The likely cause, from the pixels of an image, as read."""
+    ends = f"its pixels go from {float(image.min()):.4g} to {float(image.max()):.4g}"
+    return f"{ends}; very large numbers often stand for missing data" if image.is_floating_point() else ends
+
+
+def need_numbers(draws: PredictiveDraws, images: Images) -> PredictiveDraws:
+    """The draws of images, if all of them are numbers.
+
+    Raises:
+        UserError: some are not; what their pixels are, and what to do.
+    """
+    bad = (~are_numbers(draws.probs)).nonzero()[:, 0].tolist()
+    if bad:
+        few = len(bad) < len(images)
+        fix = (
+            "Replace such values, or leave the images out" if few else "The network's weights are damaged: train again"
+        )
+        cause = why_no_numbers(images[bad[0] : bad[0] + 1])
+        raise UserError(
+            f"the predictions of {len(bad)} of {len(images)} images are not numbers, such as those of image {bad[0]} "
+            f"(counted from 0): {cause}. {fix}."
+        )
+    return draws
+
+
 def images_at_once(run: Run, chunk: int) -> int:
     """How many images pass through the run's network at a time, at most ``chunk``."""
     info = run.info

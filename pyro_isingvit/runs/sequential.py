@@ -97,7 +97,7 @@ class SequentialDraws:
             error = monte_carlo_error(so_far, self.certainty, self.run.max_draws)
             ends = torch.ones(len(left), dtype=torch.bool)
             if self.stopping and look < self.most:
-                ends = error <= self.stopping.bound
+                ends = ~(error > self.stopping.bound)  # more draws do not help what is not a number
             if ends.any():
                 found.append(Drawn(start + left[ends], PredictiveDraws(so_far[:, ends]), error[ends]))
             if ends.all():

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from pyro_isingvit.predictive.stopping import Stopping
 from pyro_isingvit.predictive.sums import metrics_of, score_sums, together
 from pyro_isingvit.predictive.table import Column, summary_columns
 from pyro_isingvit.runs.parts import Parts, Sums, listed_beside
-from pyro_isingvit.runs.predict import CHUNK
+from pyro_isingvit.runs.predict import CHUNK, are_numbers, why_no_numbers
 from pyro_isingvit.runs.run import Run
 from pyro_isingvit.runs.sequential import Drawn, SequentialDraws
 from pyro_isingvit.version import __version__
@@ -133,10 +133,11 @@ def stream_predictions(
             for each in coming:
                 waited += time.monotonic() - took
                 groups = draws.predict(each.images, each.number) if len(each.rows) else []
+                each, groups = _numbers_alone(each, groups, stream)
                 columns, sums = _table(run, stream, each, groups, all_classes, decide, draws.stopping)
                 parts.write(each.number, columns, sums)
-                new += len(each.rows)
-                bar.update(len(each.rows) + len(each.unreadable))
+                new += sum(len(group.rows) for group in groups)
+                bar.update(min(size, len(stream) - each.number * size))
                 took = time.monotonic()
         found, listed = parts.sums(), listed_beside(out)
         unreadable = [(name, reason) for sums in found for name, reason in sums.pop("unreadable")]
@@ -172,6 +173,22 @@ def run_digest(run: Run) -> str:
             else:
                 found.update(repr(value).encode())
     return found.hexdigest()
+
+
+def _numbers_alone(part: Part, groups: list[Drawn], stream: ImageStream) -> tuple[Part, list[Drawn]]:
+    """Lists the images whose predictions are not numbers as unreadable, and takes them out of the groups."""
+    kept, lost = list[Drawn](), list(part.unreadable)
+    for group in groups:
+        fine = are_numbers(group.draws.probs)
+        for row in group.rows[~fine].tolist():
+            reason = f"its predictions are not numbers: {why_no_numbers(part.images[row])}"
+            lost.append((stream.name(int(part.rows[row])), reason))
+        if fine.all():
+            kept.append(group)
+        elif fine.any():
+            draws = PredictiveDraws(group.draws.probs[:, fine])
+            kept.append(Drawn(group.rows[fine], draws, group.mc_error[fine]))
+    return replace(part, unreadable=lost), kept
 
 
 def _digest(stream: ImageStream) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.paths import is_dir, with_home
 
 WORD = r"[A-Za-z0-9_]([\w.-]*[A-Za-z0-9_])?"
 OWNER_AND_NAME = re.compile(rf"(?=.{{3,96}}$){WORD}/{WORD}", re.ASCII)
@@ -54,8 +55,8 @@ def locate(
     Raises:
         UserError: neither a folder nor a repository, or one that cannot be fetched.
     """
-    folder = Path(source).expanduser()
-    if isinstance(source, Path) or folder.is_dir():
+    folder = with_home(source)
+    if isinstance(source, Path) or is_dir(folder):
         return folder
     told = f"there is no folder {source}"
     need(not folder.exists(), f"{source} is a file; name the folder that holds it.")

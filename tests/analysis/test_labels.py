@@ -172,6 +172,14 @@ def test_every_image_is_predicted_by_a_network_that_has_not_seen_it(data: ImageD
     assert (fitted.probs.argmax(1) == fitted.labels).mean() > 0.8
 
 
+def test_intervals_of_a_single_network_hold_the_mean(data: ImageData) -> None:
+    """One network of each fold: what is said of a validation image is the mean of all of them, without width."""
+    fitted = cross_fit(QUICK, lambda: data, folds=3, samples=2, progress=False)
+    rows = np.arange(len(fitted.labels))
+    assert fitted.given.shape == (1, len(rows)) and len(data.val) > 0
+    np.testing.assert_allclose(fitted.given[0], fitted.probs[rows, fitted.labels], rtol=1e-5)
+
+
 def test_finished_folds_are_kept_and_damaged_or_other_ones_trained_again(
     data: ImageData, tmp_path: Path, monkeypatch
 ) -> None:

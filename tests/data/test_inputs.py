@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -47,6 +48,13 @@ def test_files_that_are_changed_are_told_of(tmp_path, caplog) -> None:
     assert told(caplog, f"csv:{tmp_path / 'table.csv'}") == ["3 of 3 images resized to 4x4"]
     other = write(tmp_path / "other", count=5, size=(3, 5))
     assert told(caplog, f"imagefolder:{other}") == ["2 of 2 images resized to 4x4"]  # its test part
+
+
+def test_files_of_16_bits_for_a_run_of_8_are_told_of(tmp_path, caplog) -> None:
+    folder = write(tmp_path / "both", count=2)
+    Image.fromarray(np.full((4, 4), 4000, np.uint16)).save(folder / "cat" / "deep.png")  # of a camera of 12 bits
+    expected = ["1 of 5 images have 16 bits, of which 8 were kept, as the run's have: what was below 256 is black now"]
+    assert told(caplog, folder) == expected
 
 
 def test_names_with_control_characters_are_read_too(tmp_path, caplog) -> None:

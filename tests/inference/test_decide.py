@@ -113,6 +113,10 @@ def test_without_decisions_nothing_is_added(run: Path, tmp_path: Path) -> None:
         (["--coverage", 0.995, "--classwise"], ["needs 200 validation images of each", "class 0 has"]),
         (["--prevalence", "0.5,0.5"], ["--prevalence needs a share for each of 10 classes"]),
         (["--prevalence", "8=0.9", "--training-prevalence", "8=0.1"], ["--training-prevalence must name every class"]),
+        (
+            ["--prevalence", "8=0.9", "--training-prevalence", "0,0.2" + ",0.1" * 8],
+            ["the class 0 has no share in --training-prevalence"],
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(run: Path, tmp_path: Path, flags: list[object], words: list[str]) -> None:

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from pyro_isingvit.core.settings import ViTConfig
 from pyro_isingvit.data.load import load_data
 from pyro_isingvit.experiment import fit
 from pyro_isingvit.predictive.datatree import load_datatree
+from pyro_isingvit.trained import load_run
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +151,25 @@ def test_unreadable_images_are_told_of(run: Path, digits: Path, tmp_path: Path) 
     assert (tmp_path / "s.csv.unreadable.csv").read_text().splitlines()[1].startswith("0/bad.png,cannot identify")
     refused(result, "1 of 1 images cannot be read", "--max-unreadable")
     assert not (tmp_path / "x.csv").exists()
+
+
+def test_parts_that_rest_on_another_validation_part_are_not_mixed_in(run: Path, digits: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(run, tmp_path / "own")
+    words = ["--run", own, "--input", digits, "--out", tmp_path / "s.csv", "--device", "cpu", "--coverage", 0.9,
+             "--part", 30]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyro_isingvit.runs.parts.Parts.finish", interrupted)
+        assert here("inference.predict", *words).returncode == 130
+    assert (tmp_path / "s.csv.parts").is_dir()
+    trained, test = load_run(own), load_data("digits").test
+    trained.evaluate(test, val=(test.images[:50], test.labels[:50]))
+    trained.save(own, overwrite=True)
+    refused(here("inference.predict", *words), "validation")
+    assert here("inference.predict", *words, "--overwrite").returncode == 0
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_terminated_and_called_again(run: Path, digits: Path, tmp_path: Path) -> None:

@@ -133,6 +133,14 @@ def test_hyperspherical_energy() -> None:
     equal = torch.ones(3, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(hyperspherical_energy(only("fc1", equal)), equal)
     assert bool(gradient.isfinite().all())
+    for length in (20.0, 40.0, 100.0, 1e6):  # float32 finds equal rows at negative squared distances
+        long = torch.stack([torch.arange(1.0, 8), torch.arange(1.0, 8), torch.ones(7)]) * length
+        value = hyperspherical_energy(only("fc1", long.requires_grad_()))
+        (gradient,) = torch.autograd.grad(value, long)
+        assert 0 < value.item() < 1e6 and bool(gradient.isfinite().all()) and float(gradient.abs().max()) < 1
+    classifier = {"fc1": torch.randn(1, 1, 4), "head": torch.randn(1, 3, 4)}  # one row has no pair
+    both = hyperspherical_energy(Matrices(classifier, matrices().readers))
+    torch.testing.assert_close(both, hyperspherical_energy(only("head", classifier["head"][0])))
     w = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda w: hyperspherical_energy(Matrices({"fc1": w}, matrices().readers)), w)
 

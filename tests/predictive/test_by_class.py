@@ -2,6 +2,7 @@
 
 import json
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from sklearn.metrics import (
 )
 
 from pyro_isingvit.core.errors import UserError
-from pyro_isingvit.predictive.by_class import class_metrics, weighted_ranking
+from pyro_isingvit.predictive.by_class import _by_choice, class_metrics, weighted_ranking
 from pyro_isingvit.predictive.intervals import overall_intervals
 from pyro_isingvit.predictive.metrics import classification_metrics
 from pyro_isingvit.predictive.sums import metrics_of, score_sums, together
@@ -172,3 +173,23 @@ def test_what_no_resample_changes_has_no_interval() -> None:
         assert found["intervals"][name] is None
     assert found["intervals"]["worst_class_sensitivity"][0] < 0.75
     assert set(overall_intervals(torch.tensor([[0.7, 0.3]]), torch.tensor([0]))) == {"accuracy"}
+
+
+def test_memory_is_that_of_a_few_tables(monkeypatch) -> None:
+    """All resampled tables of 200 classes have 320 MB; the numbers are those of the whole tables."""
+    rng, classes = np.random.default_rng(0), 200
+    table = rng.multinomial(5, np.full(classes, 1 / classes), size=classes).astype(float)
+    table[7] = 0  # a class without images
+    tracemalloc.start()
+    found = _by_choice(table)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 30e6
+    made, count = np.random.default_rng(0), len(found["sensitivity"][1])
+    drawn = [made.multinomial(5, row / 5, count) if row.any() else np.zeros((count, classes)) for row in table]
+    tables = np.stack(drawn, 1)
+    hits = tables.diagonal(axis1=1, axis2=2)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(found["sensitivity"][1], hits / table.sum(1))
+    rest = table.sum() - table.sum(1)
+    np.testing.assert_allclose(found["specificity"][1], 1 - (tables.sum(1) - hits) / rest, rtol=1e-12)

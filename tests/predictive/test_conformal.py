@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 
 import numpy as np
 import pytest
@@ -70,10 +71,12 @@ def test_class_wise_sets_hold_under_another_prevalence_and_plain_ones_do_not() -
     assert np.mean(found[False]) < 0.88
 
 
-@pytest.mark.parametrize("level", [0.5, 0.8, 0.9, 0.95, 0.99, 0.997])
+@pytest.mark.parametrize("level", [0.1, 0.2, 0.3, 0.5, 0.55, 0.56, 0.8, 0.82, 0.9, 0.941, 0.95, 0.99, 0.997])
 def test_the_threshold_is_the_order_statistic_of_split_conformal_prediction(level: float) -> None:
     probs, labels = real_predictions()
-    for size in (needed_images(level), needed_images(level) + 1, 500):
+    for size in (needed_images(level), needed_images(level) + 1, 9, 24, 99, 149, 500):
+        if size < needed_images(level):
+            continue
         known, new = np.arange(size), np.arange(size, len(labels))
         scores = np.sort(1 - probs[known, labels[known]])
         limit = scores[math.ceil(round((size + 1) * level, 9)) - 1]
@@ -87,6 +90,17 @@ def test_sets_grow_with_the_coverage_and_are_never_empty() -> None:
     sizes = [conformal_sets(probs[700:], probs[:700], labels[:700], level).sum(1) for level in (0.5, 0.8, 0.95, 0.99)]
     assert all(bool((small <= large).all()) for small, large in itertools.pairwise(sizes))
     assert int(sizes[0].min()) == 1
+
+
+def test_random_states_are_left_alone() -> None:
+    probs, labels = real_predictions()
+    np.random.seed(0)  # noqa: NPY002  # what a user may have done
+    random.seed(0)
+    conformal_sets(probs[700:], probs[:700], labels[:700], 0.9)
+    drawn = np.random.rand(), random.random()  # noqa: NPY002
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
+    assert drawn == (np.random.rand(), random.random())  # noqa: NPY002
 
 
 def test_two_classes() -> None:

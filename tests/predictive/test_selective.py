@@ -136,3 +136,9 @@ def test_labels_that_are_no_column_of_class_numbers_are_refused(change, words: s
     known = acceptance(probs, labels, 0.2)
     for same in (torch.from_numpy(labels), labels.astype(float), labels.astype(object)):
         assert acceptance(probs, same, 0.2) == known
+
+
+def test_limits_that_no_number_of_images_here_can_keep_are_told_at_once() -> None:
+    """Of a limit of 1e-9, arrays over all the images that it needs would have 24 GB."""
+    found = acceptance(np.array([[0.9, 0.1]] * 50), np.zeros(50, int), 1e-9)
+    assert found.accepted == 0 and found.threshold == 1.0

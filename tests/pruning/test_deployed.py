@@ -95,6 +95,15 @@ def test_closed_gates_of_another_method_save_as_much() -> None:
     assert cost is not None and cost.macs == by_hand() - TINY.depth * 2 * 4 * 8 * 8
 
 
+def test_the_network_of_l0_predicts_with_its_gates() -> None:
+    """They are numbers between 0 and 1: a half-open gate is not an open one."""
+    run = made("l0")
+    for log_a in run.method.log_a.values():
+        log_a.data.normal_(0, 2)
+    (network,), x = deployed_networks(run.method), torch.randn(5, 1, 4, 4)
+    torch.testing.assert_close(network(x), run.draw_networks(1)(x)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_members_of_an_ensemble_add_up() -> None:
     method = made("ising-ensemble", IsingConfig(granularity="unit")).method
     assert isinstance(method, Ensemble)

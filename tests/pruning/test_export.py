@@ -37,12 +37,14 @@ def test_onnx(name: str, tmp_path: Path) -> None:
     import onnx
 
     model, path = pruned(SHAPES[name]), tmp_path / "model.onnx"
+    model.config = replace(model.config, dataset="imagefolder:/home/of/somebody/wards")
     assert export_onnx(model, path) <= 1e-4
     x = torch.randn(9, 1, 4, 4)
     torch.testing.assert_close(run_onnx(path, x), model(x).detach(), atol=1e-4, rtol=0)
     proto = onnx.load(path)
     metadata = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
     assert metadata["classes"] == ["a", "b", "c"] and metadata["mean"] == [0.5]
+    assert "wards" in metadata["dataset"] and b"somebody" not in path.read_bytes()  # no path of this machine
     assert list(tmp_path.iterdir()) == [path]  # one file, no weights beside it
 
 

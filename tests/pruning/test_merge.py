@@ -23,21 +23,28 @@ def images(count: int = 400) -> object:
     return make_split(count, torch.Generator().manual_seed(1)).images
 
 
-@pytest.mark.parametrize("kind", ["hidden", "value"])
+@pytest.mark.parametrize("kind", ["hidden", "value", "uniform"])
 def test_a_duplicate_is_taken_over_exactly(kind: str) -> None:
     """Unit 1 does what unit 0 does; without it, its readers' weights belong to unit 0."""
     vit, weights = network(TINY, INFO, 3)
+    half = TINY.width // 2
+    columns = {"hidden": [1], "value": [1, 1 + half], "uniform": [1 + half]}
     with torch.no_grad():
         if kind == "hidden":
             weights["fc1"][0, 1] = weights["fc1"][0, 0]
             vit.bias["fc1"][0, 1] = vit.bias["fc1"][0, 0]
         else:  # two value channels of each of the two heads
-            for first in (2 * TINY.width, 2 * TINY.width + TINY.width // 2):
+            if kind == "uniform":  # the second head averages over the tokens
+                for first in (half, TINY.width + half):
+                    weights["qkv"][0, first : first + half] = 0.0
+                    vit.bias["qkv"][0, first : first + half] = 0.0
+            for first in (2 * TINY.width, 2 * TINY.width + half):
                 weights["qkv"][0, first + 1] = weights["qkv"][0, first]
                 vit.bias["qkv"][0, first + 1] = vit.bias["qkv"][0, first]
     less = {name: weight.clone() for name, weight in weights.items()}
-    less["fc2" if kind == "hidden" else "attn_out"][0, :, [1] if kind == "hidden" else [1, 1 + TINY.width // 2]] = 0.0
+    less["fc2" if kind == "hidden" else "attn_out"][0, :, columns[kind]] = 0.0
     reference, model = assemble(vit, INFO, weights), assemble(vit, INFO, less)
+    assert bool(model.blocks[0].attention.shape.uniform) == (kind == "uniform")
     x = torch.randn(6, *vit.image_shape)
     assert macs(model, vit.image_shape) < macs(reference, vit.image_shape)
     assert not torch.allclose(model(x), reference(x), atol=1e-3)

@@ -10,8 +10,9 @@ import torch
 from helpers import INFO, around, make_pair
 from torch import Tensor
 
-from pyro_isingvit import UserError, compact, predict_onnx
+from pyro_isingvit import ImageData, UserError, compact, fit, predict_onnx
 from pyro_isingvit.core.settings import ViTConfig
+from pyro_isingvit.data.images import InMemory, as_images
 from pyro_isingvit.pruning.export import export_onnx, open_onnx
 from pyro_isingvit.pruning.onnx_members import export_members
 from pyro_isingvit.pruning.quantise import int8_of, quantise, with_unit_columns
@@ -109,11 +110,32 @@ def test_images_as_they_are_or_normalised(files: list[Path], tmp_path: Path) -> 
     assert len(made) == 1
 
 
+def test_images_of_16_bits(tmp_path: Path) -> None:
+    """As they are: arrays, and the parts of a data set, which hold them as floats."""
+    rng, path = np.random.default_rng(0), tmp_path / "compact.onnx"
+    deep = rng.integers(0, 2**16, (60, 4, 4)).astype(np.uint16)
+    data = ImageData.from_arrays(deep, deep.mean((1, 2)) > 2**15, train_size=40, intensity="full")
+    run = fit(ViTConfig(2, 8, 2, 1), data, epochs=1, device="cpu", progress=False)
+    export_onnx(compact(run), path)
+    given = (deep[:16, None], torch.from_numpy(deep[:16, None]), InMemory(torch.from_numpy(deep[:16, None])),
+             data.info.normalise(as_images(deep[:16, None])[:]))  # fmt: skip
+    for number, each in enumerate(given):
+        quantise(path, tmp_path / f"{number}.onnx", each)
+    assert len({(tmp_path / f"{number}.onnx").read_bytes() for number in range(len(given))}) == 1
+    with pytest.raises(UserError, match="is uint8"):
+        quantise(path, tmp_path / "o.onnx", deep[:16, None].astype(np.uint8))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda x: x / 255, "lies between 0 and 1"), (lambda x: INFO.normalise(x) * float("nan"), "not finite"),
-        (lambda x: x[:, :, 1:], "has images of shape"), (lambda x: x[:, [0, 0]].numpy(), "has images of shape"),
+        (lambda x: x / 255, "lies between 0 and 1"),
+        (lambda x: x.float(), "use `normalise`"),
+        (lambda x: x.to(torch.uint16) * 257, "is uint16"),
+        (lambda x: InMemory(x / 255), "is float32"),
+        (lambda x: INFO.normalise(x) * float("nan"), "not finite"),
+        (lambda x: x[:, :, 1:], "has images of shape"),
+        (lambda x: x[:, [0, 0]].numpy(), "has images of shape"),
     ],
 )  # fmt: skip
 def test_calibration_that_does_not_fit(files: list[Path], tmp_path: Path, change, told: str) -> None:

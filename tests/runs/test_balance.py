@@ -274,6 +274,8 @@ def test_the_temperature_is_not_fooled_by_the_shares_of_the_validation_part() ->
     assert float(probs[0, :, 1].mean()) > 2 * float(moved[:, 1].mean())
     flat = torch.full((2, 5, 3), 1 / 3)
     assert with_shares_of(torch.tensor([0, 0, 2]), flat)[0, 0].tolist() == pytest.approx([2 / 3, 0.0, 1 / 3])
+    saturated = with_shares_of(torch.tensor([1, 1]), torch.tensor([[1.0, 0.0, 0.0]]))  # of a class without a label
+    assert saturated.tolist() == [[0.0, 1.0, 0.0]]
 
 
 def test_the_search_for_the_noise_reads_the_shares_too(skewed: ImageData) -> None:

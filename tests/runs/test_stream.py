@@ -20,7 +20,7 @@ from helpers import INFO, around, make_pair
 from kills import die_at_call, forked
 from PIL import Image
 
-from pyro_isingvit import fit
+from pyro_isingvit import ImageData, fit
 from pyro_isingvit.core.errors import UserError
 from pyro_isingvit.core.settings import ViTConfig
 from pyro_isingvit.data.streamed import ImageStream, open_stream
@@ -297,6 +297,30 @@ def test_another_process_that_writes_the_table_is_left_alone(images: Path, tmp_p
 
 
 # What cannot be read or written ---------------------------------------------------------------------------------
+
+
+def test_predictions_that_are_not_numbers_are_listed_and_not_counted(tmp_path: Path) -> None:
+    """Numbers that stand for missing data overflow in the network: no class, and not right by accident."""
+    made = np.random.default_rng(0).normal(size=(30, 4, 4)).astype(np.float32)
+    data = ImageData.from_arrays(made, made.mean((1, 2)) > 0, train_size=20, intensity="none")
+    run = fit(ViTConfig(2, 8, 2, 1), data, epochs=2, progress=False, device="cpu")
+    given = made[:6].copy()
+    given[1, 0, 0], given[4] = 3e38, 1e30
+    np.savez(tmp_path / "given.npz", images=given[..., None], labels=np.zeros(6, int))
+    stream = open_stream(str(tmp_path / "given.npz"), run.info)
+    for samples in (3, Stopping(0.5, most=16)):
+        done = stream_predictions(run, stream, tmp_path / "p.csv", samples, part=4, overwrite=True)
+        assert done.images == 4 and [name for name, _ in done.unreadable] == ["1", "4"]
+        assert "predictions are not numbers: its pixels go from" in done.unreadable[0][1]
+        assert done.scores is not None and np.isfinite(done.scores["nll"]) and sum(done.classes) == 4
+        assert table(tmp_path / "p.csv")["file"] == ["0", "2", "3", "5"]
+        whole = draw_predictive(run, made[[0, 2, 3, 5]][:, None], 3 if samples == 3 else 16)
+        found = np.array(table(tmp_path / "p.csv")["probability"], float)
+        np.testing.assert_allclose(found, whole.mean.amax(-1), atol=1e-5)
+    with pytest.raises(UserError, match=r"2 of 6 images are not numbers, such as those of image 1 .* to 3e\+38"):
+        run.predict(given[..., None], 2)
+    with pytest.raises(UserError, match="Replace such values"):
+        run.evaluate((given[..., None], np.zeros(6, int)))
 
 
 def test_unreadable_images_are_skipped_counted_and_listed(images: Path, tmp_path: Path) -> None:

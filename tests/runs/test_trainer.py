@@ -176,6 +176,7 @@ def test_learning_rate_rises_falls_and_starts_again_to_finetune() -> None:
     assert factors[0] == pytest.approx(0.1) and max(factors) == pytest.approx(1.0) and factors[10] == pytest.approx(1.0)
     assert all(a >= b for a, b in pairwise(factors[10:80]))
     assert factors[79] < 0.01 and factors[80] == pytest.approx(0.1) and factors[99] < 0.01
+    assert learning_rate_factor(100, 80, 100, 10, 0.1) == 0 == learning_rate_factor(80, 80, 80, 10, 0.1)  # the end
 
 
 def test_batches_cover_the_data_once_and_depend_on_seed_and_epoch(data) -> None:
