@@ -109,8 +109,10 @@ def with_unit_columns(graph: "GraphProto") -> bool:
 
 def _normalised(calibration: Images | Tensor | np.ndarray, session: Any, path: Path) -> Tensor:
     """Calibration images as the network reads them."""
-    known = as_images(calibration)
-    images = known[:]
+    tensor = isinstance(calibration, Tensor) and calibration.is_floating_point()
+    known = None if tensor else as_images(calibration)
+    images = calibration if known is None else known[:]
+    assert isinstance(images, Tensor)
     [reads] = session.get_inputs()
     shape, given = tuple(reads.shape[1:]), tuple(images.shape[1:])
     fits = len(shape) == len(given) and all(
@@ -122,7 +124,7 @@ def _normalised(calibration: Images | Tensor | np.ndarray, session: Any, path: P
         scale: Scale | None = scale_of(session.get_modelmeta().custom_metadata_map)
     except (ValueError, KeyError, TypeError):  # a file of another exporter
         scale = None
-    if known.kind != "float32" or calibration is known:
+    if known is not None and (known.kind != "float32" or calibration is known):
         if scale is None or scale.kind != known.kind:
             raise UserError(f"`calibration` is {known.kind}, and {path} reads other images; give them normalised.")
         scale.check(images, f"`calibration` is not what {path} reads")

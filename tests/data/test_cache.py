@@ -63,7 +63,7 @@ def test_the_same_images_as_in_memory_and_decoded_once(files, store, decoded):
     plain, _ = read_files(files, Reading())
     for _ in range(2):
         images, changes = read_files(files, Reading(), cache=store)
-        assert torch.equal(images[:], plain[:]) and changes == (0, 0)
+        assert torch.equal(images[:], plain[:]) and changes == (0, 0, 0)
         assert torch.equal(images[[3, 1, 3]], plain[[3, 1, 3]])
     assert set(decoded.values()) == {1}
     smaller, changes = read_files(files, Reading((4, 4), "crop"), cache=store)  # other settings, other images

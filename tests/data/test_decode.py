@@ -135,7 +135,7 @@ def test_eight_bits_beside_sixteen_and_grey_beside_colour(tmp_path):
     Image.new("RGB", SIZE[::-1], (255, 128, 0)).save(tmp_path / "colour.png")
     paths = [tmp_path / "deep.png", tmp_path / "colour.png"]
     images, changes = read_files(paths, Reading())
-    assert (images.kind, images.shape, changes) == ("uint16", (2, 3, *SIZE), (0, 0))
+    assert (images.kind, images.shape, changes) == ("uint16", (2, 3, *SIZE), (0, 0, 0))
     assert torch.equal(images[0][2], torch.from_numpy(DEEP.astype(np.float32)))
     assert images[1][:, 0, 0].tolist() == [65535, 128 * 257, 0]  # both ends of 8 bits are ends of 16
     eight = converted(DEEP[..., None], Look(1, *SIZE, "uint8"))  # a run of 8 bits takes the upper ones

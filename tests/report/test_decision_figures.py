@@ -60,7 +60,7 @@ def test_limits_leave_something_to_a_human_and_four_are_shown() -> None:
     shares = [share for _, share, _ in found]
     assert {0.02, 0.05} <= {limit for limit, _, _ in found} <= {0.01, 0.02, 0.05}  # .1 lets all stand
     assert shares == sorted(shares) and shares[-1] < 1
-    harder = (rng.random(n) < 2 * (1 - sure) ** 2).astype(int)
+    harder = (rng.random(n) < 4 * (1 - sure) ** 3).astype(int)
     val = Validation(torch.tensor(probs[:10_000]), torch.tensor(harder[:10_000]), 1, 0)
     assert [limit for limit, _, _ in _limits(val, probs[10_000:], harder[10_000:])] == [0.01, 0.02, 0.05, 0.1]
     certain = np.stack([np.linspace(0.99, 1, 1000), np.linspace(0.01, 0, 1000)], 1)

@@ -65,8 +65,7 @@ def test_each_level_ends_with_the_schedule_at_its_end(data, monkeypatch) -> None
     )  # after each level
     before = len(searching.scheduler.lr_lambdas)
     searching.fit()
-    # What fine-tuning would start from, which comes after the last step of the schedule.
-    assert rates == [pytest.approx(searching.settings.finetune_lr * searching.settings.lr)] * len(LEVELS)
+    assert rates == [0.0] * len(LEVELS)  # which comes after the last step of the schedule, and not before
     assert len(searching.scheduler.lr_lambdas) == before
 
 
