@@ -67,7 +67,7 @@ def test_the_same_images_as_in_memory_and_decoded_once(files, store, decoded):
         assert torch.equal(images[[3, 1, 3]], plain[[3, 1, 3]])
     assert set(decoded.values()) == {1}
     smaller, changes = read_files(files, Reading((4, 4), "crop"), cache=store)  # other settings, other images
-    assert smaller.shape == (COUNT, 3, 4, 4) and changes == (COUNT, 0)
+    assert smaller.shape == (COUNT, 3, 4, 4) and changes == (COUNT, 0, 0)
     assert torch.equal(smaller[:], read_files(files, Reading((4, 4), "crop"))[0][:])
 
 
