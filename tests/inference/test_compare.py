@@ -485,6 +485,18 @@ def test_readme_and_page_show_the_published_grid() -> None:
         assert f"{MARKERS[0]}\n\n{tables(frame)}\n\n{MARKERS[1]}" in (ROOT / page).read_text()
 
 
+def test_the_page_of_more_methods_shows_its_grid() -> None:
+    """One seed of the published grid beside the rows that it leaves out; the cells they share are the same."""
+    results = ROOT / "analysis" / "results"
+    frame, published = (load_results(results / name / "results.json") for name in ("grid-more", "grid"))
+    assert f"{MARKERS[0]}\n\n{page_tables(frame)}\n\n{MARKERS[1]}" in (ROOT / "docs" / "more-methods.md").read_text()
+    keys = ["dataset", "train_size", "method", "seed"]
+    assert not frame.duplicated(keys).any() and set(frame.seed) == {0}
+    both = frame.merge(published, on=keys, suffixes=("", "_published"))
+    assert len(both) == 5 * 11 and (both.nll == both.nll_published).all()
+    assert frame.groupby(["dataset", "train_size"]).epochs.nunique().eq(1).all()
+
+
 def test_differences_are_paired_and_far_ones_are_arrows() -> None:
     frame = table()
     found = gaps(frame, "nll", "ising", relative=True)

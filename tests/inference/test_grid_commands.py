@@ -12,7 +12,7 @@ from inference.compare import CompareArguments, make_cells
 from inference.regularisers import make_cells as make_regulariser_cells
 from pyro_isingvit.core.regularise import REGULARISERS
 
-PAGES = {"comparison.md": 3, "paper.md": 3, "regularisers.md": 13}
+PAGES = {"comparison.md": 3, "more-methods.md": 3, "paper.md": 3, "regularisers.md": 13}
 
 
 def commands(page: str) -> list[list[str]]:
