@@ -12,6 +12,7 @@ from torch import Tensor
 
 from analysis.shift import choose, fit_images
 from pyro_isingvit.core.errors import UserError, need, why
+from pyro_isingvit.core.paths import with_home
 from pyro_isingvit.core.untrusted import check_archive
 from pyro_isingvit.data.decode import Reading
 from pyro_isingvit.data.files import list_images, read_files
@@ -52,10 +53,10 @@ def strange_images(
         moved = pixels.gather(2, order[:, None].expand_as(pixels)).view_as(inside)
         return moved, "the test images, each with its pixels in a random order"
     if kind == "imagefolder" and path:
-        return _from_folder(Path(path).expanduser(), info, most, seed)
+        return _from_folder(with_home(path), info, most, seed)
     images: Images
     if kind == "npz" and path:
-        images = as_images(_from_npz(Path(path).expanduser()))
+        images = as_images(_from_npz(with_home(path)))
     else:
         need(spec in DATASETS, f"unknown images {spec!r}; `ood` takes {KNOWN}.")
         images = load_data(spec, data_root=data_root, val_fraction=0).test.images

@@ -20,7 +20,6 @@ from inference.decide import (
 from pyro_isingvit.core.errors import need
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from pyro_isingvit.core.settings import DataConfig
@@ -105,13 +104,13 @@ class Decider:
             self.acceptance = acceptance(self.val.probs, self.val.labels, wanted.max_error, wanted.certainty)
 
     def rests_on(self) -> dict[str, str]:
-        """What the decisions depend on beside the flags, in words: a table never mixes two of them."""
-        found = {} if self.prevalences is None else {"prevalences": repr([*map(_listed, self.prevalences)])}
+        """What the decisions depend on, in words: a table never mixes two of them."""
+        asked = {"decisions": str(self.wanted)}
         if self.val is None:
-            return found
+            return asked
         probs, labels = (part.cpu().contiguous().numpy() for part in (self.val.probs, self.val.labels))
         digest = blake2b(probs.tobytes() + labels.tobytes(), digest_size=16).hexdigest()
-        return found | {"validation": f"{digest}, {self.val.samples} draws from seed {self.val.seed}"}
+        return asked | {"validation": f"{digest}, {self.val.samples} draws from seed {self.val.seed}"}
 
     def __call__(
         self, draws: "PredictiveDraws", labels: "Tensor | None"
@@ -130,10 +129,6 @@ class Decider:
                 wrong = found.draws.mean.argmax(-1) != labels
                 counted["accepted_wrong"] = int((wrong & found.accepted).sum())
         return found.draws, columns(found, self.run.info.classes), counted
-
-
-def _listed(shares: "np.ndarray | None") -> list[float] | None:
-    return None if shares is None else shares.tolist()
 
 
 def predict_stream(
@@ -166,7 +161,7 @@ def predict_stream(
     done = stream_predictions(
         run, open_stream(given, run.info, data_root=data_root, source=source), out, until, seed=first, chunk=chunk,
         part=PART if wanted.part is None else wanted.part, all_classes=wanted.all_classes,
-        decide=decider if deciding else None, settings={"decisions": str(decisions), **decider.rests_on()},
+        decide=decider if deciding else None, settings=decider.rests_on(),
         max_unreadable=0.5 if wanted.max_unreadable is None else wanted.max_unreadable, overwrite=overwrite,
         progress=True,
     )  # fmt: skip

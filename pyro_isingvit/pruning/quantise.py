@@ -134,17 +134,12 @@ def _normalised(calibration: Images | Tensor | np.ndarray, session: Any, path: P
         told = "`calibration` lies between 0 and 1, so it is not normalised: give uint8 as it is, or use `normalise`."
         need(float(images.min()) < 0 or float(images.max()) > 1, told)
     if scale is not None and (scale.low or scale.kind in TOP):  # normalised from numbers between 0 and 1
-        low, high = (float(each.min() if end == 0 else each.max()) for end, each in _ends(scale))
+        zeros = torch.zeros(1, len(scale.mean), 1, 1)
+        low, high = float(scale.standardised(zeros).min()), float(scale.standardised(zeros + 1).max())
         here = float(images.min()), float(images.max())
         told = f"`calibration` goes from {here[0]:.4g} to {here[1]:.4g}, normalised images from {low:.4g} to {high:.4g}"
         need(here[0] >= low - MARGIN and here[1] <= high + MARGIN, f"{told}: use `normalise`.")
     return images
-
-
-def _ends(scale: Scale) -> list[tuple[int, Tensor]]:
-    """0 and 1, and what they are in each channel once they are normalised."""
-    shape = (1, len(scale.mean), 1, 1)
-    return [(end, scale.standardised(torch.full(shape, float(end)))) for end in (0, 1)]
 
 
 class _Reader:
